@@ -1,0 +1,74 @@
+// The packed form of the block diagonal covariance, and the scalars that travel with it. The only owner of both.
+//
+//     P = scale * (S + shift * I - sum_i u_i u_i^T)        block by block
+//
+// S is symmetric, so a block of n weights keeps only the lower triangle of its kTile x kTile tiles, row after row of tiles:
+// (0,0) (1,0) (1,1) (2,0) ... Each tile is contiguous and row-major; tiles on the diagonal are kept whole. The tiles of all
+// blocks stand one after another in one buffer. Rows and columns past a block's end are padding and stay zero.
+// All vectors (weights, Jacobians, u_i) have one entry per weight and no padding.
+
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define RLEKF_HOST_DEVICE __host__ __device__
+#else
+#define RLEKF_HOST_DEVICE
+#endif
+
+namespace rlekf {
+
+constexpr int64_t kTile = 64;
+constexpr int64_t kTileSize = kTile * kTile;
+
+/// The most measurements that one pass over S takes.
+constexpr int kMaxMeasurements = 8;
+
+/// Scalars of the filter, float64, in this order in the `state` tensor. Counters are whole numbers.
+enum State : int {
+  kMemoryFactor,      // lambda
+  kForgettingRate,    // nu
+  kMeasurementNoise,  // alpha^2 R of the paper
+  kProcessNoise,      // q, added to the diagonal of P after every update
+  kScale,             // beta
+  kShift,             // delta
+  kNumPending,        // vectors u_i that wait to be folded into S
+  kNumUpdates,        // measurements used so far
+  kSkippedInnovation, // measurements skipped because the innovation was not finite
+  kSkippedJacobian,   // ... because H or H^T P H was not finite
+  kSkippedVariance,   // ... because H^T P H was negative
+  kNumState
+};
+
+constexpr const char* kStateNames[kNumState] = {
+    "memory_factor", "forgetting_rate", "measurement_noise", "process_noise",      "scale",            "shift",
+    "num_pending",   "num_updates",     "skipped_innovation", "skipped_jacobian", "skipped_variance"};
+
+/// At a fold, a scale beyond this is moved into S by a power of two (exact), so that it cannot overflow.
+constexpr double kLargestScale = 1099511627776.0;  // 2^40
+
+/// One block of P. A row of the `layout` tensor, (L, 3) int64.
+struct Block {
+  int64_t first_weight;
+  int64_t size;
+  int64_t first_tile;
+};
+
+RLEKF_HOST_DEVICE constexpr int64_t tile_rows(int64_t size) { return (size + kTile - 1) / kTile; }
+
+RLEKF_HOST_DEVICE constexpr int64_t num_tiles(int64_t size) { return tile_rows(size) * (tile_rows(size) + 1) / 2; }
+
+/// Where tile (row, col), col <= row, stands among the tiles of its block.
+RLEKF_HOST_DEVICE constexpr int64_t tile_index(int64_t row, int64_t col) { return row * (row + 1) / 2 + col; }
+
+/// The row of the tile that stands at `index` among the tiles of its block; its column is index - tile_index(row, 0).
+RLEKF_HOST_DEVICE inline int64_t tile_row(int64_t index) {
+  // The square root may land next to the row when index is beyond 2^52; the two loops put that right.
+  auto row = static_cast<int64_t>((__builtin_sqrt(8.0 * static_cast<double>(index) + 1.0) - 1.0) / 2.0);
+  while (tile_index(row, 0) > index) --row;
+  while (tile_index(row + 1, 0) <= index) ++row;
+  return row;
+}
+
+}  // namespace rlekf

@@ -1,0 +1,377 @@
+// The filter step on a CPU.
+//
+// Ideas, in order:
+//   1. A step reads the packed triangle once. Each tile visited gives both halves of the product: y_i += T x_j, y_j += T^T x_i.
+//   2. One list of tiles over all blocks, cut into equal contiguous runs, one per worker. A worker adds into a buffer of its own;
+//      a second phase adds the buffers in a fixed order: the same bits on every run with the same number of workers.
+//   3. Waiting vectors are folded into a tile in the visit that reads it: S is written once in `capacity` steps.
+//   4. Several measurements: the tile is multiplied by each while it is in the first-level cache.
+//   5. Vectors are written with the compiler's vector types, and compiled for several instruction sets; the loader picks one.
+//
+// Traffic of a step: the triangle read once (and written once when it folds), 4 n(n+1) bytes in float64; the vectors are O(N).
+// The limit it is held against is the machine's read bandwidth.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "../step.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RLEKF_EVERY_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define RLEKF_EVERY_ISA
+#endif
+#define RLEKF_INLINE inline __attribute__((always_inline))
+
+namespace rlekf::cpu {
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int kChunks = kTile / kLanes;
+constexpr int kFoldAtOnce = 32;  // vectors whose tile segments stay in the first-level cache during a fold
+
+using Lanes = double __attribute__((vector_size(kLanes * sizeof(double))));
+using LanesUnaligned = double __attribute__((vector_size(kLanes * sizeof(double)), aligned(8), may_alias));
+using FloatLanesUnaligned = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+
+/// A tile's share of a vector.
+struct alignas(64) Segment {
+  Lanes lanes[kChunks];
+  double& operator[](int64_t i) { return reinterpret_cast<double*>(lanes)[i]; }
+};
+
+RLEKF_INLINE void load(const double* from, Lanes& to) { to = *reinterpret_cast<const LanesUnaligned*>(from); }
+RLEKF_INLINE void load(const float* from, Lanes& to) {
+  to = __builtin_convertvector(*reinterpret_cast<const FloatLanesUnaligned*>(from), Lanes);
+}
+RLEKF_INLINE void store(double* to, const Lanes& from) { *reinterpret_cast<LanesUnaligned*>(to) = from; }
+RLEKF_INLINE void store(float* to, const Lanes& from) {
+  *reinterpret_cast<FloatLanesUnaligned*>(to) = __builtin_convertvector(from, FloatLanesUnaligned);
+}
+
+RLEKF_INLINE double sum(const Lanes& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+/// y_i += T x_j and, off the diagonal, y_j += T^T x_i. The tile is read once, front to back.
+template <typename Scalar>
+RLEKF_INLINE void multiply(const Scalar* tile, Segment& xi, const Segment& xj, Segment& yi, Segment& yj) {
+  Lanes column[kChunks];
+  for (int c = 0; c < kChunks; ++c) column[c] = yj.lanes[c];
+  for (int row = 0; row < kTile; ++row, tile += kTile) {
+    const Lanes weight = xi[row] - Lanes{};
+    Lanes even{}, odd{};
+    for (int c = 0; c < kChunks; c += 2) {
+      Lanes a, b;
+      load(tile + c * kLanes, a);
+      load(tile + (c + 1) * kLanes, b);
+      even += a * xj.lanes[c];
+      odd += b * xj.lanes[c + 1];
+      column[c] += a * weight;
+      column[c + 1] += b * weight;
+    }
+    yi[row] += sum(even + odd);
+  }
+  for (int c = 0; c < kChunks; ++c) yj.lanes[c] = column[c];
+}
+
+/// T <- factor (T - sum_k u_k[i] u_k[j]^T). Products commute and the order over k is fixed: a diagonal tile stays symmetric.
+template <typename Scalar>
+RLEKF_INLINE void fold(Scalar* tile, Segment* ui, const Segment* uj, int count, double factor) {
+  for (int row = 0; row < kTile; ++row, tile += kTile) {
+    Lanes entries[kChunks];
+    for (int c = 0; c < kChunks; ++c) load(tile + c * kLanes, entries[c]);
+    for (int k = 0; k < count; ++k) {
+      const Lanes weight = ui[k][row] - Lanes{};
+      for (int c = 0; c < kChunks; ++c) entries[c] -= weight * uj[k].lanes[c];
+    }
+    for (int c = 0; c < kChunks; ++c) store(tile + c * kLanes, entries[c] * factor);
+  }
+}
+
+void load_segment(const double* from, int64_t count, Segment& to) {
+  to = Segment{};
+  std::memcpy(to.lanes, from, static_cast<size_t>(count) * sizeof(double));
+}
+
+void add_segment(Segment& from, int64_t count, double* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+/// A worker's contiguous run of tiles [begin, end), and the weights [lo, hi) whose sums it touches.
+struct Run {
+  int64_t begin, end;
+  int64_t lo, hi;
+  double* sums;  // (M, hi - lo)
+};
+
+/// What a fold does in this pass; num_vectors = 0 and factor = 1 leave S alone.
+struct Fold {
+  int64_t num_vectors;
+  double factor;
+};
+
+int64_t total_tiles(const Covariance& p) {
+  const Block& last = p.blocks[p.num_blocks - 1];
+  return last.first_tile + num_tiles(last.size);
+}
+
+const Block* block_of_tile(const Covariance& p, int64_t tile) {
+  const auto* after = std::upper_bound(p.blocks, p.blocks + p.num_blocks, tile,
+                                       [](int64_t t, const Block& block) { return t < block.first_tile; });
+  return after - 1;
+}
+
+int64_t weight_of_tile_row(const Block& block, int64_t row) {
+  return block.first_weight + std::min(block.size, row * kTile);
+}
+
+std::vector<Run> plan_runs(const Covariance& p, int num_measurements, int64_t num_workers, double* scratch) {
+  const int64_t tiles = total_tiles(p);
+  std::vector<Run> runs;
+  for (int64_t worker = 0; worker < num_workers; ++worker) {
+    Run run{tiles * worker / num_workers, tiles * (worker + 1) / num_workers, 0, 0, scratch};
+    if (run.begin == run.end) continue;
+    const Block* last = block_of_tile(p, run.end - 1);
+    run.lo = block_of_tile(p, run.begin)->first_weight;
+    run.hi = weight_of_tile_row(*last, tile_row(run.end - 1 - last->first_tile) + 1);
+    scratch += num_measurements * (run.hi - run.lo);
+    runs.push_back(run);
+  }
+  return runs;
+}
+
+/// One worker's run: each tile is folded if due, then multiplied by every Jacobian.
+template <typename Scalar>
+RLEKF_INLINE void visit_tiles(const Covariance& p, const Measurements& m, const Fold& due, const Run& run) {
+  std::fill(run.sums, run.sums + m.count * (run.hi - run.lo), 0.0);
+  auto* tile = static_cast<Scalar*>(p.tiles) + run.begin * kTileSize;
+  Segment xi[kMaxMeasurements], xj[kMaxMeasurements], yi[kMaxMeasurements], yj[kMaxMeasurements];
+  Segment ui[kFoldAtOnce], uj[kFoldAtOnce];
+
+  const Block* block = block_of_tile(p, run.begin);
+  int64_t row = tile_row(run.begin - block->first_tile);
+  int64_t col = run.begin - block->first_tile - tile_index(row, 0);
+  for (int64_t t = run.begin; t < run.end;) {
+    const int64_t first = block->first_weight + row * kTile;
+    const int64_t height = std::min(kTile, block->size - row * kTile);
+    for (int k = 0; k < m.count; ++k) {
+      load_segment(m.jacobian + k * p.num_weights + first, height, xi[k]);
+      yi[k] = Segment{};
+    }
+    for (; col <= row && t < run.end; ++col, ++t, tile += kTileSize) {
+      const int64_t other = block->first_weight + col * kTile;
+      const int64_t width = col == row ? height : kTile;
+      for (int64_t done = 0; done < due.num_vectors; done += kFoldAtOnce) {
+        const int count = static_cast<int>(std::min<int64_t>(kFoldAtOnce, due.num_vectors - done));
+        for (int k = 0; k < count; ++k) {
+          const double* u = p.pending + (done + k) * p.num_weights;
+          load_segment(u + first, height, ui[k]);
+          load_segment(u + other, width, uj[k]);
+        }
+        fold(tile, ui, uj, count, done + count == due.num_vectors ? due.factor : 1.0);
+      }
+      for (int k = 0; k < m.count; ++k) {
+        load_segment(m.jacobian + k * p.num_weights + other, width, xj[k]);
+        yj[k] = Segment{};
+        multiply(tile, xi[k], xj[k], yi[k], yj[k]);
+        if (col < row) add_segment(yj[k], width, run.sums + k * (run.hi - run.lo) + other - run.lo);
+      }
+    }
+    for (int k = 0; k < m.count; ++k) {
+      add_segment(yi[k], height, run.sums + k * (run.hi - run.lo) + first - run.lo);
+    }
+    if (col > row) {
+      col = 0;
+      if (++row == tile_rows(block->size)) {
+        row = 0;
+        ++block;
+      }
+    }
+  }
+}
+
+RLEKF_EVERY_ISA void visit_tiles_float64(const Covariance& p, const Measurements& m, const Fold& due, const Run& run) {
+  visit_tiles<double>(p, m, due, run);
+}
+
+RLEKF_EVERY_ISA void visit_tiles_float32(const Covariance& p, const Measurements& m, const Fold& due, const Run& run) {
+  visit_tiles<float>(p, m, due, run);
+}
+
+RLEKF_INLINE double dot(const double* a, const double* b, int64_t count) {
+  Lanes sums{}, x, y;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    load(a + i, x);
+    load(b + i, y);
+    sums += x * y;
+  }
+  double rest = 0;
+  for (; i < count; ++i) rest += a[i] * b[i];
+  return sum(sums) + rest;
+}
+
+RLEKF_INLINE void add(double factor, const double* x, double* y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] += factor * x[i];
+}
+
+/// z = S h (the workers' sums, in order) + shift h - sum_i u_i (u_i^T h), and the inner products, of one block.
+RLEKF_EVERY_ISA void reduce_block(const Covariance& p, const Measurements& m, const Projection& out,
+                                  const std::vector<Run>& runs, int64_t index) {
+  const Block& block = p.blocks[index];
+  const int64_t begin = block.first_weight, end = begin + block.size;
+  const auto num_pending = static_cast<int64_t>(p.state[kNumPending]);
+  double* inner = out.gram + index * m.count * m.count;
+  double* plain = inner + p.num_blocks * m.count * m.count;
+  for (int k = 0; k < m.count; ++k) {
+    const double* h = m.jacobian + k * p.num_weights + begin;
+    double* z = out.cross + k * p.num_weights + begin;
+    std::fill(z, z + block.size, 0.0);
+    for (const Run& run : runs) {
+      const int64_t from = std::max(run.lo, begin), to = std::min(run.hi, end);
+      if (from < to) add(1.0, run.sums + k * (run.hi - run.lo) + from - run.lo, z + from - begin, to - from);
+    }
+    add(p.state[kShift], h, z, block.size);
+    for (int64_t i = 0; i < num_pending; ++i) {
+      const double* u = p.pending + i * p.num_weights + begin;
+      add(-dot(u, h, block.size), u, z, block.size);
+    }
+  }
+  for (int j = 0; j < m.count; ++j) {
+    for (int k = j; k < m.count; ++k) {
+      const double* h = m.jacobian + j * p.num_weights + begin;
+      inner[j * m.count + k] = inner[k * m.count + j] = dot(h, out.cross + k * p.num_weights + begin, block.size);
+      plain[j * m.count + k] = plain[k * m.count + j] = dot(h, m.jacobian + k * p.num_weights + begin, block.size);
+    }
+  }
+}
+
+/// The scalars of M sequential updates, before any vector is touched.
+struct Plan {
+  bool used[kMaxMeasurements];
+  double shift[kMaxMeasurements];      // growth of the shift since the projection, when measurement j is used
+  double gain[kMaxMeasurements];       // a beta e_j: what multiplies y_j in the weight increment
+  double rank_one[kMaxMeasurements];   // a beta: what multiplies y_j y_j^T in S
+  std::vector<double> products;        // (num_blocks, M, M): y_i^T h_j of each block, i <= j
+  int64_t slot[kMaxMeasurements];      // row of `pending` that takes u_j
+};
+
+/// Runs the recursion on the inner products alone and leaves the state as after all M measurements.
+/// y_i^T h_j = z_i^T h_j + (shift_i - shift_0) h_i^T h_j - sum_{k<i} rank_one_k (y_k^T h_i) (y_k^T h_j), block by block.
+Plan plan_updates(const Covariance& p, const Measurements& m, const Projection& projection) {
+  const int count = m.count;
+  const double* plain = projection.gram + p.num_blocks * count * count;
+  double* state = p.state;
+  const double first_shift = state[kShift];
+  Plan plan{};
+  plan.products.assign(static_cast<size_t>(p.num_blocks * count * count), 0.0);
+  for (int i = 0; i < count; ++i) {
+    plan.shift[i] = state[kShift] - first_shift;
+    double total[kMaxMeasurements] = {};  // y_i^T h_j over all blocks
+    for (int64_t block = 0; block < p.num_blocks; ++block) {
+      double* y = plan.products.data() + block * count * count;
+      for (int j = i; j < count; ++j) {
+        double value = projection.gram[(block * count + i) * count + j];
+        if (plan.shift[i] != 0) value += plan.shift[i] * plain[(block * count + i) * count + j];
+        for (int k = 0; k < i; ++k) {
+          if (plan.used[k]) value -= plan.rank_one[k] * y[k * count + i] * y[k * count + j];
+        }
+        y[i * count + j] = value;
+        total[j] += value;
+      }
+    }
+    double innovation = m.innovation[i];
+    for (int k = 0; k < i; ++k) {
+      if (!plan.used[k]) continue;
+      double moved = 0;
+      for (int64_t block = 0; block < p.num_blocks; ++block) {
+        moved += plan.products[static_cast<size_t>((block * count + k) * count + i)];
+      }
+      innovation -= plan.gain[k] * moved;
+    }
+    const double variance = state[kScale] * total[i];
+    State cause = kNumState;
+    if (!std::isfinite(m.innovation[i])) cause = kSkippedInnovation;
+    else if (!std::isfinite(variance)) cause = kSkippedJacobian;
+    else if (variance < 0) cause = kSkippedVariance;
+    if (cause != kNumState) {
+      state[cause] += 1;
+      continue;
+    }
+    const double lambda = state[kMemoryFactor];
+    plan.used[i] = true;
+    plan.rank_one[i] = state[kScale] / (state[kMeasurementNoise] * lambda + variance);
+    plan.gain[i] = plan.rank_one[i] * innovation;
+    plan.slot[i] = static_cast<int64_t>(state[kNumPending]);
+    state[kNumPending] += 1;
+    state[kNumUpdates] += 1;
+    state[kScale] /= lambda;
+    state[kShift] += state[kProcessNoise] / state[kScale];
+    state[kMemoryFactor] = state[kForgettingRate] * lambda + 1 - state[kForgettingRate];
+  }
+  return plan;
+}
+
+/// y_j = z_j + (shift_j - shift_0) h_j - sum_{k<j} rank_one_k (y_k^T h_j) y_k; w += gain_j y_j; u_j = sqrt(rank_one_j) y_j.
+RLEKF_EVERY_ISA void correct_block(double* weights, const Covariance& p, const Measurements& m,
+                                   const Projection& projection, const Plan& plan, int64_t index) {
+  const Block& block = p.blocks[index];
+  const double* products = plan.products.data() + index * m.count * m.count;
+  const int64_t begin = block.first_weight;
+  for (int j = 0; j < m.count; ++j) {
+    if (!plan.used[j]) continue;
+    double* u = p.pending + plan.slot[j] * p.num_weights + begin;
+    std::copy_n(projection.cross + j * p.num_weights + begin, block.size, u);
+    if (plan.shift[j] != 0) add(plan.shift[j], m.jacobian + j * p.num_weights + begin, u, block.size);
+    for (int k = 0; k < j; ++k) {
+      if (!plan.used[k]) continue;
+      const double* earlier = p.pending + plan.slot[k] * p.num_weights + begin;  // sqrt(rank_one_k) y_k
+      add(-std::sqrt(plan.rank_one[k]) * products[k * m.count + j], earlier, u, block.size);
+    }
+    const double root = std::sqrt(plan.rank_one[j]);
+    double* w = weights + begin;
+    for (int64_t i = 0; i < block.size; ++i) {
+      w[i] += plan.gain[j] * u[i];
+      u[i] *= root;
+    }
+  }
+}
+
+}  // namespace
+
+int64_t scratch_size(const Covariance& covariance, int num_measurements, int64_t num_workers) {
+  int64_t size = 0;
+  for (const Run& run : plan_runs(covariance, num_measurements, num_workers, nullptr)) {
+    size += num_measurements * (run.hi - run.lo);
+  }
+  return size;
+}
+
+void project(const Covariance& p, const Measurements& m, const Projection& out, double* scratch,
+             const Parallel& parallel) {
+  double* state = p.state;
+  Fold due{0, 1.0};
+  if (static_cast<int64_t>(state[kNumPending]) + m.count > p.capacity) {
+    due.num_vectors = static_cast<int64_t>(state[kNumPending]);
+    if (state[kScale] > kLargestScale) due.factor = std::exp2(std::ilogb(state[kScale]));
+  }
+  const std::vector<Run> runs = plan_runs(p, m.count, parallel.num_workers, scratch);
+  const auto visit = p.storage == Storage::kFloat64 ? visit_tiles_float64 : visit_tiles_float32;
+  parallel.run(static_cast<int64_t>(runs.size()),
+               [&](int64_t i) { visit(p, m, due, runs[static_cast<size_t>(i)]); });
+  if (due.num_vectors > 0) {
+    state[kNumPending] = 0;
+    state[kScale] /= due.factor;
+    state[kShift] *= due.factor;
+  }
+  parallel.run(p.num_blocks, [&](int64_t block) { reduce_block(p, m, out, runs, block); });
+}
+
+void correct(double* weights, const Covariance& p, const Measurements& m, const Projection& projection,
+             const Parallel& parallel) {
+  const Plan plan = plan_updates(p, m, projection);
+  parallel.run(p.num_blocks, [&](int64_t block) { correct_block(weights, p, m, projection, plan, block); });
+}
+
+}  // namespace rlekf::cpu

@@ -1,0 +1,111 @@
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+STABLE_TORCH_LIBRARY(rlekf, m) {
+  m.def(
+      "project(Tensor(a!) tiles, Tensor(b!) pending, Tensor(c!) state, Tensor layout, Tensor jacobian)"
+      " -> (Tensor cross, Tensor gram)");
+  m.def(
+      "correct(Tensor(a!) weights, Tensor(b!) pending, Tensor(c!) state, Tensor layout, Tensor cross, Tensor gram,"
+      " Tensor jacobian, Tensor innovation) -> ()");
+  m.def(
+      "step(Tensor(a!) weights, Tensor(b!) tiles, Tensor(c!) pending, Tensor(d!) state, Tensor layout, Tensor jacobian,"
+      " Tensor innovation) -> ()");
+}
+
+namespace rlekf {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kAny = -1;
+
+template <typename Sizes>
+std::string shape_text(const Sizes& shape) {
+  std::ostringstream text;
+  text << "(";
+  const char* comma = "";
+  for (const int64_t size : shape) {
+    text << comma << (size == kAny ? std::string("any") : std::to_string(size));
+    comma = ", ";
+  }
+  text << ")";
+  return text.str();
+}
+
+void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t dim = 0;
+  for (const int64_t size : shape) {
+    same = same && (size == kAny || tensor.size(dim) == size);
+    ++dim;
+  }
+  STD_TORCH_CHECK(same, "rlekf: ", name, " should have shape ", shape_text(shape), " but has ",
+                  shape_text(tensor.sizes()), ".");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "rlekf: ", name, " should be ",
+                  dtype == ScalarType::Long ? "int64" : "float64", " but is not; convert it with .to(dtype).");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "rlekf: ", name, " should be contiguous; call .contiguous() on it.");
+}
+
+double* float64_of(const Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
+
+const double* const_float64_of(const Tensor& tensor) { return static_cast<const double*>(tensor.const_data_ptr()); }
+
+}  // namespace
+
+Covariance covariance_of(const Tensor& tiles, const Tensor& pending, const Tensor& state, const Tensor& layout) {
+  check(layout, "layout", {kAny, 3}, ScalarType::Long);
+  check(state, "state", {kNumState}, ScalarType::Double);
+  check(pending, "pending", {kAny, kAny}, ScalarType::Double);
+  STD_TORCH_CHECK(layout.size(0) > 0, "rlekf: layout should have at least one block but has none.");
+  const bool single = tiles.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(single || tiles.scalar_type() == ScalarType::Double, "rlekf: tiles should be float64 or float32.");
+  STD_TORCH_CHECK(tiles.dim() == 3 && tiles.size(1) == kTile && tiles.size(2) == kTile && tiles.is_contiguous(),
+                  "rlekf: tiles should be contiguous with shape (any, ", kTile, ", ", kTile, ") but has ",
+                  shape_text(tiles.sizes()), ".");
+  return {tiles.mutable_data_ptr(),
+          single ? Storage::kFloat32 : Storage::kFloat64,
+          float64_of(pending),
+          pending.size(0),
+          float64_of(state),
+          static_cast<const Block*>(layout.const_data_ptr()),
+          layout.size(0),
+          pending.size(1)};
+}
+
+Measurements measurements_of(const Covariance& covariance, const Tensor& jacobian) {
+  check(jacobian, "jacobian", {kAny, covariance.num_weights}, ScalarType::Double);
+  const int64_t count = jacobian.size(0);
+  STD_TORCH_CHECK(count >= 1 && count <= kMaxMeasurements, "rlekf: a pass takes 1 to ", kMaxMeasurements,
+                  " measurements but jacobian has ", count, " rows; split them into several passes.");
+  STD_TORCH_CHECK(count <= covariance.capacity, "rlekf: ", count, " measurements need at least as many rows in pending",
+                  " but it has ", covariance.capacity, "; raise `pending`.");
+  return {static_cast<int>(count), const_float64_of(jacobian), nullptr};
+}
+
+Measurements measurements_of(const Covariance& covariance, const Tensor& jacobian, const Tensor& innovation) {
+  Measurements measurements = measurements_of(covariance, jacobian);
+  check(innovation, "innovation", {measurements.count}, ScalarType::Double);
+  measurements.innovation = const_float64_of(innovation);
+  return measurements;
+}
+
+Projection projection_of(const Covariance& covariance, const Measurements& measurements, const Tensor& cross,
+                         const Tensor& gram) {
+  check(cross, "cross", {measurements.count, covariance.num_weights}, ScalarType::Double);
+  check(gram, "gram", {2, covariance.num_blocks, measurements.count, measurements.count}, ScalarType::Double);
+  return {float64_of(cross), float64_of(gram)};
+}
+
+double* weights_of(const Covariance& covariance, const Tensor& weights) {
+  check(weights, "weights", {covariance.num_weights}, ScalarType::Double);
+  return float64_of(weights);
+}
+
+}  // namespace rlekf

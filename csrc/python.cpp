@@ -1,0 +1,67 @@
+// rlekf_ext._C: what this build is, and the packed layout of covariance.h. No torch in here.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "covariance.h"
+
+namespace py = pybind11;
+using namespace rlekf;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = RLEKF_VERSION;
+  info["compiler"] = RLEKF_COMPILER;
+  info["torch"] = RLEKF_BUILT_WITH_TORCH;
+  info["cuda_architectures"] = RLEKF_CUDA_ARCHITECTURES;
+  info["cuda_compiler"] = RLEKF_CUDA_COMPILER;
+  return info;
+}
+
+std::string cpu_isa() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
+  return "x86-64 baseline";
+#else
+  return "the compiler's default";
+#endif
+}
+
+/// Rows of the layout tensor for blocks of these sizes: first weight, size, first tile.
+std::vector<std::array<int64_t, 3>> layout(const std::vector<int64_t>& sizes) {
+  std::vector<std::array<int64_t, 3>> rows;
+  int64_t weight = 0, tile = 0;
+  for (const int64_t size : sizes) {
+    rows.push_back({weight, size, tile});
+    weight += size;
+    tile += num_tiles(size);
+  }
+  return rows;
+}
+
+py::dict state_indices() {
+  py::dict indices;
+  for (int i = 0; i < kNumState; ++i) indices[kStateNames[i]] = i;
+  return indices;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "What this build is, and the packed layout of the covariance (csrc/covariance.h).";
+  m.attr("TILE") = kTile;
+  m.attr("MAX_MEASUREMENTS") = kMaxMeasurements;
+  m.attr("STATE") = state_indices();
+  m.def("build_info", &build_info, "Versions, compiler and CUDA architectures of this build.");
+  m.def("cpu_isa", &cpu_isa, "The instruction set that the CPU kernels use on this machine.");
+  m.def("num_tiles", &num_tiles, py::arg("size"), "Tiles that a block of `size` weights keeps.");
+  m.def("layout", &layout, py::arg("sizes"), "(first weight, size, first tile) of each block.");
+}

@@ -1,0 +1,21 @@
+"""What every test file may use."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared_data():
+    """The folder of DFT data sets that lies beside a development checkout."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"needs the data sets of the developers in {SHARED / 'data'}")
+    return SHARED / "data"

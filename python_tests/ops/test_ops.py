@@ -1,0 +1,291 @@
+"""Every backend against the dense oracle. A new backend is one more word in BACKENDS."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import DenseFilter, relative
+
+from rlekf_ext import BlockPlan, KalmanFilter
+from rlekf_ext.covariance import STATE, TILE, unpack
+from rlekf_ext.ops import backend, backends
+
+BACKENDS = ["native", "reference"]
+ODD_SIZES = (1, 63, 64, 65, 1, 130)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def random_measurements(count, num_weights):
+    return torch.randn(count, num_weights, dtype=torch.float64), torch.randn(count, dtype=torch.float64)
+
+
+def run(plan, *, steps, count=1, oracle=True, nu=0.9987, lam=0.98, **settings):
+    """A filter after `steps` random steps, its weights, and the same of the oracle."""
+    kalman = KalmanFilter(plan, memory_factor=lam, forgetting_rate=nu, **settings)
+    dense = DenseFilter(plan.sizes, lam, nu, q=settings.get("process_noise", 0.0))
+    weights = torch.zeros(plan.num_weights, dtype=torch.float64)
+    wanted = weights.clone()
+    for _ in range(steps):
+        h, e = random_measurements(count, plan.num_weights)
+        kalman.step(weights, h, e)
+        if oracle:
+            dense.step(wanted, h, e)
+    return kalman, weights, dense, wanted
+
+
+def assert_same(kalman, weights, dense, wanted, tolerance):
+    assert relative(weights, wanted) < tolerance
+    for mine, block in zip(kalman.covariance.dense(), dense.blocks, strict=True):
+        assert relative(mine, block) < tolerance
+        assert torch.equal(mine, mine.T)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("process_noise", [0.0, 1e-3])
+@pytest.mark.parametrize("count", range(1, 9))
+def test_oracle_over_200_steps(name, dtype, count, process_noise):
+    kalman, weights, dense, wanted = run(
+        BlockPlan(ODD_SIZES),
+        steps=200,
+        count=count,
+        pending=11,  # folds at every phase: 11 is a multiple of none of 2 ... 8
+        process_noise=process_noise,
+        covariance_dtype=dtype,
+        backend=name,
+    )
+    assert_same(kalman, weights, dense, wanted, TOLERANCE[dtype])
+    assert kalman.memory_factor == pytest.approx(dense.lam, rel=1e-14)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 140), min_size=1, max_size=5),
+    count=st.integers(1, 8),
+    pending=st.integers(8, 40),
+    process_noise=st.sampled_from([0.0, 1e-6, 0.1]),
+    lam=st.floats(0.9, 1.0),
+    name=st.sampled_from(BACKENDS),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_oracle_on_any_plan(sizes, count, pending, process_noise, lam, name, seed):
+    torch.manual_seed(seed)
+    result = run(
+        BlockPlan(tuple(sizes)),
+        steps=12,
+        count=count,
+        pending=pending,
+        process_noise=process_noise,
+        lam=lam,
+        backend=name,
+    )
+    assert_same(*result, 1e-12)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("pending", range(1, 9))
+def test_folds_at_every_phase(name, pending):
+    result = run(BlockPlan((70, 3)), steps=20, pending=pending, backend=name)
+    assert_same(*result, 1e-12)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("pending", [1, 3])
+def test_more_measurements_than_a_pass_takes(name, pending):
+    """20 rows in passes of 8 (or of `pending`) are still the batch filter at the weights as they came in."""
+    result = run(BlockPlan((70, 3)), steps=3, count=20, pending=pending, backend=name)
+    assert_same(*result, 1e-12)
+
+
+@pytest.mark.parametrize(("sizes", "steps"), [((3,), 100_000), ((5, 2), 20_000)])
+def test_constant_forgetting_does_not_overflow(sizes, steps):
+    """ν = 1 keeps λ at 0.98: the scale grows as 0.98^-t, past any float64, unless it is moved into S."""
+    plan = BlockPlan(sizes)
+    kalman, weights, dense, wanted = run(plan, steps=steps, nu=1.0, pending=4)
+    assert_same(kalman, weights, dense, wanted, 1e-12)
+    assert kalman.covariance.scalar("scale") < 2.0**42
+    assert steps * -math.log2(0.98) > 500
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_diagonal_tiles_stay_symmetric(name):
+    kalman, *_ = run(BlockPlan((130,)), steps=50, oracle=False, pending=4, backend=name)
+    for tile in kalman.covariance.tiles[[0, 2, 5]]:
+        if name == "native":
+            assert torch.equal(tile, tile.T)
+    (block,) = unpack(kalman.covariance.tiles, kalman.plan)
+    assert block.shape == (130, 130)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_padding_stays_zero(name):
+    kalman, *_ = run(BlockPlan((70,)), steps=20, oracle=False, pending=4, backend=name)
+    tiles = kalman.covariance.tiles
+    assert not tiles[1][6:].any()
+    assert not tiles[2][6:].any()
+    assert not tiles[2][:, 6:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_same_bits_on_every_run(dtype, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for _ in range(3):
+            torch.manual_seed(1)
+            kalman, weights, *_ = run(BlockPlan((300, 65, 129)), steps=40, oracle=False, covariance_dtype=dtype)
+            results.append((weights, kalman.covariance.tiles, kalman.covariance.pending))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_step_is_project_then_correct(name):
+    """Also from scratch memory that earlier calls left full of other numbers."""
+    plan, ops = BlockPlan(ODD_SIZES), backend(name, torch.device("cpu"))
+    one, other = (KalmanFilter(plan, pending=5, process_noise=1e-3, backend=name) for _ in range(2))
+    w_one, w_other = (torch.zeros(plan.num_weights, dtype=torch.float64) for _ in range(2))
+    for count in (1, 4, 2, 3, 1):
+        h, e = random_measurements(count, plan.num_weights)
+        one.step(w_one, h, e)
+        p = other.covariance
+        cross, gram = ops.project(p.tiles, p.pending, p.state, p.layout, h)
+        ops.correct(w_other, p.pending, p.state, p.layout, cross, gram, h, e)
+        assert torch.equal(w_one, w_other)
+        assert torch.equal(one.covariance.state, p.state)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_projection_is_ph_and_its_products(name):
+    kalman, _, dense, _ = run(BlockPlan((70, 3)), steps=10, process_noise=1e-2, backend=name)
+    p, scale = kalman.covariance, kalman.covariance.scalar("scale")
+    h, _ = random_measurements(3, 73)
+    ops = backend(name, torch.device("cpu"))
+    cross, gram = ops.project(p.tiles, p.pending, p.state, p.layout, h)
+    ph = torch.cat([part @ block for part, block in zip(h.split([70, 3], 1), dense.blocks, strict=True)], 1)
+    assert relative(scale * cross, ph) < 1e-12
+    for index, part in enumerate(h.split([70, 3], 1)):
+        assert relative(scale * gram[0, index], part @ dense.blocks[index] @ part.T) < 1e-12
+        assert relative(gram[1, index], part @ part.T) < 1e-12
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    ("poison", "cause"),
+    [
+        (lambda h, e: e.fill_(math.nan), "skipped_innovation"),
+        (lambda h, e: e.fill_(math.inf), "skipped_innovation"),
+        (lambda h, e: h[-1, 7].fill_(math.nan), "skipped_jacobian"),
+        (lambda h, e: h[-1, 7].fill_(math.inf), "skipped_jacobian"),
+        (lambda h, e: h[-1].fill_(1e200), "skipped_jacobian"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_bad_numbers_are_skipped(name, poison, cause, count):
+    """The filter that met them ends as one that never did."""
+    plan = BlockPlan((70, 3))
+    (met, weights, dense, wanted) = run(plan, steps=5, count=count, pending=7, backend=name)
+    for _ in range(4):
+        h, e = random_measurements(count, 73)
+        good_h, good_e = h[: count - 1].clone(), e[: count - 1].clone()
+        poison(h, e[-1:])
+        met.step(weights, h, e)
+        dense.step(wanted, good_h, good_e)
+    assert met.health()[cause] == 4
+    assert met.health()["num_updates"] == 5 * count + 4 * (count - 1)
+    assert_same(met, weights, dense, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_negative_variance_is_skipped(name):
+    kalman, weights, *_ = run(BlockPlan((70,)), steps=2, oracle=False, backend=name)
+    kalman.covariance.tiles.neg_()
+    before = weights.clone(), kalman.covariance.state.clone()
+    kalman.step(weights, *random_measurements(1, 70))
+    assert kalman.health()["skipped_variance"] == 1
+    assert torch.equal(weights, before[0])
+    assert torch.equal(kalman.covariance.state[: STATE["num_updates"] + 1], before[1][: STATE["num_updates"] + 1])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_zero_jacobian_moves_nothing(name):
+    kalman, weights, dense, wanted = run(BlockPlan((70, 3)), steps=5, backend=name)
+    h, e = torch.zeros(1, 73, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    kalman.step(weights, h, e)
+    dense.step(wanted, h, e)
+    assert_same(kalman, weights, dense, wanted, 1e-12)
+
+
+class TestSchema:
+    """torch.library's own checks, and the messages of the argument checks."""
+
+    plan = BlockPlan((70, 3))
+
+    def arguments(self, count=2):
+        p = KalmanFilter(self.plan, pending=4).covariance
+        h, e = random_measurements(count, 73)
+        return {
+            "weights": torch.zeros(73, dtype=torch.float64),
+            "tiles": p.tiles,
+            "pending": p.pending,
+            "state": p.state,
+            "layout": p.layout,
+            "jacobian": h,
+            "innovation": e,
+        }
+
+    def test_opcheck(self):
+        step = self.arguments()
+        torch.library.opcheck(torch.ops.rlekf.step.default, tuple(step.values()))
+        project = [step[name] for name in ("tiles", "pending", "state", "layout", "jacobian")]
+        torch.library.opcheck(torch.ops.rlekf.project.default, project)
+        cross, gram = torch.ops.rlekf.project(*project)
+        correct = [step[name] for name in ("weights", "pending", "state", "layout")]
+        correct += [cross, gram, step["jacobian"], step["innovation"]]
+        torch.library.opcheck(torch.ops.rlekf.correct.default, correct)
+
+    def test_autograd_sees_what_changed(self):
+        arguments = self.arguments()
+        backend("native", torch.device("cpu")).step(**arguments)
+        assert arguments["tiles"]._version > 0
+        assert arguments["weights"]._version > 0
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("weights", torch.zeros(72, dtype=torch.float64), r"weights should have shape \(73\) but has \(72\)"),
+            ("weights", torch.zeros(73), "weights should be float64"),
+            ("jacobian", torch.zeros(2, 74, dtype=torch.float64), r"jacobian should have shape \(any, 73\)"),
+            ("jacobian", torch.zeros(73, 2, dtype=torch.float64).T, "jacobian should be contiguous"),
+            (
+                "jacobian",
+                torch.zeros(9, 73, dtype=torch.float64),
+                "a pass takes 1 to 8 measurements but jacobian has 9",
+            ),
+            ("jacobian", torch.zeros(5, 73, dtype=torch.float64), "at least as many rows in pending but it has 4"),
+            ("innovation", torch.zeros(3, dtype=torch.float64), r"innovation should have shape \(2\) but has \(3\)"),
+            ("layout", torch.zeros(2, 3), "layout should be int64"),
+            ("layout", torch.zeros(0, 3, dtype=torch.int64), "at least one block"),
+            ("tiles", torch.zeros(4, TILE, TILE, dtype=torch.int64), "tiles should be float64 or float32"),
+            ("tiles", torch.zeros(4, TILE, dtype=torch.float64), "tiles should be contiguous with shape"),
+            ("state", torch.zeros(3, dtype=torch.float64), "state should have shape"),
+        ],
+    )
+    def test_checks_say_rule_and_value(self, name, value, message):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.rlekf.step(**{**self.arguments(), name: value})
+
+
+def test_backend_is_chosen_by_name():
+    assert backends()["cpu"] == ""
+    assert "not written yet" in backends()["cuda"]
+    with pytest.raises(ValueError, match="backend should be 'auto', 'native' or 'reference' but is 'fast'"):
+        KalmanFilter(BlockPlan((3,)), backend="fast")
+    with pytest.raises(RuntimeError, match=r"no kernels for cuda.* backend='reference' runs anywhere"):
+        backend("native", torch.device("cuda"))

@@ -1,0 +1,70 @@
+"""KalmanFilter's own side; that its numbers are right is held in ops/test_ops.py."""
+
+import pytest
+import torch
+from oracles import DenseFilter, relative
+
+from rlekf_ext import BlockPlan, KalmanFilter
+
+PLAN = BlockPlan((70, 3))
+
+
+def test_one_measurement_as_plain_vector_and_number():
+    kalman, dense = KalmanFilter(PLAN), DenseFilter(PLAN.sizes, 0.98, 0.9987)
+    weights, wanted = (torch.zeros(73, dtype=torch.float64) for _ in range(2))
+    for _ in range(3):
+        h = torch.randn(73)  # float32 is taken as it is and counted in float64
+        kalman.step(weights, h, 0.25)
+        dense.step(wanted, h.double()[None], [0.25])
+    assert relative(weights, wanted) < 1e-14
+
+
+def test_settings_reach_the_filter():
+    settings = {"memory_factor": 0.9, "forgetting_rate": 0.5, "initial_covariance": 3.0, "process_noise": 0.25}
+    kalman = KalmanFilter(PLAN, measurement_noise=7.0, **settings)
+    dense = DenseFilter(PLAN.sizes, 0.9, 0.5, p0=3.0, noise=7.0, q=0.25)
+    weights, wanted = (torch.zeros(73, dtype=torch.float64) for _ in range(2))
+    h = torch.randn(2, 73, dtype=torch.float64)
+    kalman.step(weights, h, torch.ones(2))
+    dense.step(wanted, h, [1.0, 1.0])
+    assert relative(weights, wanted) < 1e-14
+    assert kalman.memory_factor == pytest.approx(0.975)
+
+
+def test_variance_is_h_p_h_and_changes_nothing():
+    kalman, dense = KalmanFilter(PLAN, pending=2), DenseFilter(PLAN.sizes, 0.98, 0.9987)
+    weights = torch.zeros(73, dtype=torch.float64)
+    for _ in range(4):
+        h = torch.randn(1, 73, dtype=torch.float64)
+        kalman.step(weights, h, 0.0)
+        dense.step(weights, h, [0.0])
+    h = torch.randn(20, 73, dtype=torch.float64)
+    parts = h.split(PLAN.sizes, 1)
+    wanted = sum(((part @ p) * part).sum(1) for part, p in zip(parts, dense.blocks, strict=True))
+    before = kalman.covariance.dense()
+    assert relative(kalman.variance(h), wanted) < 1e-13
+    assert kalman.variance(h[0]).shape == ()
+    assert all(relative(a, b) < 1e-14 for a, b in zip(kalman.covariance.dense(), before, strict=True))
+    assert kalman.health()["num_updates"] == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"memory_factor": 0.0}, "memory_factor should be above 0 and at most 1 but is 0.0"),
+        ({"memory_factor": 1.1}, "memory_factor should be"),
+        ({"forgetting_rate": -0.1}, "forgetting_rate should be between 0 and 1 but is -0.1"),
+        ({"initial_covariance": 0.0}, "initial_covariance should be above 0"),
+        ({"measurement_noise": 0.0}, "measurement_noise should be above 0"),
+        ({"process_noise": -1.0}, "process_noise should be at least 0"),
+        ({"process_noise": float("nan")}, "process_noise should be at least 0 but is nan"),
+    ],
+)
+def test_errors(setting, message):
+    with pytest.raises(ValueError, match=message):
+        KalmanFilter(PLAN, **setting)
+
+
+def test_as_many_innovations_as_jacobians():
+    with pytest.raises(ValueError, match="each of the 2 rows of the jacobian but there are 3"):
+        KalmanFilter(PLAN).step(torch.zeros(73, dtype=torch.float64), torch.zeros(2, 73), torch.zeros(3))

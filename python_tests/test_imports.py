@@ -1,0 +1,71 @@
+"""Imports run downwards only, and optional packages stay in their own file (design: "Files")."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "rlekf_ext"
+# Highest first: a module imports only what stands on a line below its own, or on its own line.
+ORDER = [
+    ["rlekf_ext.__main__"],
+    ["rlekf_ext.cli"],
+    ["rlekf_ext.integrations", "rlekf_ext.dp"],
+    ["rlekf_ext.measurement"],
+    ["rlekf_ext", "rlekf_ext.optim"],
+    ["rlekf_ext.filter"],
+    ["rlekf_ext.sharding", "rlekf_ext.ops"],
+    ["rlekf_ext.covariance"],
+    ["rlekf_ext.partition"],
+    ["rlekf_ext._C"],
+]
+OPTIONAL = {"vesin": "dp/neighbors.py", "dpdata": "dp/data.py", "matplotlib": "dp/plot.py", "tqdm": "dp/train.py"}
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def line(name):
+    """The line of ORDER that the longest listed prefix of a dotted name stands on."""
+    places = {listed: place for place, names in enumerate(ORDER) for listed in names}
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if ".".join(parts[:end]) in places:
+            return places[".".join(parts[:end])]
+    raise AssertionError(f"{name} is missing in ORDER")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downwards(path):
+    relative = path.relative_to(PACKAGE.parent).with_suffix("")
+    own = line(".".join(part for part in relative.parts if part != "__init__"))
+    for name in imports(path):
+        if name.startswith("rlekf_ext"):
+            assert line(name) >= own, f"{path.name} imports {name}, which stands above it"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_optional_packages_stay_in_their_own_file(path):
+    for name in imports(path):
+        owner = OPTIONAL.get(name.partition(".")[0])
+        assert owner is None or path == PACKAGE / owner, f"{path} imports {name}; only {owner} should"
+
+
+def test_runtime_core_is_torch_and_numpy():
+    """Importing the package loads no optional one (tqdm is left out: torch loads it itself where it is installed)."""
+    unwanted = (set(OPTIONAL) | {"scipy", "ase"}) - {"tqdm"}
+    code = f"import sys, rlekf_ext; sys.exit(sorted({unwanted} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

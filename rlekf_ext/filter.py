@@ -1,0 +1,123 @@
+"""The extended Kalman filter over flat vectors: Algorithm 2 of the paper. Knows no nn.Parameter and no model."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rlekf_ext import ops
+from rlekf_ext.covariance import MAX_MEASUREMENTS, STATE, identity
+from rlekf_ext.partition import BlockPlan
+
+
+class KalmanFilter:
+    """The block diagonal covariance P of N weights, and the scalars that go with it.
+
+    `plan` gives the blocks. λ starts at `memory_factor` and goes to 1 as λ <- ν λ + 1 - ν with ν =
+    `forgetting_rate`. P starts as `initial_covariance` I; `process_noise` is added to its diagonal after every
+    update. `measurement_noise` is α²R of the paper, by default the number of blocks L. S is stored in
+    `covariance_dtype`; up to `pending` rank-1 updates wait before they are written into it. `backend` is "auto",
+    "native" or "reference".
+
+    Raises ValueError for a setting outside its range, MemoryError when P will not fit, RuntimeError for an absent
+    backend.
+    """
+
+    def __init__(
+        self,
+        plan: BlockPlan,
+        *,
+        memory_factor: float = 0.98,  # λ_1 in the paper
+        forgetting_rate: float = 0.9987,  # ν
+        initial_covariance: float = 1.0,  # p_0
+        measurement_noise: float | None = None,  # α²R = L
+        process_noise: float = 0.0,  # q
+        covariance_dtype: torch.dtype = torch.float64,
+        pending: int = 32,
+        backend: str = "auto",
+        device: torch.device | str = "cpu",
+    ):
+        noise = float(plan.num_blocks if measurement_noise is None else measurement_noise)
+        if not 0 < memory_factor <= 1:
+            raise ValueError(f"memory_factor should be above 0 and at most 1 but is {memory_factor}.")
+        if not 0 <= forgetting_rate <= 1:
+            raise ValueError(f"forgetting_rate should be between 0 and 1 but is {forgetting_rate}.")
+        if not initial_covariance > 0:
+            raise ValueError(f"initial_covariance should be above 0 but is {initial_covariance}.")
+        if not noise > 0:
+            raise ValueError(f"measurement_noise should be above 0 but is {noise}.")
+        if not process_noise >= 0:
+            raise ValueError(f"process_noise should be at least 0 but is {process_noise}.")
+        ops.backend(backend, torch.device(device))  # an absent one is an error before P is allocated
+        self.backend = backend
+        self.covariance = identity(
+            plan, initial_covariance=initial_covariance, dtype=covariance_dtype, pending=pending, device=device
+        )
+        for name, value in (
+            ("memory_factor", memory_factor),
+            ("forgetting_rate", forgetting_rate),
+            ("measurement_noise", noise),
+            ("process_noise", process_noise),
+        ):
+            self.covariance.state[STATE[name]] = value
+
+    @property
+    def plan(self) -> BlockPlan:
+        return self.covariance.plan
+
+    @property
+    def memory_factor(self) -> float:
+        """λ now. Waits for the device."""
+        return self.covariance.scalar("memory_factor")
+
+    @torch.no_grad()
+    def step(self, weights: Tensor, jacobian: Tensor, innovation: Tensor | float) -> None:
+        """Algorithm 2, lines 8 to 14: w += a ε PH, P <- (P - a PH(PH)ᵀ)/λ + q I, λ <- ν λ + 1 - ν, in place and
+        without waiting.
+
+        weights (N,) float64. One measurement: jacobian (N,), innovation a number or a tensor of one. M of them,
+        linearised at the same weights: (M, N) and (M,); they are used in order, in passes of at most 8, each exact
+        given those before it.
+        """
+        p = self.covariance
+        h = jacobian.reshape(-1, self.plan.num_weights).to(torch.float64).contiguous()
+        e = torch.as_tensor(innovation, dtype=torch.float64, device=h.device).reshape(-1)
+        if len(h) != len(e):
+            raise ValueError(
+                f"There should be an innovation for each of the {len(h)} rows of the jacobian but there are {len(e)}."
+            )
+        start = weights
+        for first in range(0, len(h), self._most_at_once):
+            batch = slice(first, first + self._most_at_once)
+            # The innovations are those of the weights as they came in: later passes see what the earlier ones moved.
+            left = e[batch] - h[batch] @ (weights - start) if first else e[batch]
+            if len(h) > first + self._most_at_once and start is weights:
+                start = weights.clone()
+            self._ops.step(weights, p.tiles, p.pending, p.state, p.layout, h[batch], left)
+
+    @torch.no_grad()
+    def variance(self, jacobian: Tensor) -> Tensor:
+        """HᵀPH, without the measurement noise: () for a jacobian (N,), (M,) for (M, N). Changes neither w nor P."""
+        p = self.covariance
+        h = jacobian.reshape(-1, self.plan.num_weights).to(torch.float64).contiguous()
+        sums = []
+        for batch in h.split(self._most_at_once):
+            _, gram = self._ops.project(p.tiles, p.pending, p.state, p.layout, batch)
+            sums.append(gram[0].sum(0).diagonal())
+        return (p.state[STATE["scale"]] * torch.cat(sums)).reshape(jacobian.shape[:-1])
+
+    def health(self) -> dict[str, int]:
+        """How many measurements were used, and how many skipped, by cause. Waits for the device."""
+        return {
+            name: int(self.covariance.scalar(name)) for name in STATE if name.startswith(("num_updates", "skipped"))
+        }
+
+    @property
+    def _ops(self) -> ModuleType:
+        return ops.backend(self.backend, self.covariance.tiles.device)
+
+    @property
+    def _most_at_once(self) -> int:
+        return min(MAX_MEASUREMENTS, len(self.covariance.pending))

@@ -1,0 +1,70 @@
+"""The compiled ops, torch.ops.rlekf: csrc/ops.cpp has the schemas and checks, csrc/cpu and csrc/cuda the kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+torch.ops.load_library(Path(__file__).parent.parent / "librlekf_ops.so")
+
+
+def why_absent(device_type: str) -> str:
+    """Why there are no kernels for this kind of device, as a sentence; "" when there are."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key and torch._C._dispatch_has_kernel_for_dispatch_key("rlekf::step", key):
+        return ""
+    if device_type == "cuda":
+        return "the CUDA kernels are not written yet."
+    return f"none are written for {device_type}."
+
+
+def project(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:
+    cross, gram = torch.ops.rlekf.project(tiles, pending, state, layout, jacobian)
+    increment_version([tiles, pending, state])
+    return cross, gram
+
+
+def correct(
+    weights: Tensor,
+    pending: Tensor,
+    state: Tensor,
+    layout: Tensor,
+    cross: Tensor,
+    gram: Tensor,
+    jacobian: Tensor,
+    innovation: Tensor,
+) -> None:
+    torch.ops.rlekf.correct(weights, pending, state, layout, cross, gram, jacobian, innovation)
+    increment_version([weights, pending, state])
+
+
+def step(
+    weights: Tensor,
+    tiles: Tensor,
+    pending: Tensor,
+    state: Tensor,
+    layout: Tensor,
+    jacobian: Tensor,
+    innovation: Tensor,
+) -> None:
+    torch.ops.rlekf.step(weights, tiles, pending, state, layout, jacobian, innovation)
+    increment_version([weights, tiles, pending, state])
+
+
+@torch.library.register_fake("rlekf::project")
+def _(tiles, pending, state, layout, jacobian):
+    count = jacobian.shape[0]
+    return torch.empty_like(jacobian), jacobian.new_empty(2, layout.shape[0], count, count)
+
+
+@torch.library.register_fake("rlekf::correct")
+def _(weights, pending, state, layout, cross, gram, jacobian, innovation):
+    return None
+
+
+@torch.library.register_fake("rlekf::step")
+def _(weights, tiles, pending, state, layout, jacobian, innovation):
+    return None
