@@ -1,0 +1,189 @@
+"""Structures as the network takes them: atoms and, for each, the vectors to its neighbours within the cutoff."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# Two nuclei this close are a mistake in the data, and 1/r would drown every other neighbour.
+SHORTEST_DISTANCE = 0.1  # Å
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One structure, or several side by side, with its neighbours and, where they are known, its labels.
+
+    n atoms, B structures, K neighbour slots per atom. The slots are grouped by the neighbour's element: slots[t] slots
+    for element t, sum(slots) = K, nearest first within an element. A slot without a neighbour points to its own atom
+    and its edge is 2 r_c long, so that its weight s(r) and every derivative of it are exactly zero.
+    """
+
+    types: Tensor  # (n,) int64, index into the type map
+    structure: Tensor  # (n,) int64, the structure each atom belongs to, 0 ... B-1, ascending
+    edges: Tensor  # (n, K, 3), Å, from the atom to its neighbour
+    neighbors: Tensor  # (n, K) int64, the neighbour's row in this frame
+    slots: tuple[int, ...]  # neighbour slots of each element
+    num_atoms: Tensor  # (B,), atoms of each structure, in the dtype of edges
+    energy: Tensor | None = None  # (B,), eV, always float64: a total energy has more digits than float32
+    forces: Tensor | None = None  # (n, 3), eV/Å
+    virial: Tensor | None = None  # (B, 3, 3), eV
+    cutoff: float | None = None  # Å, r_c of the neighbour list; None where a frame was put together by hand
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Frame:
+        """Return the frame with its real numbers in `dtype` (the energy stays float64) and every tensor on `device`."""
+        moved: dict[str, Tensor] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                keep = field.name == "energy" or not value.is_floating_point()
+                moved[field.name] = value.to(device=device, dtype=None if keep else dtype)
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+
+def make_frame(
+    coordinates: npt.ArrayLike,
+    box: npt.ArrayLike | None,
+    types: npt.ArrayLike,
+    cutoff: float,
+    num_types: int,
+    *,
+    energy: float | None = None,
+    forces: npt.ArrayLike | None = None,
+    virial: npt.ArrayLike | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Frame:
+    """Build the frame of one structure: every pair within the cutoff, all periodic images included.
+
+    coordinates (n, 3) Å, box (3, 3) Å with the cell vectors as rows or None for a structure that is not periodic,
+    types (n,) below num_types, energy eV, forces (n, 3) eV/Å, virial (3, 3) eV. ValueError where a shape or a type is
+    wrong, a number is not finite, or two atoms are closer than 0.1 Å.
+    """
+    points, cell, elements = _checked(coordinates, box, types, num_types)
+    n = len(points)
+    pairs, distances, vectors = _pairs(points, cell, cutoff)
+
+    element = elements[pairs[:, 1]]
+    order = np.lexsort((distances, element, pairs[:, 0]))
+    center, neighbor, element = pairs[order, 0], pairs[order, 1], element[order]
+    group = center * num_types + element
+    count = np.bincount(group, minlength=n * num_types)
+    slots = count.reshape(n, num_types).max(axis=0)
+    rank = np.arange(len(group)) - (np.cumsum(count) - count)[group]
+    column = (np.cumsum(slots) - slots)[element] + rank
+
+    neighbors = np.repeat(np.arange(n)[:, None], slots.sum(), axis=1)
+    neighbors[center, column] = neighbor
+    edges = np.zeros((*neighbors.shape, 3))
+    edges[:, :, 0] = 2 * cutoff
+    edges[center, column] = vectors[order]
+
+    def label(value: npt.ArrayLike | None, shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Tensor | None:
+        if value is None:
+            return None
+        array = np.asarray(value, dtype=np.float64)
+        if array.size != np.prod(shape) or not np.isfinite(array).all():
+            raise ValueError(f"The {name} of a structure of {n} atoms needs finite numbers of shape {shape}.")
+        return torch.tensor(array.reshape(shape), dtype=dtype)
+
+    return Frame(
+        types=torch.from_numpy(elements),
+        structure=torch.zeros(n, dtype=torch.int64),
+        edges=torch.tensor(edges, dtype=dtype),
+        neighbors=torch.from_numpy(neighbors),
+        slots=tuple(slots.tolist()),
+        num_atoms=torch.tensor([n], dtype=dtype),
+        energy=label(energy, (1,), "energy", torch.float64),
+        forces=label(forces, (n, 3), "forces", dtype),
+        virial=label(virial, (1, 3, 3), "virial", dtype),
+        cutoff=float(cutoff),
+    )
+
+
+def collate(frames: Sequence[Frame]) -> Frame:
+    """Put several frames side by side into one, with slots for the most neighbours of each element.
+
+    A label is dropped where any frame lacks it. ValueError where there is no frame, or where cutoffs or numbers of
+    elements differ.
+    """
+    if not frames:
+        raise ValueError("There is no frame to collate: give at least one.")
+    if len({(frame.cutoff, len(frame.slots)) for frame in frames}) > 1:
+        raise ValueError("Frames side by side need one cutoff and one type map: make them with the same arguments.")
+    slots = tuple(max(counts) for counts in zip(*(frame.slots for frame in frames), strict=True))
+    first_atom = np.cumsum([0] + [len(frame.types) for frame in frames])
+    first_structure = np.cumsum([0] + [len(frame.num_atoms) for frame in frames])
+    wide = [_widen(frame, slots) for frame in frames]
+
+    def joined(name: str) -> Tensor | None:
+        values = [getattr(frame, name) for frame in frames]
+        return None if any(value is None for value in values) else torch.cat(values)
+
+    return Frame(
+        types=torch.cat([frame.types for frame in frames]),
+        structure=torch.cat([f.structure + int(b) for f, b in zip(frames, first_structure, strict=False)]),
+        edges=torch.cat([edges for edges, _ in wide]),
+        neighbors=torch.cat([rows + int(start) for (_, rows), start in zip(wide, first_atom, strict=False)]),
+        slots=slots,
+        num_atoms=torch.cat([frame.num_atoms for frame in frames]),
+        energy=joined("energy"),
+        forces=joined("forces"),
+        virial=joined("virial"),
+        cutoff=frames[0].cutoff,
+    )
+
+
+def _checked(
+    coordinates: npt.ArrayLike, box: npt.ArrayLike | None, types: npt.ArrayLike, num_types: int
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    points = np.asarray(coordinates, dtype=np.float64)
+    elements = np.array(types, dtype=np.int64)
+    cell = None if box is None else np.asarray(box, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0:
+        raise ValueError(f"Coordinates must have the shape (n, 3) with n >= 1, but have {points.shape}.")
+    if elements.shape != (len(points),):
+        raise ValueError(f"Types must have the shape ({len(points)},), one per atom, but have {elements.shape}.")
+    if elements.min() < 0 or elements.max() >= num_types:
+        raise ValueError(f"Types must lie in 0 ... {num_types - 1}, but reach {elements.min()} and {elements.max()}.")
+    if cell is not None and cell.shape != (3, 3):
+        raise ValueError(f"A box must have the shape (3, 3), its rows the cell vectors, but has {cell.shape}.")
+    if not np.isfinite(points).all() or (cell is not None and not np.isfinite(cell).all()):
+        raise ValueError("Coordinates and box must be finite numbers, but some are not.")
+    return points, cell, elements
+
+
+def _pairs(points: np.ndarray, cell: np.ndarray | None, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(i, j), distances and vectors from i to j of all ordered pairs within the cutoff."""
+    import vesin  # an optional package: only those who build neighbour lists need it
+
+    search = vesin.NeighborList(cutoff=cutoff, full_list=True, n_threads=1)
+    box = np.zeros((3, 3)) if cell is None else cell
+    center, neighbor, vectors = search.compute(points, box, periodic=cell is not None, quantities="ijD")
+    distances = np.linalg.norm(vectors, axis=1)
+    if len(distances) and distances.min() < SHORTEST_DISTANCE:
+        k = int(distances.argmin())
+        raise ValueError(
+            f"Atoms {center[k]} and {neighbor[k]} are {distances[k]:.3g} Å apart, closer than {SHORTEST_DISTANCE} Å: "
+            "check the coordinates, the box and their units."
+        )
+    return np.stack([center, neighbor], axis=1).astype(np.int64), distances, vectors
+
+
+def _widen(frame: Frame, slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The frame's edges and neighbours with `slots` neighbour slots."""
+    if frame.slots == slots:
+        return frame.edges, frame.neighbors
+    if frame.cutoff is None:
+        raise ValueError("A frame without its cutoff cannot be given empty slots: build it with make_frame.")
+    starts = np.cumsum((0,) + slots)
+    columns = np.concatenate([start + np.arange(used) for start, used in zip(starts, frame.slots, strict=False)])
+    n = len(frame.types)
+    edges = frame.edges.new_zeros((n, sum(slots), 3))
+    edges[:, :, 0] = 2 * frame.cutoff
+    neighbors = torch.arange(n, device=edges.device)[:, None].repeat(1, sum(slots))
+    where = torch.from_numpy(columns.astype(np.int64)).to(edges.device)
+    return edges.index_copy(1, where, frame.edges), neighbors.index_copy(1, where, frame.neighbors)
