@@ -21,11 +21,6 @@ def torch_folder() -> Path:
         os.environ.get("TORCH_DIR"),
         Path(spec.origin).parent if spec and spec.origin else None,
         Path(sysconfig.get_path("purelib")) / "torch",
-        Path(sys.prefix)
-        / "lib"
-        / f"python{sys.version_info.major}.{sys.version_info.minor}"
-        / "site-packages"
-        / "torch",
     ]
     for folder in candidates:
         if folder and (Path(folder) / "include/torch/csrc/stable/library.h").exists():
@@ -57,5 +52,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True)
         subprocess.run(["cmake", "--install", str(build)], check=True)
 
+
+if {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv):
+    torch_folder()  # before pip downloads what the package depends on
 
 setup(ext_modules=[Extension("rlekf_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -2,10 +2,10 @@
 //
 //     P = scale * (S + shift * I - sum_i u_i u_i^T)        block by block
 //
-// S is symmetric, so a block of n weights keeps only the lower triangle of its kTile x kTile tiles, row after row of tiles:
-// (0,0) (1,0) (1,1) (2,0) ... Each tile is contiguous and row-major; tiles on the diagonal are kept whole. The tiles of all
-// blocks stand one after another in one buffer. Rows and columns past a block's end are padding and stay zero.
-// All vectors (weights, Jacobians, u_i) have one entry per weight and no padding.
+// S is symmetric, so a block of n weights keeps only the lower triangle of its kTile x kTile tiles, row after row of
+// tiles: (0,0) (1,0) (1,1) (2,0) ... Each tile is contiguous and row-major; tiles on the diagonal are kept whole. The
+// tiles of all blocks stand one after another in one buffer. Rows and columns past a block's end are padding and stay
+// zero. All vectors (weights, Jacobians, u_i) have one entry per weight and no padding.
 
 #pragma once
 
@@ -27,22 +27,22 @@ constexpr int kMaxMeasurements = 8;
 
 /// Scalars of the filter, float64, in this order in the `state` tensor. Counters are whole numbers.
 enum State : int {
-  kMemoryFactor,      // lambda
-  kForgettingRate,    // nu
-  kMeasurementNoise,  // alpha^2 R of the paper
-  kProcessNoise,      // q, added to the diagonal of P after every update
-  kScale,             // beta
-  kShift,             // delta
-  kNumPending,        // vectors u_i that wait to be folded into S
-  kNumUpdates,        // measurements used so far
-  kSkippedInnovation, // measurements skipped because the innovation was not finite
-  kSkippedJacobian,   // ... because H or H^T P H was not finite
-  kSkippedVariance,   // ... because H^T P H was negative
+  kMemoryFactor,       // lambda
+  kForgettingRate,     // nu
+  kMeasurementNoise,   // alpha^2 R of the paper
+  kProcessNoise,       // q, added to the diagonal of P after every update
+  kScale,              // beta
+  kShift,              // delta
+  kNumPending,         // vectors u_i that wait to be folded into S
+  kNumUpdates,         // measurements used so far
+  kSkippedInnovation,  // measurements skipped because the innovation was not finite
+  kSkippedJacobian,    // ... because H or H^T P H was not finite
+  kSkippedVariance,    // ... because H^T P H was negative
   kNumState
 };
 
 constexpr const char* kStateNames[kNumState] = {
-    "memory_factor", "forgetting_rate", "measurement_noise", "process_noise",      "scale",            "shift",
+    "memory_factor", "forgetting_rate", "measurement_noise",  "process_noise",    "scale",           "shift",
     "num_pending",   "num_updates",     "skipped_innovation", "skipped_jacobian", "skipped_variance"};
 
 /// At a fold, a scale beyond this is moved into S by a power of two (exact), so that it cannot overflow.

@@ -69,14 +69,10 @@ Covariance covariance_of(const Tensor& tiles, const Tensor& pending, const Tenso
   STD_TORCH_CHECK(tiles.dim() == 3 && tiles.size(1) == kTile && tiles.size(2) == kTile && tiles.is_contiguous(),
                   "rlekf: tiles should be contiguous with shape (any, ", kTile, ", ", kTile, ") but has ",
                   shape_text(tiles.sizes()), ".");
-  return {tiles.mutable_data_ptr(),
-          single ? Storage::kFloat32 : Storage::kFloat64,
-          float64_of(pending),
-          pending.size(0),
-          float64_of(state),
-          static_cast<const Block*>(layout.const_data_ptr()),
-          layout.size(0),
-          pending.size(1)};
+  return {tiles.mutable_data_ptr(), single ? Storage::kFloat32 : Storage::kFloat64,
+          float64_of(pending),      pending.size(0),
+          float64_of(state),        static_cast<const Block*>(layout.const_data_ptr()),
+          layout.size(0),           pending.size(1)};
 }
 
 Measurements measurements_of(const Covariance& covariance, const Tensor& jacobian) {

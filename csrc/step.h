@@ -1,8 +1,8 @@
 // The filter step as pointers and sizes: no torch, no Python. The same names in rlekf::cpu and rlekf::cuda.
 //
-//     project   cross = (P / scale) H^T and its inner products with H: all the traffic on P; folds waiting vectors if need be
-//     correct   M scalar updates from these, exact and in order: weights, waiting vectors, scalars; O(N)
-//     step      both
+//     project   cross = (P / scale) H^T and its inner products with H: all the traffic on P; folds waiting vectors if
+//     need be correct   M scalar updates from these, exact and in order: weights, waiting vectors, scalars; O(N) step
+//     both
 
 #pragma once
 
@@ -34,7 +34,8 @@ struct Measurements {
   const double* innovation;
 };
 
-/// What project() hands to correct(): cross (M, N); gram (2, num_blocks, M, M) holds h_j^T z_k, then h_j^T h_k, of each block.
+/// What project() hands to correct(): cross (M, N); gram (2, num_blocks, M, M) holds h_j^T z_k, then h_j^T h_k, of each
+/// block.
 struct Projection {
   double* cross;
   double* gram;
@@ -51,8 +52,8 @@ struct Parallel {
 /// float64 numbers that project() needs as scratch, with any contents.
 int64_t scratch_size(const Covariance& covariance, int num_measurements, int64_t num_workers);
 
-void project(const Covariance& covariance, const Measurements& measurements, const Projection& projection, double* scratch,
-             const Parallel& parallel);
+void project(const Covariance& covariance, const Measurements& measurements, const Projection& projection,
+             double* scratch, const Parallel& parallel);
 
 void correct(double* weights, const Covariance& covariance, const Measurements& measurements,
              const Projection& projection, const Parallel& parallel);

@@ -95,7 +95,7 @@ class RLEKF(torch.optim.Optimizer):
         self._apply(jacobian, innovation)
 
     def variance(self, jacobian: Tensor) -> Tensor:
-        """HᵀPH of a jacobian (N,) or several (M, N), in the order of `flatten`: the prediction's variance. No update."""
+        """HᵀPH of a jacobian (N,) or several (M, N), in the order of `flatten`: its prediction's variance."""
         return self.filter.variance(jacobian)
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:

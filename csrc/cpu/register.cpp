@@ -28,8 +28,8 @@ double* scratch(int64_t size) {
 
 int64_t gram_size(const Covariance& p, const Measurements& m) { return 2 * p.num_blocks * m.count * m.count; }
 
-std::tuple<Tensor, Tensor> project(const Tensor& tiles, const Tensor& pending, const Tensor& state, const Tensor& layout,
-                                   const Tensor& jacobian) {
+std::tuple<Tensor, Tensor> project(const Tensor& tiles, const Tensor& pending, const Tensor& state,
+                                   const Tensor& layout, const Tensor& jacobian) {
   const Covariance p = covariance_of(tiles, pending, state, layout);
   const Measurements m = measurements_of(p, jacobian);
   const auto parallel = torch_threads();

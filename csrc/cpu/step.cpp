@@ -1,22 +1,25 @@
 // The filter step on a CPU.
 //
 // Ideas, in order:
-//   1. A step reads the packed triangle once. Each tile visited gives both halves of the product: y_i += T x_j, y_j += T^T x_i.
-//   2. One list of tiles over all blocks, cut into equal contiguous runs, one per worker. A worker adds into a buffer of its own;
+//   1. A step reads the packed triangle once. Each tile visited gives both halves of the product: y_i += T x_j, y_j +=
+//   T^T x_i.
+//   2. One list of tiles over all blocks, cut into equal contiguous runs, one per worker. A worker adds into a buffer
+//   of its own;
 //      a second phase adds the buffers in a fixed order: the same bits on every run with the same number of workers.
 //   3. Waiting vectors are folded into a tile in the visit that reads it: S is written once in `capacity` steps.
 //   4. Several measurements: the tile is multiplied by each while it is in the first-level cache.
-//   5. Vectors are written with the compiler's vector types, and compiled for several instruction sets; the loader picks one.
+//   5. Vectors are written with the compiler's vector types, and compiled for several instruction sets; the loader
+//   picks one.
 //
-// Traffic of a step: the triangle read once (and written once when it folds), 4 n(n+1) bytes in float64; the vectors are O(N).
-// The limit it is held against is the machine's read bandwidth.
+// Traffic of a step: the triangle read once (and written once when it folds), 4 n(n+1) bytes in float64; the vectors
+// are O(N). The limit it is held against is the machine's read bandwidth.
+
+#include "../step.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
-
-#include "../step.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define RLEKF_EVERY_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -75,7 +78,8 @@ RLEKF_INLINE void multiply(const Scalar* tile, Segment& xi, const Segment& xj, S
   for (int c = 0; c < kChunks; ++c) yj.lanes[c] = column[c];
 }
 
-/// T <- factor (T - sum_k u_k[i] u_k[j]^T). Products commute and the order over k is fixed: a diagonal tile stays symmetric.
+/// T <- factor (T - sum_k u_k[i] u_k[j]^T). Products commute and the order over k is fixed: a diagonal tile stays
+/// symmetric.
 template <typename Scalar>
 RLEKF_INLINE void fold(Scalar* tile, Segment* ui, const Segment* uj, int count, double factor) {
   for (int row = 0; row < kTile; ++row, tile += kTile) {
@@ -250,15 +254,16 @@ RLEKF_EVERY_ISA void reduce_block(const Covariance& p, const Measurements& m, co
 /// The scalars of M sequential updates, before any vector is touched.
 struct Plan {
   bool used[kMaxMeasurements];
-  double shift[kMaxMeasurements];      // growth of the shift since the projection, when measurement j is used
-  double gain[kMaxMeasurements];       // a beta e_j: what multiplies y_j in the weight increment
-  double rank_one[kMaxMeasurements];   // a beta: what multiplies y_j y_j^T in S
-  std::vector<double> products;        // (num_blocks, M, M): y_i^T h_j of each block, i <= j
-  int64_t slot[kMaxMeasurements];      // row of `pending` that takes u_j
+  double shift[kMaxMeasurements];     // growth of the shift since the projection, when measurement j is used
+  double gain[kMaxMeasurements];      // a beta e_j: what multiplies y_j in the weight increment
+  double rank_one[kMaxMeasurements];  // a beta: what multiplies y_j y_j^T in S
+  std::vector<double> products;       // (num_blocks, M, M): y_i^T h_j of each block, i <= j
+  int64_t slot[kMaxMeasurements];     // row of `pending` that takes u_j
 };
 
 /// Runs the recursion on the inner products alone and leaves the state as after all M measurements.
-/// y_i^T h_j = z_i^T h_j + (shift_i - shift_0) h_i^T h_j - sum_{k<i} rank_one_k (y_k^T h_i) (y_k^T h_j), block by block.
+/// y_i^T h_j = z_i^T h_j + (shift_i - shift_0) h_i^T h_j - sum_{k<i} rank_one_k (y_k^T h_i) (y_k^T h_j), block by
+/// block.
 Plan plan_updates(const Covariance& p, const Measurements& m, const Projection& projection) {
   const int count = m.count;
   const double* plain = projection.gram + p.num_blocks * count * count;
@@ -313,7 +318,8 @@ Plan plan_updates(const Covariance& p, const Measurements& m, const Projection& 
   return plan;
 }
 
-/// y_j = z_j + (shift_j - shift_0) h_j - sum_{k<j} rank_one_k (y_k^T h_j) y_k; w += gain_j y_j; u_j = sqrt(rank_one_j) y_j.
+/// y_j = z_j + (shift_j - shift_0) h_j - sum_{k<j} rank_one_k (y_k^T h_j) y_k; w += gain_j y_j; u_j = sqrt(rank_one_j)
+/// y_j.
 RLEKF_EVERY_ISA void correct_block(double* weights, const Covariance& p, const Measurements& m,
                                    const Projection& projection, const Plan& plan, int64_t index) {
   const Block& block = p.blocks[index];
@@ -358,8 +364,7 @@ void project(const Covariance& p, const Measurements& m, const Projection& out, 
   }
   const std::vector<Run> runs = plan_runs(p, m.count, parallel.num_workers, scratch);
   const auto visit = p.storage == Storage::kFloat64 ? visit_tiles_float64 : visit_tiles_float32;
-  parallel.run(static_cast<int64_t>(runs.size()),
-               [&](int64_t i) { visit(p, m, due, runs[static_cast<size_t>(i)]); });
+  parallel.run(static_cast<int64_t>(runs.size()), [&](int64_t i) { visit(p, m, due, runs[static_cast<size_t>(i)]); });
   if (due.num_vectors > 0) {
     state[kNumPending] = 0;
     state[kScale] /= due.factor;

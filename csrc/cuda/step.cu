@@ -1,5 +1,5 @@
-// The filter step on a GPU. Not written yet: this file holds the CUDA build together, so that every build that finds nvcc
-// shows that it compiles and links beside any torch. No op is registered for CUDA.
+// The filter step on a GPU. Not written yet: this file holds the CUDA build together, so that every build that finds
+// nvcc shows that it compiles and links beside any torch. No op is registered for CUDA.
 
 #include "../step.h"
 

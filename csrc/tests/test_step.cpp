@@ -85,8 +85,14 @@ struct PackedFilter {
     state[kMeasurementNoise] = dense.noise;
     state[kProcessNoise] = dense.q;
     state[kScale] = 1;
-    p = {tiles.data(),  Storage::kFloat64,    pending.data(), capacity,
-         state.data(), blocks.data(), static_cast<int64_t>(blocks.size()), weight};
+    p = {tiles.data(),
+         Storage::kFloat64,
+         pending.data(),
+         capacity,
+         state.data(),
+         blocks.data(),
+         static_cast<int64_t>(blocks.size()),
+         weight};
   }
 
   double& entry(const Block& block, int64_t i, int64_t j) {
@@ -140,8 +146,8 @@ void compare(const std::vector<int64_t>& sizes, int64_t capacity, int64_t num_wo
     dense.step(wanted, h, innovation);
     packed.step(got, h, {innovation}, parallel);
   }
-  const double largest = std::abs(*std::max_element(wanted.begin(), wanted.end(),
-                                                    [](double a, double b) { return std::abs(a) < std::abs(b); }));
+  const double largest = std::abs(
+      *std::max_element(wanted.begin(), wanted.end(), [](double a, double b) { return std::abs(a) < std::abs(b); }));
   for (size_t i = 0; i < num_weights; ++i) expect_close("weight", got[i], wanted[i], 1e-12 * largest);
   for (size_t l = 0; l < sizes.size(); ++l) {
     const int64_t n = sizes[l];

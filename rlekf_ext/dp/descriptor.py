@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .neighbors import Frame
+from rlekf_ext.dp.neighbors import Frame
 
 
 class Network(nn.Module):

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .descriptor import Environment, Network, SeE2A, run_networks
-from .neighbors import Frame
+from rlekf_ext.dp.descriptor import Environment, Network, SeE2A, run_networks
+from rlekf_ext.dp.neighbors import Frame
 
 
 class Prediction(NamedTuple):
@@ -115,10 +115,11 @@ class DeepPotential(nn.Module):
         self.descriptor.fit_statistics(frames)
 
     @torch.no_grad()
-    def fit_energy_bias(self, frames: Iterable[Frame]) -> None:
+    def fit_energy_bias(self, frames: Iterable[Frame], *, with_network: bool = False) -> None:
         """Set the energy of each element by least squares of the energies on the element counts.
 
-        The smallest solution is taken where the counts do not determine it. ValueError where a frame has no energy.
+        with_network: of what the network, as it is, leaves of the energies. The smallest solution is taken where the
+        counts do not determine it. ValueError where a frame has no energy.
         """
         counts, energies = [], []
         for frame in frames:
@@ -126,8 +127,10 @@ class DeepPotential(nn.Module):
                 raise ValueError("The energy bias is fitted to energies, but a frame has none: leave it out.")
             count = torch.zeros(len(frame.num_atoms), len(self.type_map), dtype=torch.float64)
             one = torch.ones(len(frame.types), dtype=torch.float64)
-            counts.append(count.index_put_((frame.structure.cpu(), frame.types.cpu()), one, accumulate=True))
-            energies.append(frame.energy.double().cpu())
+            count.index_put_((frame.structure.cpu(), frame.types.cpu()), one, accumulate=True)
+            counts.append(count)
+            network = self(frame, forces=False).energy.cpu() - count @ self.energy_bias.cpu() if with_network else 0.0
+            energies.append(frame.energy.double().cpu() - network)
         # gelsd, as numpy's lstsq: the minimum norm solution, whatever the rank.
         solution = torch.linalg.lstsq(torch.cat(counts), torch.cat(energies)[:, None], driver="gelsd").solution
         self.energy_bias.copy_(solution[:, 0])

@@ -1,0 +1,55 @@
+# Every target sets up what it needs: a virtual environment in .venv with pinned packages, and the compiled package in it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+CSRC := $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-cpp test-install lint check format clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+setup: .venv/.built  ## .venv with everything, compiled
+
+.venv/.installed: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("rlekf_ext needs Python 3.10 or newer; name one with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.venv/.built: .venv/.installed pyproject.toml setup.py CMakeLists.txt $(CSRC)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/rlekf info
+	@touch $@
+
+demo: setup  ## train NaCl by RLEKF and by Adam for the same time (2-3 minutes), table and pictures in demo/
+	$(BIN)/python examples/demo.py
+
+test: setup test-cpp  ## all tests
+	$(BIN)/python -m pytest
+
+test-cpp: setup
+	@$(BIN)/cmake -S . -B build/cpp -G Ninja -DRLEKF_TESTS=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DTORCH_DIR=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') > .venv/cpp.log 2>&1 || (cat .venv/cpp.log; false)
+	@$(BIN)/cmake --build build/cpp --target test_step
+	@$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
+
+test-install:  ## pip install . with and without build isolation, and without torch, each in a fresh environment
+	.ci/test_install $(PYTHON)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(CSRC))
+
+check: lint test  ## what CI runs first: ruff, mypy, clang-format, tests
+
+format: setup  ## rewrite sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu,$(CSRC))
+
+clean:  ## remove what make made
+	rm -rf .venv build demo rlekf_ext/*.so *.egg-info

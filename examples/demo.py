@@ -1,0 +1,69 @@
+"""RLEKF against Adam: the same network, the same frames of DFT NaCl, the same training time. `make demo` runs it.
+
+Writes demo/: both trainings as `rlekf train` leaves them, demo/curves.png and demo/parity.png.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlekf_ext.dp.checkpoint import load_checkpoint, restored_model
+from rlekf_ext.dp.data import frames, load_systems, split
+from rlekf_ext.dp.evaluate import compare
+from rlekf_ext.dp.input import Config, read_input
+from rlekf_ext.dp.plot import plot_epochs, plot_parity
+from rlekf_ext.dp.train import train
+
+EXAMPLE = Path(__file__).resolve().parent / "nacl"
+OUTPUT = EXAMPLE.parents[1] / "demo"
+TRIAL_STEPS = 200
+
+
+def run(config: Config, folder: str) -> dict[str, Any]:
+    """Train in a folder of its own."""
+    (OUTPUT / folder).mkdir(parents=True, exist_ok=True)
+    os.chdir(OUTPUT / folder)
+    return train(config)
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    return replace(config, training=replace(config.training, numb_steps=steps, num_epochs=None))
+
+
+def main() -> None:
+    kalman, adam = (read_input(EXAMPLE / name) for name in ("rlekf.json", "adam.json"))
+    print("RLEKF, six epochs", flush=True)
+    summaries = {"RLEKF": run(kalman, "rlekf")}
+
+    # Adam's learning rate must fall to its end within the time that RLEKF took, so its speed is measured first.
+    seconds = summaries["RLEKF"]["seconds"]
+    trial = run(with_steps(adam, TRIAL_STEPS), "adam-trial")
+    steps = max(int(seconds * trial["step"] / trial["seconds"]), 1)
+    print(f"Adam, {steps} batches: the same {seconds:.0f} s", flush=True)
+    summaries["Adam"] = run(with_steps(adam, steps), "adam")
+
+    descriptor, type_map = kalman.model.descriptor, kalman.model.type_map
+    _, held_out = split(load_systems(kalman.training.training_data.systems, type_map))
+    test = frames(held_out, descriptor.rcut, len(type_map))
+    models = {name: restored_model(load_checkpoint(OUTPUT / name.lower() / "model.ckpt.pt")) for name in summaries}
+    comparisons = {name: compare(model, test) for name, model in models.items()}
+
+    print(f"\n{'held-out frames':<16}{'epochs':>8}{'updates':>9}{'seconds':>9}{'E meV/atom':>12}{'F meV/Å':>9}")
+    for name, summary in summaries.items():
+        last, errors = summary["epochs"][-1], comparisons[name]
+        print(
+            f"{name:<16}{last['epoch']:>8.1f}{last['updates']:>9}{last['seconds']:>9.1f}"
+            f"{1e3 * errors.energy_rmse:>12.3f}{1e3 * errors.force_rmse:>9.2f}"
+        )
+    pictures = [
+        plot_epochs({name: summary["epochs"] for name, summary in summaries.items()}, OUTPUT / "curves.png"),
+        plot_parity(dict(reversed(comparisons.items())), OUTPUT / "parity.png"),
+    ]
+    print("\npictures: " + ", ".join(str(picture.relative_to(OUTPUT.parent)) for picture in pictures))
+
+
+if __name__ == "__main__":
+    main()

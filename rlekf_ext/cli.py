@@ -1,0 +1,103 @@
+"""The command `rlekf`: train | test | plot | info. Exit code 2: the input was wrong, and the message says where."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from rlekf_ext import _C
+from rlekf_ext.ops import backends
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = argparse.ArgumentParser(prog="rlekf", description="Train Deep Potential networks with the RLEKF filter.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="train as DeePMD-kit's input.json says")
+    train.add_argument("input", help="the input file; as for `dp --pt train`")
+    train.add_argument("--restart", action="store_true", help="go on from the checkpoint of the same input file")
+    train.set_defaults(run=run_train)
+
+    test = commands.add_parser("test", help="RMSE of a trained model on labelled data")
+    test.add_argument("-m", "--model", default="model.ckpt.pt", help="checkpoint of `rlekf train` (%(default)s)")
+    test.add_argument("-s", "--system", required=True, nargs="+", help="folders or files, as training_data/systems")
+    test.add_argument("-d", "--detail", metavar="PREFIX", help="write PREFIX.e_peratom.out, PREFIX.f.out, PREFIX.png")
+    test.set_defaults(run=run_test)
+
+    plot = commands.add_parser("plot", help="draw lcurve.out")
+    plot.add_argument("curve", nargs="?", default="lcurve.out", help="file to draw (%(default)s)")
+    plot.add_argument("-o", "--output", default="lcurve.png", help="picture to write (%(default)s)")
+    plot.set_defaults(run=run_plot)
+
+    info = commands.add_parser("info", help="versions, backends and what was compiled")
+    info.set_defaults(run=run_info)
+
+    parsed = parser.parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except ModuleNotFoundError as error:
+        extra = {"matplotlib": "plot"}.get(error.name or "", "dp")
+        return wrong(f"`rlekf {parsed.command}` needs {error.name}: run `pip install 'rlekf_ext[{extra}]'`.")
+    except (ValueError, MemoryError) as error:  # InputError and DataError are ValueErrors
+        return wrong(str(error))
+    except OSError as error:
+        return wrong(f"{error.filename or 'a file'}: {error.strerror}.")
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    from rlekf_ext.dp.input import read_input
+    from rlekf_ext.dp.train import train
+
+    summary = train(read_input(arguments.input), restart=arguments.restart)
+    return INTERRUPTED if summary["interrupted"] else 0
+
+
+def run_test(arguments: argparse.Namespace) -> int:
+    from rlekf_ext.dp.checkpoint import load_checkpoint, restored_model
+    from rlekf_ext.dp.data import frames, load_systems
+    from rlekf_ext.dp.evaluate import compare
+
+    model = restored_model(load_checkpoint(arguments.model))
+    systems = load_systems(arguments.system, model.type_map)
+    rcut = model.config()["rcut"]
+    comparison = compare(model, frames(systems, rcut, len(model.type_map), model.dtype))
+    print(f"frames       {len(comparison.energy)}")
+    print(f"energy RMSE  {1e3 * comparison.energy_rmse:.4g} meV/atom")
+    print(f"force RMSE   {1e3 * comparison.force_rmse:.4g} meV/Å")
+    if arguments.detail:
+        from rlekf_ext.dp.plot import plot_parity
+
+        files = [*comparison.save(arguments.detail), plot_parity({"model": comparison}, f"{arguments.detail}.png")]
+        print("wrote        " + ", ".join(map(str, files)))
+    return 0
+
+
+def run_plot(arguments: argparse.Namespace) -> int:
+    from rlekf_ext.dp.plot import plot_lcurve
+
+    print(f"wrote {plot_lcurve(arguments.curve, arguments.output)}")
+    return 0
+
+
+def run_info(_: argparse.Namespace) -> int:
+    build = _C.build_info()
+    print(f"rlekf_ext    {build['version']} (compiled by {build['compiler']} against torch {build['torch']})")
+    print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"python       {sys.version.split()[0]}")
+    print(f"CPU          {_C.cpu_isa()}")
+    print(f"CUDA         {build['cuda_compiler'] or 'no nvcc was found when this was built'}")
+    print(f"             architectures: {build['cuda_architectures'] or 'none'}")
+    for name, reason in backends().items():
+        print(f"backend      {name:<10}{'absent: ' + reason if reason else 'available'}")
+    return 0
+
+
+def wrong(message: str) -> int:
+    print(f"rlekf: {message}", file=sys.stderr)
+    return 2

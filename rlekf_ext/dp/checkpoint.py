@@ -1,0 +1,51 @@
+"""Files that are whole or not there: checkpoints of a model and of all that its training needs to go on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlekf_ext.dp.input import InputError
+from rlekf_ext.dp.model import DeepPotential
+
+
+def save_checkpoint(path: Path, model: DeepPotential, **rest: Any) -> None:
+    """Write the model and whatever else `rest` holds: tensors, numbers, strings, dicts and lists of them."""
+    checkpoint = {"model": model.config(), "weights": model.state_dict(), **rest}
+    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote. Raises InputError, with the reason, for a file that is none."""
+    try:
+        checkpoint = torch.load(path, weights_only=True)
+        if not {"model", "weights"} <= set(checkpoint):
+            raise ValueError("it has no model in it")
+    except FileNotFoundError as error:
+        raise InputError(f"The checkpoint {path} does not exist.") from error
+    except Exception as error:  # whatever a damaged file makes of the unpickler
+        raise InputError(f"{path} is not a checkpoint of `rlekf train`: {error}.") from error
+    return checkpoint
+
+
+def restored_model(checkpoint: dict[str, Any]) -> DeepPotential:
+    model = DeepPotential(**checkpoint["model"])
+    model.load_state_dict(checkpoint["weights"])
+    return model
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside `path` and move it there: a reader, or a full disk, finds the old file or the new one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,61 @@
+"""How far a model is from the labels of a set of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlekf_ext.dp.model import DeepPotential
+from rlekf_ext.dp.neighbors import Frame, collate
+
+ATOMS_AT_ONCE = 512  # frames are evaluated together up to this many atoms: enough to hide the cost of small operations
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Labels and predictions, frame after frame: energies in eV/atom, force components in eV/Å."""
+
+    energy: np.ndarray  # (frames, 2): label, prediction
+    force: np.ndarray  # (3 atoms, 2)
+
+    @property
+    def energy_rmse(self) -> float:
+        """eV/atom."""
+        return _rmse(self.energy)
+
+    @property
+    def force_rmse(self) -> float:
+        """eV/Å, over all components."""
+        return _rmse(self.force)
+
+    def save(self, prefix: str | Path) -> list[Path]:
+        """Write PREFIX.e_peratom.out and PREFIX.f.out: two columns, label and prediction, as `dp test -d` does."""
+        paths = [Path(f"{prefix}.e_peratom.out"), Path(f"{prefix}.f.out")]
+        np.savetxt(paths[0], self.energy, header="data_e pred_e (eV/atom)")
+        np.savetxt(paths[1], self.force, header="data_f pred_f (eV/Å), components x y z of atom after atom")
+        return paths
+
+
+@torch.no_grad()
+def compare(model: DeepPotential, frames: Sequence[Frame]) -> Comparison:
+    """Evaluate labelled frames, several at once."""
+    energy, force, waiting = [], [], []
+    for i, frame in enumerate(frames):
+        waiting.append(frame)
+        if i + 1 == len(frames) or sum(len(f.types) for f in [*waiting, frames[i + 1]]) > ATOMS_AT_ONCE:
+            batch = collate(waiting)
+            prediction = model(batch)
+            assert batch.energy is not None  # for mypy: frames here have labels
+            assert batch.forces is not None
+            energy.append(torch.stack([batch.energy, prediction.energy], 1) / batch.num_atoms[:, None])
+            force.append(torch.stack([batch.forces.flatten(), prediction.forces.flatten()], 1))
+            waiting = []
+    return Comparison(torch.cat(energy).cpu().numpy(), torch.cat(force).cpu().numpy())
+
+
+def _rmse(pairs: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(pairs[:, 0] - pairs[:, 1]))))

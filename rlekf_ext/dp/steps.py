@@ -1,0 +1,137 @@
+"""What happens on a batch: the updates of RLEKF or LKF, or a step of Adam as DeePMD-kit takes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlekf_ext import RLEKF
+from rlekf_ext.dp.input import Config, Loss
+from rlekf_ext.dp.model import DeepPotential
+from rlekf_ext.dp.neighbors import Frame
+from rlekf_ext.measurement import PRESETS, FrameUpdater, Measurement
+
+
+class KalmanSteps:
+    """RLEKF, or LKF in DeePMD-kit's form: the updates of a batch."""
+
+    def __init__(self, config: Config, model: DeepPotential, training: Sequence[Frame], num_steps: int, fresh: bool):
+        options = dict(config.optimizer.options)
+        self._lkf = {name: options.pop(name) for name in list(options) if name.startswith("kf_")}
+        if config.optimizer.type == "LKF":
+            options = {"preset": "paper", "strategy": "deepmd", "block_size": self._lkf.get("kf_blocksize", 5120)}
+        measurement = PRESETS[options.pop("preset", "robust")]
+        changed = {name: options.pop(name) for name in list(options) if name in asdict(measurement)}
+        measurement = replace(measurement, **changed)
+        if "covariance_dtype" in options:
+            options["covariance_dtype"] = getattr(torch, options["covariance_dtype"])
+        if fresh and measurement.warm_start:
+            model.fit_energy_bias(training, with_network=True)
+        self.optimizer = RLEKF(
+            model.named_parameters(), transpose=True, memory_factor=measurement.memory_factor, **options
+        )
+        self._updater = FrameUpdater(self.optimizer, model, measurement, config.training.seed or 0)
+        self._num_steps, self._is_lkf = num_steps, config.optimizer.type == "LKF"
+
+    def __call__(self, batch: Frame, step: int) -> int:
+        """All updates of one batch; returns how many."""
+        if self._is_lkf:
+            self._updater.measurement = self._as_deepmd(self._updater.measurement, batch, step)
+        return len(self._updater(batch))
+
+    def _as_deepmd(self, measurement: Measurement, batch: Frame, step: int) -> Measurement:
+        """LKF's scales: prefactors that change geometrically, and forces divided by the number of atoms once more."""
+        fraction = step / self._num_steps
+        energy, force = (
+            self._lkf.get(f"kf_start_pref_{kind}", 1.0) ** (1 - fraction)
+            * self._lkf.get(f"kf_limit_pref_{kind}", 1.0) ** fraction
+            * math.sqrt(len(batch.num_atoms))
+            for kind in "ef"
+        )
+        return replace(measurement, energy_scale=energy, force_scale=force / float(batch.num_atoms.mean()))
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"filter": self.optimizer.state_dict(), "updater": self._updater.state_dict()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(saved["filter"])
+        self._updater.load_state_dict(saved["updater"])
+
+    def __repr__(self) -> str:
+        return repr(self.optimizer)
+
+
+class AdamSteps:
+    """Adam with DeePMD-kit's learning rate and loss: both decay exponentially, in steps."""
+
+    def __init__(self, config: Config, model: DeepPotential, num_steps: int):
+        rate, options = config.learning_rate, dict(config.optimizer.options)
+        betas = (options.get("beta1", 0.9), options.get("beta2", 0.999))
+        decay = options.get("weight_decay", 0.0)
+        self.optimizer = torch.optim.Adam(model.parameters(), rate.start_lr, betas, weight_decay=decay, fused=True)
+        self._model, self._rate, self._loss = model, rate, config.loss
+        # DeePMD-kit's rule where decay_steps is as long as the run.
+        short = 100 if num_steps // 10 > 100 else num_steps // 100 + 1
+        self._decay_steps = rate.decay_steps if rate.decay_steps < num_steps else short
+        self._decay_rate = rate.decay_rate or (rate.stop_lr / rate.start_lr) ** (self._decay_steps / num_steps)
+
+    def __call__(self, batch: Frame, step: int) -> int:
+        """One update on one batch."""
+        rate = max(self._rate.start_lr * self._decay_rate ** (step // self._decay_steps), self._rate.stop_lr)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.zero_grad()
+        mean_squared_loss(self._model, batch, prefactors(self._loss, rate / self._rate.start_lr)).backward()
+        self.optimizer.step()
+        return 1
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(saved)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self._model.parameters())
+        return f"Adam({count} weights, lr {self._rate.start_lr:g} to {self._rate.stop_lr:g})"
+
+
+def build_optimizer(
+    config: Config, model: DeepPotential, training: Sequence[Frame], num_steps: int, fresh: bool
+) -> KalmanSteps | AdamSteps:
+    if config.optimizer.type == "Adam":
+        return AdamSteps(config, model, num_steps)
+    return KalmanSteps(config, model, training, num_steps, fresh)
+
+
+def prefactors(loss: Loss, decayed: float) -> dict[str, float]:
+    """DeePMD-kit's prefactors when the learning rate has decayed to this share of its start."""
+    return {
+        kind: getattr(loss, f"limit_pref_{kind}") * (1 - decayed) + getattr(loss, f"start_pref_{kind}") * decayed
+        for kind in "efv"
+    }
+
+
+def mean_squared_loss(model: DeepPotential, batch: Frame, factor: dict[str, float]) -> Tensor:
+    """DeePMD-kit's `ener` loss: mean squared errors, those of energy and virial divided by the number of atoms."""
+    assert batch.energy is not None  # for mypy: training frames have labels
+    assert batch.forces is not None
+    prediction = model(batch)
+    per_atom = 1 / float(batch.num_atoms.mean())
+    loss = factor["e"] * per_atom * (prediction.energy - batch.energy).square().mean()
+    loss = loss + factor["f"] * (prediction.forces - batch.forces).square().mean()
+    if factor["v"] and batch.virial is not None:
+        loss = loss + factor["v"] * per_atom * (prediction.virial - batch.virial).square().mean()
+    return loss

@@ -1,0 +1,263 @@
+"""The trainer, to be read from top to bottom: `train` is the story, the rest are its parts in the order they appear."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rlekf_ext import _C
+from rlekf_ext.dp.checkpoint import load_checkpoint, restored_model, save_checkpoint, write_atomically
+from rlekf_ext.dp.data import System, auto_sel, frames, load_systems, split
+from rlekf_ext.dp.evaluate import compare
+from rlekf_ext.dp.input import Config, InputError, TrainingData
+from rlekf_ext.dp.model import DeepPotential
+from rlekf_ext.dp.neighbors import Frame, collate
+from rlekf_ext.dp.steps import build_optimizer, prefactors
+
+Systems = list[list[Frame]]  # the frames of each system
+
+
+def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Train a Deep Potential as an input file says, and return the summary that is also written as JSON.
+
+    Writes DeePMD-kit's lcurve.out, a checkpoint, and beside lcurve.out a JSON with the held-out RMSE at the end of
+    every epoch. Ctrl-C writes the checkpoint and ends after the batch at hand. `restart` goes on from the
+    checkpoint, bit for bit.
+
+    Raises InputError and DataError before anything is written.
+    """
+    settings = config.training
+    curve_file, checkpoint_file = Path(settings.disp_file), Path(f"{settings.save_ckpt}.pt")
+    checkpoint = load_checkpoint(checkpoint_file) if restart else None
+    training, validation = load_frames(config, quiet)
+    everything = [frame for system in training for frame in system]
+    held_out = [frame for system in validation for frame in system] or everything
+
+    model = build_model(config, everything, checkpoint)
+    batches = Batches(training, settings.training_data, settings.seed or 0)
+    num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
+    optimize = build_optimizer(config, model, everything, num_steps, fresh=not restart)
+    progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
+    if checkpoint:
+        optimize.load_state_dict(checkpoint["optimizer"])
+        batches.load_state_dict(checkpoint["batches"])
+        progress = checkpoint["progress"]
+    say = (lambda *_: None) if quiet else tqdm.write
+    say(f"{len(everything)} frames train, {len(held_out)} are held out; {len(batches)} batches an epoch")
+    say(repr(optimize))
+
+    def save() -> None:
+        state = {"optimizer": optimize.state_dict(), "batches": batches.state_dict(), "progress": progress}
+        save_checkpoint(checkpoint_file, model, **state)
+
+    curve = LearningCurve(curve_file, config, held_out, progress["step"])
+    bar = tqdm(total=num_steps, initial=progress["step"], unit="batch", disable=quiet or None, mininterval=0.5)
+    with interruption() as interrupted, bar:
+        while progress["step"] < num_steps and not interrupted():
+            started = time.perf_counter()
+            batch = next(batches)
+            progress["updates"] += optimize(batch, progress["step"])
+            progress["seconds"] += time.perf_counter() - started
+            progress["step"] += 1
+            bar.update()
+            last = progress["step"] == num_steps
+            if progress["step"] % settings.disp_freq == 0 or last:
+                errors = curve.write(progress["step"], model, batch, optimize.learning_rate)
+                bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")
+            if progress["step"] % len(batches) == 0 or last:
+                progress["epochs"].append(end_of_epoch(progress, len(batches), model, held_out))
+                say(EPOCH_LINE.format(**progress["epochs"][-1]))
+            if progress["step"] % settings.save_freq == 0:
+                save()
+    save()
+    if interrupted():
+        say(f"Interrupted after batch {progress['step']}; `rlekf train --restart` goes on from {checkpoint_file}.")
+    summary = {**progress, "interrupted": interrupted(), "optimizer": repr(optimize), **this_machine()}
+    write_atomically(curve_file.with_suffix(".json"), lambda path: path.write_text(json.dumps(summary, indent=1)))
+    return summary
+
+
+EPOCH_LINE = "epoch {epoch:<5.4g} {seconds:8.1f} s   E {energy_rmse:.3e} eV/atom   F {force_rmse:.3e} eV/Å   (held out)"
+
+
+def load_frames(config: Config, quiet: bool) -> tuple[Systems, Systems]:
+    """Training and held-out frames with their neighbours, system by system."""
+    settings, network = config.training, config.model
+    training = load_systems(settings.training_data.systems, network.type_map)
+    if settings.validation_data is not None:
+        validation = load_systems(settings.validation_data.systems, network.type_map)
+    else:
+        training, validation = split(training, 1 - settings.validation_fraction)
+    dtype = model_dtype(config)
+
+    def with_neighbors(systems: Sequence[System]) -> Systems:
+        cutoff, num_types = network.descriptor.rcut, len(network.type_map)
+        shown = tqdm(systems, desc="neighbours", unit="system", disable=quiet or None, leave=False)
+        return [frames([system], cutoff, num_types, dtype) for system in shown]
+
+    return with_neighbors(training), with_neighbors(validation)
+
+
+def build_model(config: Config, training: Sequence[Frame], checkpoint: dict[str, Any] | None) -> DeepPotential:
+    """The network of the input file, with statistics of the training frames, or that of the checkpoint."""
+    descriptor, fitting = config.model.descriptor, config.model.fitting_net
+    wanted: dict[str, Any] = {
+        "type_map": list(config.model.type_map),
+        "rcut": descriptor.rcut,
+        "rcut_smth": descriptor.rcut_smth,
+        "neuron": list(descriptor.neuron),
+        "axis_neuron": descriptor.axis_neuron,
+        "type_one_side": descriptor.type_one_side,
+        "resnet_dt": descriptor.resnet_dt,
+        "fitting_neuron": list(fitting.neuron),
+        "fitting_resnet_dt": fitting.resnet_dt,
+    }
+    if checkpoint:
+        for name, value in wanted.items():
+            if checkpoint["model"][name] != value:
+                raise InputError(
+                    f"The checkpoint's model has {name} = {checkpoint['model'][name]} but the input file asks for "
+                    f"{value}; start without --restart, or restore the input file."
+                )
+        return restored_model(checkpoint)
+    factor = descriptor.sel_factor
+    sel = descriptor.sel if factor is None else auto_sel(training, factor)
+    seed = next((s for s in (descriptor.seed, fitting.seed, config.training.seed) if s is not None), 0)
+    model = DeepPotential(**wanted, sel=sel, dtype=model_dtype(config), seed=seed)  # type: ignore[arg-type]
+    model.fit_statistics(training)
+    if descriptor.set_davg_zero:
+        model.descriptor.davg.zero_()
+    model.fit_energy_bias(training)
+    return model
+
+
+def model_dtype(config: Config) -> torch.dtype:
+    return torch.float32 if config.model.descriptor.precision == "float32" else torch.float64
+
+
+class Batches:
+    """Batches of frames without end, shuffled anew each epoch; each holds frames of one system."""
+
+    def __init__(self, systems: Systems, data: TrainingData, seed: int):
+        self._systems, self._data = systems, data
+        self._generator = torch.Generator().manual_seed(seed)
+        self._shuffle()
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._order)
+
+    def __next__(self) -> Frame:
+        if self._place == len(self._order):
+            self._shuffle()
+        batch = self._order[self._place]
+        self._place += 1
+        return batch[0] if len(batch) == 1 else collate(batch)
+
+    def _shuffle(self) -> None:
+        self._epoch_state, self._place = self._generator.get_state(), 0
+        batches = []
+        for system in self._systems:
+            size = self._data.frames_per_batch(len(system[0].types))
+            order = torch.randperm(len(system), generator=self._generator).tolist()
+            batches += [[system[i] for i in order[first : first + size]] for first in range(0, len(system), size)]
+        self._order = [batches[i] for i in torch.randperm(len(batches), generator=self._generator).tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch_state": self._epoch_state, "place": self._place}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self._generator.set_state(saved["epoch_state"])
+        self._shuffle()
+        self._place = saved["place"]
+
+
+class LearningCurve:
+    """DeePMD-kit's lcurve.out; a restart keeps the rows up to the batch that it goes on from."""
+
+    COLUMNS = ("rmse_val", "rmse_trn", "rmse_e_val", "rmse_e_trn", "rmse_f_val", "rmse_f_trn")
+
+    def __init__(self, path: Path, config: Config, held_out: Sequence[Frame], step: int):
+        self._path, self._loss, self._held_out = path, config.loss, held_out
+        self._start_rate = config.learning_rate.start_lr if config.optimizer.type == "Adam" else None
+        data = config.training.validation_data
+        self._num_batches, self._data = (data.numb_btch, data) if data else (1, config.training.training_data)
+        rows = ["#  step" + "".join(f"{name:>12}" for name in self.COLUMNS) + f"{'lr':>9}"]
+        if step and path.exists():
+            old = [row for row in path.read_text().splitlines() if not row.startswith("#")]
+            rows += [row for row in old if int(row.split()[0]) <= step]
+        write_atomically(path, lambda temporary: temporary.write_text("\n".join(rows) + "\n"))
+
+    def write(self, step: int, model: DeepPotential, batch: Frame, rate: float) -> str:
+        """Add a row: RMSE on the batch just used and on held-out frames, taken in turn. Returns the latter as text."""
+        count = self._num_batches * self._data.frames_per_batch(len(self._held_out[0].types))
+        taken = [self._held_out[(step + i) % len(self._held_out)] for i in range(min(count, len(self._held_out)))]
+        factor = prefactors(self._loss, rate / self._start_rate if self._start_rate else 0.0)
+        values = []
+        for part in (taken, [batch]):
+            errors = compare(model, part)
+            atoms = sum(float(frame.num_atoms.sum()) for frame in part) / sum(len(frame.num_atoms) for frame in part)
+            loss = factor["e"] * atoms * errors.energy_rmse**2 + factor["f"] * errors.force_rmse**2
+            values.append((math.sqrt(loss), errors.energy_rmse, errors.force_rmse))
+        (total, energy, force), trained = values
+        row = (total, trained[0], energy, trained[1], force, trained[2])
+        with self._path.open("a") as file:
+            file.write(f"{step:7d}" + "".join(f"{value:12.2e}" for value in row) + f"{rate:9.1e}\n")
+        return f"E {energy:.1e} eV/atom, F {force:.1e} eV/Å"
+
+
+def end_of_epoch(
+    progress: dict[str, Any], batches_per_epoch: int, model: DeepPotential, held_out: Sequence[Frame]
+) -> dict[str, float]:
+    """A row of the summary: where training stands, and the RMSE on all held-out frames."""
+    errors = compare(model, held_out)
+    return {
+        "epoch": progress["step"] / batches_per_epoch,
+        "updates": progress["updates"],
+        "seconds": progress["seconds"],
+        "energy_rmse": errors.energy_rmse,
+        "force_rmse": errors.force_rmse,
+    }
+
+
+@contextmanager
+def interruption() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C (or SIGTERM) only makes the yielded function return True; the second one interrupts."""
+    seen: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    try:
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def this_machine() -> dict[str, Any]:
+    """What a row of results needs to be read later."""
+    info = _C.build_info()
+    return {
+        "version": info["version"],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_isa": _C.cpu_isa(),
+    }
