@@ -47,10 +47,12 @@ class CMakeBuild(build_ext):
         configure += [f"-DRLEKF_VERSION={self.distribution.get_version()}", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DCMAKE_INSTALL_PREFIX={destination}", "-DCMAKE_BUILD_TYPE=Release"]
         configure += os.environ.get("CMAKE_ARGS", "").split()
+        # cmake and ninja may be installed beside this Python without being on PATH.
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        environment = {**os.environ, "PATH": path}
         print(f"rlekf_ext: building against torch {torch_version(torch)}", file=sys.stderr)
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
-        subprocess.run(["cmake", "--install", str(build)], check=True)
+        for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
+            subprocess.run(command, check=True, env=environment)
 
 
 if {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv):

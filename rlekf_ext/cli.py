@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, MemoryError) as error:  # InputError and DataError are ValueErrors
         return wrong(str(error))
     except OSError as error:
-        return wrong(f"{error.filename or 'a file'}: {error.strerror}.")
+        return wrong(f"{error.filename or 'a file'}: {error.strerror or error}.")
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def run_train(arguments: argparse.Namespace) -> int:

@@ -40,6 +40,7 @@ class Measurement:
     adaptive_scale: bool = False
     relinearize: bool = True  # the model evaluated anew before each update; else all updates of a frame in one pass
     warm_start: bool = False  # before the first update, the mean energy error is moved into the output bias
+    average_frames: int = 1  # what is evaluated and saved: a running mean of the weights over about so many frames
 
     def __post_init__(self) -> None:
         if unknown := set(self.order) - set(KINDS):
@@ -48,6 +49,8 @@ class Measurement:
             raise ValueError("order should name at least one kind of update but is empty.")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size should be at least 1, or null for all atoms, but is {self.group_size}.")
+        if self.average_frames < 1:
+            raise ValueError(f"average_frames should be at least 1 but is {self.average_frames}.")
         if self.num_groups < 1:
             raise ValueError(f"num_groups should be at least 1 but is {self.num_groups}.")
         for kind in KINDS:
@@ -81,6 +84,7 @@ PRESETS = {
         force_scale=1.0,
         adaptive_scale=True,
         warm_start=True,
+        average_frames=8,
     ),
 }
 
@@ -184,7 +188,8 @@ class FrameUpdater:
             jacobian.append(self.optimizer.flatten(gradients))
             innovation.append(scale * value.detach())
             found.append(value.detach())
-        self.optimizer.update(torch.stack(innovation), torch.stack(jacobian))
+        if found:
+            self.optimizer.update(torch.stack(innovation), torch.stack(jacobian))
         return found
 
     def _scale(self, kind: str, error: Tensor) -> float | Tensor:
@@ -192,6 +197,7 @@ class FrameUpdater:
         if not self.measurement.adaptive_scale:
             return scale
         mean = self._means.get(kind, error)
+        mean = torch.where(mean.isfinite(), mean, error)  # the very first ε may not have been finite
         mean = torch.where(error.isfinite(), EMA_DECAY * mean + (1 - EMA_DECAY) * error, mean)
         self._means[kind] = mean
         return scale / mean.clamp_min(torch.finfo(mean.dtype).tiny)

@@ -16,7 +16,16 @@ from rlekf_ext.dp.model import DeepPotential
 def save_checkpoint(path: Path, model: DeepPotential, **rest: Any) -> None:
     """Write the model and whatever else `rest` holds: tensors, numbers, strings, dicts and lists of them."""
     checkpoint = {"model": model.config(), "weights": model.state_dict(), **rest}
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+
+    try:
+        write_atomically(path, write)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"{path} cannot be written: {reason}.") from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -24,11 +33,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, weights_only=True)
         if not {"model", "weights"} <= set(checkpoint):
-            raise ValueError("it has no model in it")
+            raise ValueError("no model in it")
     except FileNotFoundError as error:
         raise InputError(f"The checkpoint {path} does not exist.") from error
-    except Exception as error:  # whatever a damaged file makes of the unpickler
-        raise InputError(f"{path} is not a checkpoint of `rlekf train`: {error}.") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise InputError(f"The checkpoint {path} cannot be read: {error.strerror}.") from error
+    except Exception as error:  # whatever a damaged file makes of the unpickler: its own words help nobody
+        raise InputError(
+            f"{path} is not a checkpoint of `rlekf train`: it is damaged, or another program wrote it."
+        ) from error
     return checkpoint
 
 
@@ -38,10 +51,21 @@ def restored_model(checkpoint: dict[str, Any]) -> DeepPotential:
     return model
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError where `path` cannot be written, before hours are spent on what should stand in it."""
+    temporary = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.filename}: {error.strerror}.") from error
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside `path` and move it there: a reader, or a full disk, finds the old file or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _beside(path)
     try:
         write(temporary)
         with temporary.open("rb") as file:
@@ -49,3 +73,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")

@@ -174,6 +174,7 @@ class RLEKFKeys:
     adaptive_scale: bool = key()
     relinearize: bool = key()
     warm_start: bool = key()
+    average_frames: int = key(low=1)
 
 
 @dataclass(frozen=True)

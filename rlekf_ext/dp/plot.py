@@ -22,11 +22,16 @@ def read_curve(path: str | Path) -> dict[str, np.ndarray]:
     """Columns of an lcurve.out (DeePMD-kit's too), or of the held-out curve in the trainer's JSON, by name."""
     path = Path(path)
     if path.suffix == ".json":
-        rows = json.loads(path.read_text())["epochs"]
+        rows = json.loads(path.read_text()).get("epochs", [])
         return {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else {})}
-    header, *rows = path.read_text().splitlines()
+    header, *rows = path.read_text().splitlines() or [""]
     names = header.lstrip("# ").split()
-    values = np.array([row.split() for row in rows if not row.startswith("#")], dtype=float).reshape(-1, len(names))
+    numbers = [row.split() for row in rows if not row.startswith("#")]
+    if names[:1] != ["step"] or any(len(row) != len(names) for row in numbers):
+        raise ValueError(
+            f"{path} is not an lcurve.out: it should have a line of names, first step, and rows of numbers."
+        )
+    values = np.array(numbers, dtype=float).reshape(-1, len(names))
     return dict(zip(names, values.T, strict=True))
 
 
@@ -36,7 +41,10 @@ def plot_lcurve(path: str | Path, output: str | Path) -> Path:
     lines = {
         label: {"x": curve["step"], "energy": curve[f"rmse_e_{part}"], "force": curve[f"rmse_f_{part}"]}
         for label, part in (("training batch", "trn"), ("held out", "val"))
+        if {"step", f"rmse_e_{part}", f"rmse_f_{part}"} <= set(curve)  # DeePMD-kit has no val without validation data
     }
+    if not lines:
+        raise ValueError(f"{path} has no columns step, rmse_e_trn and rmse_f_trn: give an lcurve.out.")
     return _two_panels(lines, "batch", output)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rlekf_ext import RLEKF
 from rlekf_ext.dp.input import Config, Loss
@@ -37,12 +38,20 @@ class KalmanSteps:
         )
         self._updater = FrameUpdater(self.optimizer, model, measurement, config.training.seed or 0)
         self._num_steps, self._is_lkf = num_steps, config.optimizer.type == "LKF"
+        # Each update fits the frame at hand, and leaves the energies of the others off by a common amount that changes
+        # its sign from frame to frame: the mean over a few frames is without it.
+        decay = 1 - 1 / measurement.average_frames
+        self._model = model
+        self._mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
 
     def __call__(self, batch: Frame, step: int) -> int:
         """All updates of one batch; returns how many."""
         if self._is_lkf:
             self._updater.measurement = self._as_deepmd(self._updater.measurement, batch, step)
-        return len(self._updater(batch))
+        updates = len(self._updater(batch))
+        if self._mean:
+            self._mean.update_parameters(self._model)
+        return updates
 
     def _as_deepmd(self, measurement: Measurement, batch: Frame, step: int) -> Measurement:
         """LKF's scales: prefactors that change geometrically, and forces divided by the number of atoms once more."""
@@ -56,15 +65,26 @@ class KalmanSteps:
         return replace(measurement, energy_scale=energy, force_scale=force / float(batch.num_atoms.mean()))
 
     @property
+    def result(self) -> DeepPotential:
+        """The model to evaluate and save."""
+        return self._mean.module if self._mean else self._model  # type: ignore[return-value]
+
+    @property
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"filter": self.optimizer.state_dict(), "updater": self._updater.state_dict()}
+        state: dict[str, Any] = {"filter": self.optimizer.state_dict(), "updater": self._updater.state_dict()}
+        if self._mean:  # the checkpoint's own weights are those of `result`
+            state |= {"weights": self._model.state_dict(), "num_averaged": self._mean.n_averaged}
+        return state
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(saved["filter"])
         self._updater.load_state_dict(saved["updater"])
+        if self._mean:
+            self._model.load_state_dict(saved["weights"])
+            self._mean.n_averaged.copy_(saved["num_averaged"])
 
     def __repr__(self) -> str:
         return repr(self.optimizer)
@@ -92,6 +112,10 @@ class AdamSteps:
         mean_squared_loss(self._model, batch, prefactors(self._loss, rate / self._rate.start_lr)).backward()
         self.optimizer.step()
         return 1
+
+    @property
+    def result(self) -> DeepPotential:
+        return self._model
 
     @property
     def learning_rate(self) -> float:

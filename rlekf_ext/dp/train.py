@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from rlekf_ext import _C
-from rlekf_ext.dp.checkpoint import load_checkpoint, restored_model, save_checkpoint, write_atomically
+from rlekf_ext.dp.checkpoint import check_writable, load_checkpoint, restored_model, save_checkpoint, write_atomically
 from rlekf_ext.dp.data import System, auto_sel, frames, load_systems, split
 from rlekf_ext.dp.evaluate import compare
 from rlekf_ext.dp.input import Config, InputError, TrainingData
@@ -49,7 +49,13 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
     optimize = build_optimizer(config, model, everything, num_steps, fresh=not restart)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
     if checkpoint:
-        optimize.load_state_dict(checkpoint["optimizer"])
+        try:
+            optimize.load_state_dict(checkpoint["optimizer"])
+        except KeyError as error:
+            raise InputError(
+                f"The checkpoint {checkpoint_file} is not of the optimizer {config.optimizer.type} that the input file "
+                "asks for; start without --restart, or restore the input file."
+            ) from error
         batches.load_state_dict(checkpoint["batches"])
         progress = checkpoint["progress"]
     say = (lambda *_: None) if quiet else tqdm.write
@@ -58,8 +64,12 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
 
     def save() -> None:
         state = {"optimizer": optimize.state_dict(), "batches": batches.state_dict(), "progress": progress}
-        save_checkpoint(checkpoint_file, model, **state)
+        save_checkpoint(checkpoint_file, optimize.result, **state)
 
+    for frame in held_out:
+        model.descriptor.environment(frame)  # more neighbours than sel has slots for: an error now, not hours later
+    for path in (curve_file, checkpoint_file):
+        check_writable(path)
     curve = LearningCurve(curve_file, config, held_out, progress["step"])
     bar = tqdm(total=num_steps, initial=progress["step"], unit="batch", disable=quiet or None, mininterval=0.5)
     with interruption() as interrupted, bar:
@@ -72,10 +82,10 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
             bar.update()
             last = progress["step"] == num_steps
             if progress["step"] % settings.disp_freq == 0 or last:
-                errors = curve.write(progress["step"], model, batch, optimize.learning_rate)
+                errors = curve.write(progress["step"], optimize.result, batch, optimize.learning_rate)
                 bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")
             if progress["step"] % len(batches) == 0 or last:
-                progress["epochs"].append(end_of_epoch(progress, len(batches), model, held_out))
+                progress["epochs"].append(end_of_epoch(progress, len(batches), optimize.result, held_out))
                 say(EPOCH_LINE.format(**progress["epochs"][-1]))
             if progress["step"] % settings.save_freq == 0:
                 save()
@@ -121,7 +131,11 @@ def build_model(config: Config, training: Sequence[Frame], checkpoint: dict[str,
         "resnet_dt": descriptor.resnet_dt,
         "fitting_neuron": list(fitting.neuron),
         "fitting_resnet_dt": fitting.resnet_dt,
+        "dtype": str(model_dtype(config)).removeprefix("torch."),
     }
+    factor = descriptor.sel_factor
+    if factor is None:
+        wanted["sel"] = list(descriptor.sel)
     if checkpoint:
         for name, value in wanted.items():
             if checkpoint["model"][name] != value:
@@ -130,10 +144,10 @@ def build_model(config: Config, training: Sequence[Frame], checkpoint: dict[str,
                     f"{value}; start without --restart, or restore the input file."
                 )
         return restored_model(checkpoint)
-    factor = descriptor.sel_factor
-    sel = descriptor.sel if factor is None else auto_sel(training, factor)
+    if factor is not None:
+        wanted["sel"] = auto_sel(training, factor)
     seed = next((s for s in (descriptor.seed, fitting.seed, config.training.seed) if s is not None), 0)
-    model = DeepPotential(**wanted, sel=sel, dtype=model_dtype(config), seed=seed)  # type: ignore[arg-type]
+    model = DeepPotential(**wanted, seed=seed)
     model.fit_statistics(training)
     if descriptor.set_davg_zero:
         model.descriptor.davg.zero_()
@@ -158,7 +172,7 @@ class Batches:
         return len(self._order)
 
     def __next__(self) -> Frame:
-        if self._place == len(self._order):
+        if self._place >= len(self._order):  # above it where a restart has fewer frames
             self._shuffle()
         batch = self._order[self._place]
         self._place += 1
@@ -251,6 +265,15 @@ def interruption() -> Iterator[Callable[[], bool]]:
             signal.signal(number, previous)
 
 
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def this_machine() -> dict[str, Any]:
     """What a row of results needs to be read later."""
     info = _C.build_info()
@@ -258,6 +281,6 @@ def this_machine() -> dict[str, Any]:
         "version": info["version"],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cpu_isa": _C.cpu_isa(),
     }

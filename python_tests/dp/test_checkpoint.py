@@ -1,0 +1,165 @@
+"""Files that are whole or not there."""
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlekf_ext.dp.checkpoint import check_writable, load_checkpoint, restored_model, save_checkpoint, write_atomically
+from rlekf_ext.dp.input import InputError
+from rlekf_ext.dp.model import DeepPotential
+from rlekf_ext.dp.neighbors import make_frame
+
+
+def small_model(**changes):
+    settings = {"neuron": (3, 6), "axis_neuron": 2, "fitting_neuron": (5, 5), "seed": 1, **changes}
+    model = DeepPotential(["A", "B"], [9, 9], 4.0, **settings)
+    model.energy_bias.copy_(torch.tensor([1.5, -2.0]))
+    model.descriptor.davg.add_(0.25)
+    return model
+
+
+def weights(model):
+    return torch.cat([value.flatten().double() for value in model.state_dict().values()])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"dtype": torch.float32, "type_one_side": True, "resnet_dt": True, "fitting_resnet_dt": True}]
+)
+def test_what_is_saved_is_loaded(tmp_path, changes):
+    model, file = small_model(**changes), tmp_path / "deep" / "down" / "model.pt"
+    rest = {"progress": {"step": 3, "epochs": [{"epoch": 0.5}]}, "state": {"tiles": torch.arange(5.0)}}
+    save_checkpoint(file, model, **rest)
+    torch.load(file, weights_only=True)  # no code runs when somebody else's checkpoint is opened
+    checkpoint = load_checkpoint(str(file))
+    assert checkpoint["progress"] == rest["progress"]
+    assert torch.equal(checkpoint["state"]["tiles"], torch.arange(5.0))
+    restored = restored_model(checkpoint)
+    assert restored.config() == model.config()
+    assert torch.equal(weights(restored), weights(model))
+    frame = make_frame([[0, 0, 0], [1.5, 0, 0.3]], None, [0, 1], 4.0, 2, dtype=model.dtype)
+    assert torch.equal(restored(frame).forces, model(frame).forces)
+    assert sorted(path.name for path in file.parent.iterdir()) == ["model.pt"]
+
+
+class HalfwayError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("old", [b"old", None])
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, old):
+    file = tmp_path / "file"
+    if old:
+        file.write_bytes(old)
+
+    def half(path):
+        path.write_bytes(b"ne")
+        raise HalfwayError
+
+    with pytest.raises(HalfwayError):
+        write_atomically(file, half)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == ([old] if old else [])
+
+
+@pytest.mark.parametrize("call", ["torch.save", "os.fsync", "pathlib.Path.replace"])
+def test_a_failing_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, call):
+    file = tmp_path / "model.pt"
+    save_checkpoint(file, small_model(), step=1)
+    before = file.read_bytes()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, fail)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(file, small_model(seed=2), step=2)
+    assert file.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.pt"]
+    save_checkpoint(file, small_model(seed=2), step=2)
+    assert load_checkpoint(file)["step"] == 2
+
+
+def test_the_old_file_is_there_while_the_new_one_is_written(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+
+    def write(path):
+        assert path.parent == file.parent  # on one file system, or the move would copy
+        path.write_text("new")
+        assert file.read_text() == "old"
+
+    write_atomically(file, write)
+    assert file.read_text() == "new"
+
+
+def test_a_full_disk_is_an_error_with_its_reason(tmp_path):
+    """A limit on the size of files stands for it; torch.save makes a RuntimeError of both."""
+    file = tmp_path / "model.pt"
+    save_checkpoint(file, small_model(), step=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(InputError, match=r"model\.pt cannot be written: .*File too large"):
+            save_checkpoint(file, small_model(), step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(file)["step"] == 1
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.parametrize("place", ["file/model.pt", "file/below/model.pt"])
+def test_where_nothing_can_be_written(tmp_path, place):
+    (tmp_path / "file").write_text("a file, not a folder")
+    with pytest.raises(InputError, match=rf"{place} cannot be written: .*file.*: (File exists|Not a directory)\."):
+        check_writable(tmp_path / place)
+
+
+def test_where_a_folder_takes_no_file():
+    with pytest.raises(InputError, match=r"/proc/model\.pt cannot be written: "):
+        check_writable(Path("/proc/model.pt"))
+
+
+def test_check_writable_makes_the_folder_and_leaves_what_is_there(tmp_path):
+    file = tmp_path / "a" / "b" / "model.pt"
+    check_writable(file)
+    assert os.listdir(file.parent) == []
+    file.write_text("old")
+    check_writable(file)
+    assert os.listdir(file.parent) == ["model.pt"]
+    assert file.read_text() == "old"
+
+
+def truncated(path):
+    save_checkpoint(path, small_model())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+WRONG = {
+    "truncated": truncated,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("hello\n" * 100),
+    "numbers": lambda path: torch.save(torch.zeros(3), path),
+    "deepmd-kit's": lambda path: torch.save({"model": {"weight": torch.zeros(3)}, "optimizer": {}}, path),
+    "code": lambda path: torch.save({"model": os.system, "weights": 1}, path),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_file_that_is_no_checkpoint(tmp_path, kind):
+    file = tmp_path / "other.pt"
+    WRONG[kind](file)
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(file)
+    message = str(caught.value)
+    assert message == f"{file} is not a checkpoint of `rlekf train`: it is damaged, or another program wrote it."
+    assert caught.value.__cause__ is not None
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"The checkpoint .*none\.pt does not exist\."):
+        load_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(InputError, match=r"The checkpoint .* cannot be read: Is a directory\."):
+        load_checkpoint(tmp_path)

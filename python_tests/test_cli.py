@@ -1,0 +1,300 @@
+"""The command, called as a user calls it: what it does, and what it says where the input is wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rlekf_ext import cli
+from rlekf_ext.cli import main
+
+NACL = Path(__file__).resolve().parents[1] / "examples" / "nacl" / "gpaw_pbe_8"
+
+
+def write_data(folder, count=3):
+    """The first frames of the NaCl set."""
+    (folder / "set.000").mkdir(parents=True)
+    for name in ("type.raw", "type_map.raw"):
+        shutil.copy(NACL / name, folder)
+    for file in (NACL / "set.000").glob("*.npy"):
+        np.save(folder / "set.000" / file.name, np.load(file)[:count])
+
+
+def write_input(folder, change=None):
+    """An input file that trains a tiny network on them for four batches, with one change."""
+    given = {
+        "model": {
+            "type_map": ["Na", "Cl"],
+            "descriptor": {"rcut": 3.5, "neuron": [4, 4], "axis_neuron": 2},
+            "fitting_net": {"neuron": [6, 6]},
+        },
+        "optimizer": {"type": "RLEKF", "block_size": 40},
+        "training": {"training_data": {"systems": "data", "batch_size": 1}, "numb_steps": 4, "disp_freq": 1, "seed": 1},
+    }
+    for path, value in (change or {}).items():
+        *sections, name = path.split("/")
+        section = given
+        for each in sections:
+            section = section.setdefault(each, {})
+        section[name] = value
+    (folder / "input.json").write_text(json.dumps(given))
+    return "input.json"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with data and an input file."""
+    write_data(tmp_path / "data")
+    write_input(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which `rlekf train` ran."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_data(folder / "data")
+    write_input(folder)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert main(["train", "input.json"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def in_trained(trained, tmp_path, monkeypatch):
+    """A copy of it as the working directory."""
+    shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def complaint(capsys, arguments):
+    """What a command with exit code 2 says: one line, without a traceback."""
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert re.fullmatch(r"rlekf: [^\n]+[.?]\n", errors), errors
+    assert not re.search(r"\b[A-Z]\w+(Error|Exception)\b|<class|None", errors), errors  # Python's words, not a user's
+    return errors.removeprefix("rlekf: ").rstrip("\n")
+
+
+# What it does
+
+
+def test_train_writes_its_files_where_it_was_called(folder, capsys):
+    assert main(["train", "input.json"]) == 0
+    assert {"lcurve.out", "lcurve.json", "model.ckpt.pt"} < set(os.listdir(folder))
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    assert "2 frames train, 1 are held out; 2 batches an epoch" in output
+    assert re.search(r"RLEKF\(\d+ weights in \d+ blocks of at most 40", output)
+    assert re.search(r"^epoch 2 .* E \d\.\d+e[-+]\d+ eV/atom   F \d\.\d+e[-+]\d+ eV/Å   \(held out\)$", output, re.M)
+    assert main(["train", "input.json", "--restart"]) == 0
+
+
+def test_python_m_rlekf_ext_is_the_command(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "rlekf_ext", "train", "none.json"], capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode == 2
+    assert done.stderr == "rlekf: The input file none.json cannot be read: No such file or directory.\n"
+
+
+def test_test_prints_and_writes_what_the_summary_says(in_trained, capsys):
+    held_out = in_trained / "held_out"
+    shutil.copytree("data", held_out)
+    for file in (held_out / "set.000").glob("*.npy"):
+        np.save(file, np.load(file)[2:])
+    assert main(["test", "-s", "held_out", "-d", "detail"]) == 0
+    output = capsys.readouterr().out
+    last = json.loads(Path("lcurve.json").read_text())["epochs"][-1]
+    assert "frames       1\n" in output
+    assert f"energy RMSE  {1e3 * last['energy_rmse']:.4g} meV/atom\n" in output
+    assert f"force RMSE   {1e3 * last['force_rmse']:.4g} meV/Å\n" in output
+    assert "wrote        detail.e_peratom.out, detail.f.out, detail.png\n" in output
+    label, predicted = np.loadtxt("detail.f.out").T
+    np.testing.assert_allclose(label, np.load("held_out/set.000/force.npy").ravel())
+    assert np.sqrt(np.mean((label - predicted) ** 2)) == pytest.approx(last["force_rmse"], rel=1e-12)
+    assert Path("detail.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["test", "-m", "model.ckpt.pt", "-s", "data", "held_out"]) == 0
+    assert "frames       4\n" in capsys.readouterr().out
+
+
+def test_plot_draws_the_curve(in_trained, capsys):
+    assert main(["plot"]) == 0
+    assert capsys.readouterr().out == "wrote lcurve.png\n"
+    assert Path("lcurve.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", "lcurve.out", "-o", "curve.pdf"]) == 0
+    assert Path("curve.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_info_lists_every_backend_with_its_reason(capsys, monkeypatch):
+    reasons = {"reference": "", "cpu": "", "cuda": "no nvcc was found.", "triton": "not written yet."}
+    monkeypatch.setattr(cli, "backends", lambda: reasons)
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("backend")] == list(reasons)
+    assert "backend      cpu       available" in lines
+    assert "backend      cuda      absent: no nvcc was found." in lines
+    assert any(line.split()[:2] == ["torch", f"{torch.__version__},"] for line in lines)
+    assert any(line.startswith("CUDA") and len(line.split()) > 1 for line in lines)
+
+
+def test_info_of_this_build(capsys):
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    for name in ("reference", "cpu", "cuda", "triton"):
+        assert re.search(rf"^backend      {name} +(available|absent: \w.*)$", output, re.M)
+    assert re.search(r"^rlekf_ext    \d+\.\d+\.\d+ \(compiled by .+ against torch \d", output, re.M)
+    assert re.search(r"^CPU          \w", output, re.M)
+    assert re.search(r"^             architectures: \w", output, re.M)
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["test"], ["train", "input.json", "--resart"]])
+def test_wrong_arguments_are_exit_code_2_with_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: rlekf" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_training_begins(folder, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlekf_ext.dp.train.load_frames", interrupted)
+    try:
+        code = main(["train", "input.json"])
+    except KeyboardInterrupt:  # it would end pytest, too
+        pytest.fail("Ctrl-C would end in a traceback.")
+    assert code == 130
+    assert capsys.readouterr().err == ""
+
+
+# What it says where the input is wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"training/numb_setps": 5}, "training/numb_setps is not a known key; did you mean numb_steps?"),
+        ({"optimizer/blocksize": 5}, "optimizer/blocksize is not a known key; did you mean block_size?"),
+        ({"model/descriptor/type": "dpa2"}, 'model/descriptor/type = "dpa2" is not supported; supported: "se_e2_a"'),
+        ({"model/type": "pairtab"}, 'model/type = "pairtab" is not supported; supported: "standard"'),
+        ({"optimizer/type": "SGD"}, 'optimizer/type = "SGD" is not supported; supported: "RLEKF", "LKF", "Adam"'),
+        ({"optimizer/preset": "best"}, 'optimizer/preset = "best" is not supported; supported: "robust", "paper"'),
+        ({"optimizer/order": []}, "optimizer/order must be"),
+        ({"model/descriptor/rcut": -1}, "model/descriptor/rcut must be > 0.* but is: -1"),
+        ({"model/type_map": ["Na", "K"]}, r"data has the element Cl, which is not in type_map \['Na', 'K'\]; add it"),
+        ({"training/training_data/systems": "none"}, r"none does not exist \(current directory: /"),
+        ({"model/descriptor/sel": [2, 60]}, "6 neighbours of element Na within 3.5 Å, more than sel = 2"),
+        ({"training/disp_file": "input.json/lcurve.out"}, "input.json/lcurve.out cannot be written: "),
+        ({"training/save_ckpt": "input.json/below/model"}, "input.json/below/model.pt cannot be written: "),
+    ],
+)
+def test_wrong_input_is_named(folder, capsys, change, message):
+    write_input(folder, change)
+    before = sorted(folder.rglob("*"))
+    said = complaint(capsys, ["train", "input.json"])
+    assert re.search(message, said), said
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_file_that_is_not_json(folder, capsys):
+    Path("input.json").write_text('{\n  "model": {,}\n}')
+    assert complaint(capsys, ["train", "input.json"]).startswith("input.json, line 2, column 13: not JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("label", "place", "value", "message"),
+    [
+        (
+            "force",
+            (2, 4),
+            np.nan,
+            r"data/set.000/force.npy: frame 2, atom 1 has the value nan; all values must be finite",
+        ),
+        ("energy", (1, 0), np.inf, r"data/set.000/energy.npy: frame 1 has the value inf"),
+        ("coord", (1, slice(3, 6)), 0.05, r"data, frame 1: Atoms \d and \d are .* Å apart, closer than 0.1 Å"),
+    ],
+)
+def test_wrong_data_are_named_with_their_frame(folder, capsys, label, place, value, message):
+    file = folder / "data" / "set.000" / f"{label}.npy"
+    array = np.load(file)
+    if label == "coord":
+        array[1, 0:3] = 0.0
+    array[place] = value
+    np.save(file, array)
+    assert re.search(message, complaint(capsys, ["train", "input.json"]))
+    assert not (folder / "lcurve.out").exists()
+
+
+def test_restart_without_a_checkpoint(folder, capsys):
+    assert "The checkpoint model.ckpt.pt does not exist." in complaint(capsys, ["train", "input.json", "--restart"])
+
+
+def test_restart_with_another_network_or_optimizer(in_trained, capsys):
+    write_input(in_trained, {"model/fitting_net/neuron": [7, 7]})
+    said = complaint(capsys, ["train", "input.json", "--restart"])
+    assert "fitting_neuron = [6, 6] but the input file asks for [7, 7]; start without --restart" in said
+    write_input(in_trained, {"optimizer": {"type": "Adam"}})
+    said = complaint(capsys, ["train", "input.json", "--restart"])
+    assert "model.ckpt.pt is not of the optimizer Adam" in said
+
+
+def test_test_needs_a_checkpoint_and_data(in_trained, capsys):
+    said = complaint(capsys, ["test", "-m", "none.pt", "-s", "data"])
+    assert said == "The checkpoint none.pt does not exist."
+    Path("text.pt").write_text("hello\n" * 100)
+    said = complaint(capsys, ["test", "-m", "text.pt", "-s", "data"])
+    assert said.startswith("text.pt is not a checkpoint of `rlekf train`: ")
+    assert "none does not exist" in complaint(capsys, ["test", "-s", "none"])
+    said = complaint(capsys, ["test", "-s", "data", "-d", "none/detail"])
+    assert said == "none/detail.e_peratom.out: No such file or directory."
+
+
+def test_test_on_elements_the_model_does_not_know(in_trained, capsys):
+    Path("data/type_map.raw").write_text("Na\nK\n")
+    assert "data has the element K, which is not in type_map" in complaint(capsys, ["test", "-s", "data"])
+
+
+def test_plot_needs_a_curve(folder, capsys):
+    assert complaint(capsys, ["plot"]) == "lcurve.out: No such file or directory."
+    assert "input.json has no columns step" in complaint(capsys, ["plot", "input.json"])
+    Path("lcurve.out").write_text("")
+    assert complaint(capsys, ["plot"]).startswith("lcurve.out is not an lcurve.out")
+
+
+def test_plot_where_nothing_can_be_written(in_trained, capsys):
+    assert complaint(capsys, ["plot", "-o", "none/lcurve.png"]) == "none/lcurve.png: No such file or directory."
+
+
+def test_an_absent_package_names_its_extra(folder, capsys, monkeypatch):
+    for package, arguments, extra in (
+        ("vesin", ["train", "input.json"], "dp"),
+        ("matplotlib", ["plot"], "plot"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            patch.delitem(sys.modules, "rlekf_ext.dp.plot", raising=False)
+            said = complaint(capsys, arguments)
+        assert f"`rlekf {arguments[0]}` needs {package}: run `pip install 'rlekf_ext[{extra}]'`." in said
+
+
+def test_an_error_of_the_system_without_a_name_keeps_its_words(folder, capsys, monkeypatch):
+    def fail(_):
+        raise OSError("the tape is torn")
+
+    monkeypatch.setattr("rlekf_ext.dp.input.read_input", fail)
+    assert complaint(capsys, ["train", "input.json"]) == "a file: the tape is torn."
