@@ -242,7 +242,7 @@ def test_paper_preset():
     paper = PRESETS["paper"]
     assert (paper.memory_factor, paper.group_size, paper.num_groups) == (0.98, 6, 4)
     assert (paper.energy_scale, paper.force_scale, paper.virial_scale) == (1, 1, 1)
-    assert (paper.adaptive_scale, paper.relinearize, paper.warm_start) == (False, True, False)
+    assert (paper.adaptive_scale, paper.relinearize, paper.warm_start, paper.average_frames) == (False, True, False, 1)
     model = Quadratic()
     updater = FrameUpdater(Recorder(model), model, paper)
     assert [kind for kind, _ in updater(make_frame(model, counts=(30,)))] == [E, F, F, F, F]
@@ -481,6 +481,7 @@ def test_saved_and_loaded_it_goes_on_exactly(relinearize, kept):
         ({"order": (E, "stress", "dipole")}, "order should hold only energy, force, virial but holds dipole, stress"),
         ({"group_size": 0}, "group_size should be at least 1, or null for all atoms, but is 0"),
         ({"num_groups": 0}, "num_groups should be at least 1 but is 0"),
+        ({"average_frames": 0}, "average_frames should be at least 1 but is 0"),
         ({"energy_scale": 0.0}, "energy_scale should be above 0 but is 0.0"),
         ({"force_scale": -1.0}, "force_scale should be above 0 but is -1.0"),
         ({"virial_scale": float("nan")}, "virial_scale should be above 0 but is nan"),

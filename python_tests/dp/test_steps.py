@@ -184,6 +184,26 @@ def test_warm_start_moves_the_mean_energy_error_into_the_bias(model):
     assert abs(mean_error()) < 1e-12 * abs(before)
 
 
+@pytest.mark.parametrize("average_frames", [1, 2, 8])
+def test_result_is_a_running_mean_of_the_weights(model, average_frames):
+    """It begins at the weights that the first batch left, and takes 1/average_frames of each later ones'."""
+    config = config_of({"type": "RLEKF", "average_frames": average_frames})
+    frames = [labelled(model, seed) for seed in range(4)]
+    alone = copy.deepcopy(model)
+    steps = build_optimizer(config, model, frames, NUM_STEPS, fresh=True)
+    plain = build_optimizer(config_of({"type": "RLEKF", "average_frames": 1}), alone, frames, NUM_STEPS, fresh=True)
+    mean = None
+    for step, frame in enumerate(frames):
+        steps(frame, step)
+        plain(frame, step)
+        assert torch.equal(flat(model), flat(alone))  # the mean does not reach the filter
+        mean = flat(model) if mean is None else mean + (flat(model) - mean) / average_frames
+        assert relative(flat(steps.result), mean) < 1e-13
+    assert (steps.result is model) == (average_frames == 1)
+    for name, buffer in model.named_buffers():  # among them the bias that the warm start moved
+        assert torch.equal(dict(steps.result.named_buffers())[name], buffer)
+
+
 # Adam
 
 

@@ -288,6 +288,8 @@ def test_every_frame_is_in_one_batch_an_epoch(batch_size, sizes):
         assert sorted(number for batch in epoch for number in batch) == [*range(5), *range(100, 107)]
         assert all(len({number // 100 for number in batch}) == 1 for batch in epoch)  # of one system
     assert epochs[0] != epochs[1] != epochs[2]
+    systems_in_turn = [batch[0] // 100 for batch in epochs[0]]
+    assert len(sizes) < 7 or systems_in_turn not in (sorted(systems_in_turn), sorted(systems_in_turn, reverse=True))
     again = Batches(systems, TrainingData(("a",), batch_size), seed=0)
     assert [numbers(next(again)) for _ in range(len(again))] == epochs[0]
 
@@ -380,6 +382,20 @@ def test_restart_without_the_old_curve(tmp_path):
     assert curve_of(tmp_path)["step"].tolist() == 6
 
 
+@pytest.mark.parametrize(("first", "second"), [(8, 1), (1, 8), (8, 2)])
+def test_restart_with_another_mean_of_the_weights(tmp_path, first, second):
+    """The mean is evaluated and saved; training goes on from the filter's own weights."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    filter_of = {"type": "RLEKF", "block_size": 40}
+    run(input_of(whole, {**filter_of, "average_frames": 1}, numb_steps=7))
+    run(input_of(parts, {**filter_of, "average_frames": first}, numb_steps=4))
+    run(input_of(parts, {**filter_of, "average_frames": second}, numb_steps=7), restart=True)
+    one, other = checkpoint_of(whole), checkpoint_of(parts)
+    assert same(other["optimizer"].get("weights", other["weights"]), one["weights"])
+    assert same(other["optimizer"]["filter"], one["optimizer"]["filter"])
+    assert same(other["weights"], one["weights"]) == (second == 1)
+
+
 def test_restart_with_fewer_frames(tmp_path, before_batch):
     """The checkpoint stands at the third batch of an epoch, the new data have one."""
     given = input_of(tmp_path, save_freq=2, numb_steps=2)
@@ -408,6 +424,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_restart_goes_on(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=tmp_path,
     )
     try:
         wait_for_rows(process, parts / "out" / "lcurve.out", 3)

@@ -82,8 +82,9 @@ class KalmanSteps:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(saved["filter"])
         self._updater.load_state_dict(saved["updater"])
-        if self._mean:
+        if "weights" in saved:  # else the run had no mean, and the checkpoint's own weights are the filter's
             self._model.load_state_dict(saved["weights"])
+        if self._mean and "num_averaged" in saved:
             self._mean.n_averaged.copy_(saved["num_averaged"])
 
     def __repr__(self) -> str:
