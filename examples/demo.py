@@ -60,7 +60,7 @@ def main() -> None:
         )
     pictures = [
         plot_epochs({name: summary["epochs"] for name, summary in summaries.items()}, OUTPUT / "curves.png"),
-        plot_parity(dict(reversed(comparisons.items())), OUTPUT / "parity.png"),
+        plot_parity(comparisons, OUTPUT / "parity.png"),
     ]
     print("\npictures: " + ", ".join(str(picture.relative_to(OUTPUT.parent)) for picture in pictures))
 

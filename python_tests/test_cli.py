@@ -94,12 +94,12 @@ def complaint(capsys, arguments):
 
 def test_train_writes_its_files_where_it_was_called(folder, capsys):
     assert main(["train", "input.json"]) == 0
-    assert {"lcurve.out", "lcurve.json", "model.ckpt.pt"} < set(os.listdir(folder))
+    assert {"lcurve.out", "lcurve.out.json", "model.ckpt.pt"} < set(os.listdir(folder))
     output, errors = capsys.readouterr()
     assert errors == ""
     assert "2 frames train, 1 are held out; 2 batches an epoch" in output
     assert re.search(r"RLEKF\(\d+ weights in \d+ blocks of at most 40", output)
-    assert re.search(r"^epoch 2 .* E \d\.\d+e[-+]\d+ eV/atom   F \d\.\d+e[-+]\d+ eV/Å   \(held out\)$", output, re.M)
+    assert re.search(r"^epoch 2 .* E \d\.\d+e[-+]\d+ eV/atom   F \d\.\d+e[-+]\d+ eV/Å$", output, re.M)
     assert main(["train", "input.json", "--restart"]) == 0
 
 
@@ -118,12 +118,12 @@ def test_test_prints_and_writes_what_the_summary_says(in_trained, capsys):
         np.save(file, np.load(file)[2:])
     assert main(["test", "-s", "held_out", "-d", "detail"]) == 0
     output = capsys.readouterr().out
-    last = json.loads(Path("lcurve.json").read_text())["epochs"][-1]
+    last = json.loads(Path("lcurve.out.json").read_text())["epochs"][-1]
     assert "frames       1\n" in output
     assert f"energy RMSE  {1e3 * last['energy_rmse']:.4g} meV/atom\n" in output
     assert f"force RMSE   {1e3 * last['force_rmse']:.4g} meV/Å\n" in output
     assert "wrote        detail.e_peratom.out, detail.f.out, detail.png\n" in output
-    label, predicted = np.loadtxt("detail.f.out").T
+    label, predicted = (part.ravel() for part in np.hsplit(np.loadtxt("detail.f.out"), 2))
     np.testing.assert_allclose(label, np.load("held_out/set.000/force.npy").ravel())
     assert np.sqrt(np.mean((label - predicted) ** 2)) == pytest.approx(last["force_rmse"], rel=1e-12)
     assert Path("detail.png").read_bytes().startswith(b"\x89PNG")
@@ -241,7 +241,7 @@ def test_wrong_data_are_named_with_their_frame(folder, capsys, label, place, val
 
 
 def test_restart_without_a_checkpoint(folder, capsys):
-    assert "The checkpoint model.ckpt.pt does not exist." in complaint(capsys, ["train", "input.json", "--restart"])
+    assert "The checkpoint model.ckpt.pt does not exist;" in complaint(capsys, ["train", "input.json", "--restart"])
 
 
 def test_restart_with_another_network_or_optimizer(in_trained, capsys):
@@ -255,7 +255,7 @@ def test_restart_with_another_network_or_optimizer(in_trained, capsys):
 
 def test_test_needs_a_checkpoint_and_data(in_trained, capsys):
     said = complaint(capsys, ["test", "-m", "none.pt", "-s", "data"])
-    assert said == "The checkpoint none.pt does not exist."
+    assert said == "The checkpoint none.pt does not exist; `rlekf train` without --restart makes one."
     Path("text.pt").write_text("hello\n" * 100)
     said = complaint(capsys, ["test", "-m", "text.pt", "-s", "data"])
     assert said.startswith("text.pt is not a checkpoint of `rlekf train`: ")

@@ -159,7 +159,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path, kind):
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"The checkpoint .*none\.pt does not exist\."):
+    with pytest.raises(InputError, match=r"The checkpoint .*none\.pt does not exist;"):
         load_checkpoint(tmp_path / "none.pt")
     with pytest.raises(InputError, match=r"The checkpoint .* cannot be read: Is a directory\."):
         load_checkpoint(tmp_path)

@@ -94,7 +94,10 @@ def test_saved_files_read_back(tmp_path):
     paths = comparison.save(tmp_path / "detail")
     assert [path.name for path in paths] == ["detail.e_peratom.out", "detail.f.out"]
     np.testing.assert_array_equal(np.loadtxt(paths[0]), comparison.energy)  # to the last digit
-    np.testing.assert_array_equal(np.loadtxt(paths[1]), comparison.force)
-    assert paths[1].read_text(encoding="utf-8").startswith("# data_f pred_f (eV/Å)")
+    columns = np.loadtxt(paths[1])
+    assert columns.shape == (len(comparison.force) // 3, 6)
+    np.testing.assert_array_equal(columns[:, :3].ravel(), comparison.force[:, 0])
+    np.testing.assert_array_equal(columns[:, 3:].ravel(), comparison.force[:, 1])
+    assert paths[1].read_text(encoding="utf-8").startswith("# data_fx data_fy data_fz pred_fx")
     one = compare(small_model(), [labelled(0, 2)])
     assert np.loadtxt(one.save(tmp_path / "one")[0], ndmin=2).shape == (1, 2)

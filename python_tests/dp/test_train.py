@@ -120,7 +120,7 @@ def test_a_run_writes_curve_summary_and_checkpoint(tmp_path, capsys):
     given = input_of(tmp_path)
     summary = run(given)
     assert capsys.readouterr() == ("", "")
-    assert sorted(os.listdir(tmp_path / "out")) == ["lcurve.json", "lcurve.out", "model.ckpt.pt"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["lcurve.out", "lcurve.out.json", "model.ckpt.pt"]
 
     curve = curve_of(tmp_path)
     assert curve.dtype.names == COLUMNS
@@ -136,7 +136,7 @@ def test_a_run_writes_curve_summary_and_checkpoint(tmp_path, capsys):
     assert curve["rmse_val"][-1] == pytest.approx(total, rel=1e-2)
     assert curve["rmse_f_trn"][-1] != curve["rmse_f_val"][-1]
 
-    assert json.loads((tmp_path / "out" / "lcurve.json").read_text()) == summary
+    assert json.loads((tmp_path / "out" / "lcurve.out.json").read_text()) == summary
     assert (summary["step"], summary["updates"], summary["interrupted"]) == (9, 9 * 8, False)
     assert [row["epoch"] for row in summary["epochs"]] == [1, 2, 3]
     assert [row["updates"] for row in summary["epochs"]] == [24, 48, 72]
@@ -438,7 +438,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_restart_goes_on(tmp_path):
     assert step >= 3
     assert f"Interrupted after batch {step}; `rlekf train --restart` goes on from {parts}/out/model.ckpt.pt" in output
     assert curve_of(parts)["step"].tolist() == [*range(1, step + 1)]
-    assert json.loads((parts / "out" / "lcurve.json").read_text())["interrupted"] is True
+    assert json.loads((parts / "out" / "lcurve.out.json").read_text())["interrupted"] is True
 
     given["training"]["numb_steps"] = step + 3
     file.write_text(json.dumps(given))
@@ -590,3 +590,23 @@ def test_output_that_cannot_be_written_is_found_before_training(tmp_path, monkey
         run(input_of(tmp_path, **{key: str(tmp_path / "file" / "model")}))
     assert (tmp_path / "file").read_text() == "not a folder"
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_without_held_out_frames_the_errors_are_those_of_training(tmp_path, capsys):
+    given = input_of(tmp_path, numb_steps=1)
+    given["training"]["validation_fraction"] = 0
+    train(read_input(given))
+    assert "No frame is held out: the errors shown are those of the training frames." in capsys.readouterr().out
+
+
+def test_virial_updates_alone_need_virials(tmp_path):
+    with pytest.raises(InputError, match="optimizer/order asks for virial updates alone"):
+        run(input_of(tmp_path, {"type": "RLEKF", "block_size": 40, "order": ["virial"]}, numb_steps=1))
+
+
+def test_skipped_measurements_are_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rlekf_ext.measurement.energy_error", lambda model, frame: model(frame).energy.sum() * np.nan)
+    train(read_input(input_of(tmp_path, {"type": "RLEKF", "block_size": 40, "preset": "paper"}, numb_steps=2)))
+    assert (
+        "skipped so far, because a number was not finite or a variance negative: {'skipped_" in capsys.readouterr().out
+    )

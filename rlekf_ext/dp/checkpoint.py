@@ -35,7 +35,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if not {"model", "weights"} <= set(checkpoint):
             raise ValueError("no model in it")
     except FileNotFoundError as error:
-        raise InputError(f"The checkpoint {path} does not exist.") from error
+        raise InputError(f"The checkpoint {path} does not exist; `rlekf train` without --restart makes one.") from error
     except (PermissionError, IsADirectoryError) as error:
         raise InputError(f"The checkpoint {path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # whatever a damaged file makes of the unpickler: its own words help nobody

@@ -168,7 +168,7 @@ class SeE2A(nn.Module):
         # Per element: atoms, and sums of s, of s² and of the angular columns, whose squares add up to s², too.
         sums = torch.zeros(self.num_types, 4, dtype=torch.float64, device=self.davg.device)
         for frame in frames:
-            self._check(frame)
+            self.check(frame)
             _, direction, s, _ = _radial(frame.edges.double(), self.rcut, self.rcut_smth)
             angular = (s * direction).sum((1, 2))
             per_atom = [torch.ones_like(angular), s.sum((1, 2)), s.square().sum((1, 2)), angular]
@@ -199,7 +199,7 @@ class SeE2A(nn.Module):
         """
         statistics = (id(self.davg), self.davg._version, id(self.dstd), self.dstd._version)
         if self._latest is None or self._latest[0] is not frame or self._latest[1] != statistics:
-            self._check(frame)
+            self.check(frame)
             self._latest = (frame, statistics, self._environment(frame))
         return self._latest[2]
 
@@ -228,7 +228,8 @@ class SeE2A(nn.Module):
         index = neighbor if self.type_one_side else neighbor * self.num_types + center
         return self.embeddings[index]  # type: ignore[return-value]
 
-    def _check(self, frame: Frame) -> None:
+    def check(self, frame: Frame) -> None:
+        """Raise ValueError where the frame's cutoff, elements or number of neighbours do not fit the network."""
         if len(frame.slots) != self.num_types:
             raise ValueError(f"The network has {self.num_types} elements, but the frame has {len(frame.slots)}.")
         if frame.cutoff is not None and frame.cutoff != self.rcut:
@@ -237,7 +238,7 @@ class SeE2A(nn.Module):
             if count > sel:
                 raise ValueError(
                     f"An atom has {count} neighbours of element {name} within {self.rcut} Å, more than sel = {sel}: "
-                    'raise sel, or set "sel": "auto".'
+                    'raise sel, or set "sel": "auto", or "auto:1.5" for more room.'
                 )
 
     def _environment(self, frame: Frame) -> Environment:

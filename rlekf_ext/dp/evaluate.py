@@ -33,10 +33,11 @@ class Comparison:
         return _rmse(self.force)
 
     def save(self, prefix: str | Path) -> list[Path]:
-        """Write PREFIX.e_peratom.out and PREFIX.f.out: two columns, label and prediction, as `dp test -d` does."""
+        """Write PREFIX.e_peratom.out and PREFIX.f.out, labels before predictions, as `dp test -d` does."""
         paths = [Path(f"{prefix}.e_peratom.out"), Path(f"{prefix}.f.out")]
         np.savetxt(paths[0], self.energy, header="data_e pred_e (eV/atom)")
-        np.savetxt(paths[1], self.force, header="data_f pred_f (eV/Å), components x y z of atom after atom")
+        vectors = self.force.reshape(-1, 3, 2).transpose(0, 2, 1).reshape(-1, 6)
+        np.savetxt(paths[1], vectors, header="data_fx data_fy data_fz pred_fx pred_fy pred_fz (eV/Å)", encoding="utf-8")
         return paths
 
 

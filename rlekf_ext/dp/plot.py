@@ -64,7 +64,7 @@ def plot_epochs(runs: Mapping[str, Sequence[Mapping[str, Any]]], output: str | P
 def plot_parity(comparisons: Mapping[str, Comparison], output: str | Path) -> Path:
     """Predicted against labelled energies and forces, one colour a model."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), constrained_layout=True)
-    for color, (label, comparison) in zip(COLORS, comparisons.items(), strict=False):
+    for order, (color, (label, comparison)) in enumerate(zip(COLORS, comparisons.items(), strict=False)):
         center = comparison.energy[:, 0].mean()
         energy, force = 1e3 * comparison.energy_rmse, 1e3 * comparison.force_rmse
         left.scatter(
@@ -74,7 +74,9 @@ def plot_parity(comparisons: Mapping[str, Comparison], output: str | Path) -> Pa
             alpha=0.7,
             label=f"{label}: {energy:.3g} meV/atom",
         )
-        right.scatter(*comparison.force.T, s=6, color=color, alpha=0.4, label=f"{label}: {force:.3g} meV/Å")
+        right.scatter(
+            *comparison.force.T, s=6, color=color, alpha=0.4, zorder=9 - order, label=f"{label}: {force:.3g} meV/Å"
+        )
     for axes, what in ((left, "energy − mean (meV/atom)"), (right, "force component (eV/Å)")):
         axes.axline((0, 0), slope=1, color="black", linewidth=0.8, zorder=0)
         axes.set(xlabel=f"DFT {what}", ylabel=f"predicted {what}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rlekf_ext import RLEKF
-from rlekf_ext.dp.input import Config, Loss
+from rlekf_ext.dp.input import Config, InputError, Loss
 from rlekf_ext.dp.model import DeepPotential
 from rlekf_ext.dp.neighbors import Frame
 from rlekf_ext.measurement import PRESETS, FrameUpdater, Measurement
@@ -29,6 +29,8 @@ class KalmanSteps:
         measurement = PRESETS[options.pop("preset", "robust")]
         changed = {name: options.pop(name) for name in list(options) if name in asdict(measurement)}
         measurement = replace(measurement, **changed)
+        if set(measurement.order) == {"virial"} and any(frame.virial is None for frame in training):
+            raise InputError("optimizer/order asks for virial updates alone, but the training data have no virials.")
         if "covariance_dtype" in options:
             options["covariance_dtype"] = getattr(torch, options["covariance_dtype"])
         if fresh and measurement.warm_start:
@@ -72,6 +74,10 @@ class KalmanSteps:
     @property
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
+
+    def skipped(self) -> dict[str, int]:
+        """Measurements that the filter's guard left out, by cause; empty when there are none."""
+        return {name: count for name, count in self.optimizer.health().items() if count and name.startswith("skipped")}
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"filter": self.optimizer.state_dict(), "updater": self._updater.state_dict()}
@@ -121,6 +127,9 @@ class AdamSteps:
     @property
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
+
+    def skipped(self) -> dict[str, int]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()

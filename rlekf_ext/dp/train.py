@@ -30,7 +30,7 @@ Systems = list[list[Frame]]  # the frames of each system
 def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Train a Deep Potential as an input file says, and return the summary that is also written as JSON.
 
-    Writes DeePMD-kit's lcurve.out, a checkpoint, and beside lcurve.out a JSON with the held-out RMSE at the end of
+    Writes DeePMD-kit's lcurve.out, a checkpoint, and in lcurve.out.json a summary with the held-out RMSE at the end of
     every epoch. Ctrl-C writes the checkpoint and ends after the batch at hand. `restart` goes on from the
     checkpoint, bit for bit.
 
@@ -38,12 +38,15 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
     """
     settings = config.training
     curve_file, checkpoint_file = Path(settings.disp_file), Path(f"{settings.save_ckpt}.pt")
+    summary_file = Path(f"{settings.disp_file}.json")
     checkpoint = load_checkpoint(checkpoint_file) if restart else None
     training, validation = load_frames(config, quiet)
     everything = [frame for system in training for frame in system]
     held_out = [frame for system in validation for frame in system] or everything
 
     model = build_model(config, everything, checkpoint)
+    for frame in [*everything, *held_out]:
+        model.descriptor.check(frame)  # more neighbours than sel has slots for: an error now, not hours later
     batches = Batches(training, settings.training_data, settings.seed or 0)
     num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
     optimize = build_optimizer(config, model, everything, num_steps, fresh=not restart)
@@ -59,16 +62,17 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
         batches.load_state_dict(checkpoint["batches"])
         progress = checkpoint["progress"]
     say = (lambda *_: None) if quiet else tqdm.write
-    say(f"{len(everything)} frames train, {len(held_out)} are held out; {len(batches)} batches an epoch")
+    num_held_out = sum(map(len, validation))
+    say(f"{len(everything)} frames train, {num_held_out} are held out; {len(batches)} batches an epoch")
+    if not num_held_out:
+        say("No frame is held out: the errors shown are those of the training frames.")
     say(repr(optimize))
 
     def save() -> None:
         state = {"optimizer": optimize.state_dict(), "batches": batches.state_dict(), "progress": progress}
         save_checkpoint(checkpoint_file, optimize.result, **state)
 
-    for frame in held_out:
-        model.descriptor.environment(frame)  # more neighbours than sel has slots for: an error now, not hours later
-    for path in (curve_file, checkpoint_file):
+    for path in (curve_file, summary_file, checkpoint_file):
         check_writable(path)
     curve = LearningCurve(curve_file, config, held_out, progress["step"])
     bar = tqdm(total=num_steps, initial=progress["step"], unit="batch", disable=quiet or None, mininterval=0.5)
@@ -87,17 +91,19 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
             if progress["step"] % len(batches) == 0 or last:
                 progress["epochs"].append(end_of_epoch(progress, len(batches), optimize.result, held_out))
                 say(EPOCH_LINE.format(**progress["epochs"][-1]))
+                if skipped := optimize.skipped():
+                    say(f"skipped so far, because a number was not finite or a variance negative: {skipped}")
             if progress["step"] % settings.save_freq == 0:
                 save()
     save()
     if interrupted():
         say(f"Interrupted after batch {progress['step']}; `rlekf train --restart` goes on from {checkpoint_file}.")
     summary = {**progress, "interrupted": interrupted(), "optimizer": repr(optimize), **this_machine()}
-    write_atomically(curve_file.with_suffix(".json"), lambda path: path.write_text(json.dumps(summary, indent=1)))
+    write_atomically(summary_file, lambda path: path.write_text(json.dumps(summary, indent=1)))
     return summary
 
 
-EPOCH_LINE = "epoch {epoch:<5.4g} {seconds:8.1f} s   E {energy_rmse:.3e} eV/atom   F {force_rmse:.3e} eV/Å   (held out)"
+EPOCH_LINE = "epoch {epoch:<5.4g} {seconds:8.1f} s   E {energy_rmse:.3e} eV/atom   F {force_rmse:.3e} eV/Å"
 
 
 def load_frames(config: Config, quiet: bool) -> tuple[Systems, Systems]:
