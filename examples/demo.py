@@ -1,10 +1,11 @@
 """RLEKF against Adam: the same network, the same frames of DFT NaCl, the same training time. `make demo` runs it.
 
-Writes demo/: both trainings as `rlekf train` leaves them, demo/curves.png and demo/parity.png.
+Writes demo/: both trainings as `rlekf train` leaves them, results.csv, curves.png and parity.png.
 """
 
 from __future__ import annotations
 
+import csv
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from rlekf_ext.dp.train import train
 EXAMPLE = Path(__file__).resolve().parent / "nacl"
 OUTPUT = EXAMPLE.parents[1] / "demo"
 TRIAL_STEPS = 200
+RESULT = ("epoch", "updates", "seconds", "energy_rmse", "force_rmse")  # in eV/atom and eV/Å
+MACHINE = ("threads", "cpu", "cpu_isa", "torch", "version")
 
 
 def run(config: Config, folder: str) -> dict[str, Any]:
@@ -58,6 +61,12 @@ def main() -> None:
             f"{name:<16}{last['epoch']:>8.1f}{last['updates']:>9}{last['seconds']:>9.1f}"
             f"{1e3 * errors.energy_rmse:>12.3f}{1e3 * errors.force_rmse:>9.2f}"
         )
+    with (OUTPUT / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["optimizer", *RESULT, *MACHINE])
+        writer.writeheader()
+        for name, summary in summaries.items():
+            machine = {key: summary[key] for key in MACHINE}
+            writer.writerow({"optimizer": name, **{key: summary["epochs"][-1][key] for key in RESULT}, **machine})
     pictures = [
         plot_epochs({name: summary["epochs"] for name, summary in summaries.items()}, OUTPUT / "curves.png"),
         plot_parity(comparisons, OUTPUT / "parity.png"),
