@@ -4,12 +4,15 @@ import copy
 import io
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from oracles import DenseFilter, relative
 from torch import nn
 
 from rlekf_ext import RLEKF
+from rlekf_ext.dp import neighbors
+from rlekf_ext.dp.model import DeepPotential
 from rlekf_ext.measurement import (
     PRESETS,
     FrameUpdater,
@@ -491,3 +494,42 @@ def test_settings_out_of_range(change, message):
     settings = {"memory_factor": 0.98, "group_size": 6, "num_groups": 4, "order": (E, F), **change}
     with pytest.raises(ValueError, match=message):
         Measurement(**settings)
+
+
+def test_virial_updates_fit_the_stress_of_an_ase_calculator():
+    """No public set here has virials, so their sign and units are held to those of ASE: W = -V stress."""
+    build, emt = pytest.importorskip("ase.build"), pytest.importorskip("ase.calculators.emt")
+    random = np.random.default_rng(0)
+    labelled = []
+    for _ in range(6):
+        atoms = build.bulk("Cu", cubic=True)
+        atoms.set_cell(atoms.cell @ (np.eye(3) + random.uniform(-0.04, 0.04, (3, 3))), scale_atoms=True)
+        atoms.positions += random.normal(0, 0.05, atoms.positions.shape)
+        atoms.calc = emt.EMT()
+        labels = {
+            "energy": atoms.get_potential_energy(),
+            "forces": atoms.get_forces(),
+            "virial": -atoms.get_volume() * atoms.get_stress(voigt=False),
+        }
+        types = np.zeros(len(atoms), int)
+        labelled.append(neighbors.make_frame(atoms.positions, atoms.cell.array, types, 4.0, 1, **labels))
+
+    model = DeepPotential(["Cu"], [100], 4.0, 0.5, [6, 6], 3, fitting_neuron=[8, 8], seed=0)
+    model.fit_statistics(labelled)
+    model.fit_energy_bias(labelled)
+
+    def rmse(kind):
+        with torch.no_grad():
+            errors = [(getattr(model(f), kind) - getattr(f, kind)).square().mean() for f in labelled]
+        return torch.stack(errors).mean().sqrt().item()
+
+    optimizer = RLEKF(model.parameters(), transpose=True, memory_factor=0.998)
+    measurement = Measurement(0.998, None, 1, ("energy", "virial"), adaptive_scale=True)
+    update = FrameUpdater(optimizer, model, measurement)
+    before = {kind: rmse(kind) for kind in ("energy", "virial")}
+    for _ in range(25):
+        for frame in labelled:
+            assert [kind for kind, _ in update(frame)] == ["energy", "virial"]
+    # With a wrong sign the two could not both be fitted.
+    assert rmse("energy") < 0.1 * before["energy"]
+    assert rmse("virial") < 0.1 * before["virial"]
