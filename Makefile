@@ -5,7 +5,7 @@ BIN := .venv/bin
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpp test-install lint check format clean
+.PHONY: help setup bench soak demo test test-cpp test-install lint check format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -44,6 +44,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(CSRC))
+
+bench: .venv/.bench  ## the filter step against naive torch and BLAS (25 minutes): rows and pictures
+	$(BIN)/python benchmarks/bench_step.py
+	$(BIN)/python benchmarks/plot_step.py
+
+.venv/.bench: .venv/.built requirements-bench.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
+
+soak: setup  ## drift over 20 000 steps against a long double filter (5 minutes): rows
+	$(BIN)/python benchmarks/bench_accuracy.py
 
 check: lint test  ## what CI runs first: ruff, mypy, clang-format, tests
 

@@ -1,5 +1,10 @@
 // rlekf_ext._C: what this build is, and the packed layout of covariance.h. No torch in here.
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -47,6 +52,17 @@ std::vector<std::array<int64_t, 3>> layout(const std::vector<int64_t>& sizes) {
   return rows;
 }
 
+/// Asks the kernel to back this memory with huge pages; false where it has none to give. Advice only: nothing depends on it.
+bool advise_huge_pages(uintptr_t address, size_t num_bytes) {
+#if defined(__linux__)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + num_bytes) / page * page;
+  return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+#else
+  return false;
+#endif
+}
+
 py::dict state_indices() {
   py::dict indices;
   for (int i = 0; i < kNumState; ++i) indices[kStateNames[i]] = i;
@@ -62,6 +78,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("STATE") = state_indices();
   m.def("build_info", &build_info, "Versions, compiler and CUDA architectures of this build.");
   m.def("cpu_isa", &cpu_isa, "The instruction set that the CPU kernels use on this machine.");
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("num_bytes"),
+        "Ask for huge pages under memory that has not been touched yet; whether the kernel took the advice.");
   m.def("num_tiles", &num_tiles, py::arg("size"), "Tiles that a block of `size` weights keeps.");
   m.def("layout", &layout, py::arg("sizes"), "(first weight, size, first tile) of each block.");
 }

@@ -104,7 +104,10 @@ def identity(
             f"(the largest block is {max(plan.sizes)}){smaller}."
         )
     layout = torch.tensor(_C.layout(list(plan.sizes)), dtype=torch.int64)
-    tiles = torch.zeros(_num_tiles(plan), TILE, TILE, dtype=dtype, device=device)
+    tiles = torch.empty(_num_tiles(plan), TILE, TILE, dtype=dtype, device=device)
+    if device.type == "cpu":
+        _C.advise_huge_pages(tiles.data_ptr(), tiles.nbytes)  # before the first touch: a step then misses no page table
+    tiles.zero_()
     tiles.view(-1)[_diagonal(plan, layout.numpy()).to(device)] = initial_covariance
     state = torch.zeros(len(STATE), dtype=torch.float64, device=device)
     state[STATE["scale"]] = 1.0

@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -33,6 +34,7 @@ namespace {
 
 constexpr int kLanes = 8;
 constexpr int kChunks = kTile / kLanes;
+constexpr int kRowsAhead = 3;    // between the row multiplied and the one asked for: docs/performance.md has the trials
 constexpr int kFoldAtOnce = 32;  // vectors whose tile segments stay in the first-level cache during a fold
 
 using Lanes = double __attribute__((vector_size(kLanes * sizeof(double))));
@@ -56,26 +58,61 @@ RLEKF_INLINE void store(float* to, const Lanes& from) {
 
 RLEKF_INLINE double sum(const Lanes& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
-/// y_i += T x_j and, off the diagonal, y_j += T^T x_i. The tile is read once, front to back.
-template <typename Scalar>
+/// The sums of eight vectors, as one.
+RLEKF_INLINE Lanes sums(const Lanes (&v)[kLanes]) {
+  using Picks = int64_t __attribute__((vector_size(kLanes * sizeof(int64_t))));
+  Lanes pairs[4], fours[2];
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{0, 8, 2, 10, 4, 12, 6, 14}) +
+               __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{1, 9, 3, 11, 5, 13, 7, 15});
+  }
+  for (int i = 0; i < 2; ++i) {
+    fours[i] = __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], Picks{0, 1, 8, 9, 4, 5, 12, 13}) +
+               __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], Picks{2, 3, 10, 11, 6, 7, 14, 15});
+  }
+  return __builtin_shuffle(fours[0], fours[1], Picks{0, 1, 2, 3, 8, 9, 10, 11}) +
+         __builtin_shuffle(fours[0], fours[1], Picks{4, 5, 6, 7, 12, 13, 14, 15});
+}
+
+/// y_i += T x_j and, off the diagonal, y_j += T^T x_i. The tile is read once, front to back. The first product of a visit
+/// asks for the lines a few rows ahead, which the hardware would not: its own prefetcher stops at every small page.
+template <bool kFirst, typename Scalar>
 RLEKF_INLINE void multiply(const Scalar* tile, Segment& xi, const Segment& xj, Segment& yi, Segment& yj) {
+  constexpr int kLine = 64 / sizeof(Scalar);
   Lanes column[kChunks];
   for (int c = 0; c < kChunks; ++c) column[c] = yj.lanes[c];
-  for (int row = 0; row < kTile; ++row, tile += kTile) {
-    const Lanes weight = xi[row] - Lanes{};
-    Lanes even{}, odd{};
-    for (int c = 0; c < kChunks; c += 2) {
-      Lanes a, b;
-      load(tile + c * kLanes, a);
-      load(tile + (c + 1) * kLanes, b);
-      even += a * xj.lanes[c];
-      odd += b * xj.lanes[c + 1];
-      column[c] += a * weight;
-      column[c + 1] += b * weight;
+  for (int group = 0; group < kChunks; ++group) {
+    Lanes rows[kLanes];
+#pragma GCC unroll 8
+    for (int r = 0; r < kLanes; ++r, tile += kTile) {
+      const Lanes weight = xi[group * kLanes + r] - Lanes{};
+      if (kFirst) {
+        for (int line = 0; line < kTile; line += kLine) __builtin_prefetch(tile + kRowsAhead * kTile + line);
+      }
+      Lanes entries;
+      load(tile, entries);
+      rows[r] = entries * xj.lanes[0];
+      column[0] += entries * weight;
+#pragma GCC unroll 8
+      for (int c = 1; c < kChunks; ++c) {
+        load(tile + c * kLanes, entries);
+        rows[r] += entries * xj.lanes[c];
+        column[c] += entries * weight;
+      }
     }
-    yi[row] += sum(even + odd);
+    yi.lanes[group] += sums(rows);
   }
   for (int c = 0; c < kChunks; ++c) yj.lanes[c] = column[c];
+}
+
+RLEKF_INLINE void widen(const double*, double*) {}
+
+RLEKF_INLINE void widen(const float* tile, double* wide) {
+  for (int64_t i = 0; i < kTileSize; i += kLanes) {
+    Lanes entries;
+    load(tile + i, entries);
+    store(wide + i, entries);
+  }
 }
 
 /// T <- factor (T - sum_k u_k[i] u_k[j]^T). Products commute and the order over k is fixed: a diagonal tile stays
@@ -152,6 +189,8 @@ RLEKF_INLINE void visit_tiles(const Covariance& p, const Measurements& m, const 
   auto* tile = static_cast<Scalar*>(p.tiles) + run.begin * kTileSize;
   Segment xi[kMaxMeasurements], xj[kMaxMeasurements], yi[kMaxMeasurements], yj[kMaxMeasurements];
   Segment ui[kFoldAtOnce], uj[kFoldAtOnce];
+  constexpr bool kWiden = !std::is_same_v<Scalar, double>;  // several products then convert a tile once
+  alignas(64) double wide[kWiden ? kTileSize : 1];
 
   const Block* block = block_of_tile(p, run.begin);
   int64_t row = tile_row(run.begin - block->first_tile);
@@ -175,10 +214,13 @@ RLEKF_INLINE void visit_tiles(const Covariance& p, const Measurements& m, const 
         }
         fold(tile, ui, uj, count, done + count == due.num_vectors ? due.factor : 1.0);
       }
+      if (kWiden && m.count > 1) widen(tile, wide);
       for (int k = 0; k < m.count; ++k) {
         load_segment(m.jacobian + k * p.num_weights + other, width, xj[k]);
         yj[k] = Segment{};
-        multiply(tile, xi[k], xj[k], yi[k], yj[k]);
+        if (kWiden && m.count > 1) multiply<false>(wide, xi[k], xj[k], yi[k], yj[k]);
+        else if (k == 0) multiply<true>(tile, xi[k], xj[k], yi[k], yj[k]);
+        else multiply<false>(tile, xi[k], xj[k], yi[k], yj[k]);
         if (col < row) add_segment(yj[k], width, run.sums + k * (run.hi - run.lo) + other - run.lo);
       }
     }

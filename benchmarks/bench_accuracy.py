@@ -1,0 +1,92 @@
+"""How far the packed filter drifts from a long double filter over many steps with forgetting. `make soak` runs it.
+
+    python benchmarks/bench_accuracy.py [--steps 20000] [--size 512] [--output rows.csv]
+
+Three kinds of H, whose entry k is drawn with the standard deviation 1, 1/k, or exp(-k/32). A row is the largest difference of P
+in units of its largest entry, the same of w, and the smallest eigenvalue of P in units of the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_step import about
+
+from rlekf_ext import BlockPlan, KalmanFilter
+
+RESULTS = Path(__file__).resolve().parent / "results/accuracy.csv"
+LAMBDA, NU = 0.98, 0.9987
+DEVIATIONS = {
+    "isotropic": lambda k: np.ones_like(k),
+    "1/k": lambda k: 1 / k,
+    "exp(-k/32)": lambda k: np.exp(-k / 32),
+}
+
+
+class LongDoubleFilter:
+    """Algorithm 2 for one block, dense, in the widest floating point of the machine."""
+
+    def __init__(self, size: int):
+        self.p, self.w = np.eye(size, dtype=np.longdouble), np.zeros(size, dtype=np.longdouble)
+        self.memory_factor = np.longdouble(LAMBDA)
+
+    def step(self, h: np.ndarray, innovation: float) -> None:
+        k = (self.p * h).sum(1)
+        a = 1 / (self.memory_factor + h @ k)
+        self.w += a * innovation * k
+        self.p -= a * k[:, None] * k
+        self.p /= self.memory_factor
+        self.memory_factor = np.longdouble(NU) * self.memory_factor + 1 - np.longdouble(NU)
+
+
+def drift(kind: str, size: int, steps: int, dtype: torch.dtype) -> dict[str, float]:
+    generator = np.random.default_rng(0)
+    deviation = DEVIATIONS[kind](np.arange(1.0, size + 1))
+    exact = LongDoubleFilter(size)
+    ours = KalmanFilter(BlockPlan((size,)), memory_factor=LAMBDA, forgetting_rate=NU, covariance_dtype=dtype)
+    weights = torch.zeros(size, dtype=torch.float64)
+    for step in range(steps):
+        h, innovation = deviation * generator.standard_normal(size), generator.standard_normal()
+        exact.step(h.astype(np.longdouble), innovation)
+        ours.step(weights, torch.from_numpy(h), innovation)
+        if step % 1000 == 0:
+            print(f"\r{kind}, {dtype}: step {step} of {steps}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    (p,) = ours.covariance.dense()
+    eigenvalues = torch.linalg.eigvalsh(p)
+    return {
+        "P": float(abs(p.numpy() - exact.p).max() / abs(exact.p).max()),
+        "w": float(abs(weights.numpy() - exact.w).max() / abs(exact.w).max()),
+        "smallest eigenvalue": float(eigenvalues[0] / eigenvalues[-1]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if np.finfo(np.longdouble).nmant < 63:
+        sys.exit(f"long double is no wider than double on {platform.machine()}: run this on x86-64.")
+    common = {"steps": arguments.steps, "size": arguments.size, **about(huge_pages=False)}
+    for kind in DEVIATIONS:
+        for dtype in (torch.float64, torch.float32):
+            found = drift(kind, arguments.size, arguments.steps, dtype)
+            print(f"H {kind:<11} {str(dtype):<14}" + "".join(f"  {name} {value:.2e}" for name, value in found.items()))
+            new = not arguments.output.exists()
+            with arguments.output.open("a", newline="") as file:
+                writer = csv.writer(file)
+                if new:
+                    writer.writerow(["H", "covariance_dtype", *found, *common])
+                writer.writerow([kind, dtype, *(f"{value:.3e}" for value in found.values()), *common.values()])
+
+
+if __name__ == "__main__":
+    main()
