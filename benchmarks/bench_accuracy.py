@@ -2,8 +2,9 @@
 
     python benchmarks/bench_accuracy.py [--steps 20000] [--size 512] [--output rows.csv]
 
-Three kinds of H, whose entry k is drawn with the standard deviation 1, 1/k, or exp(-k/32). A row is the largest difference of P
-in units of its largest entry, the same of w, and the smallest eigenvalue of P in units of the largest.
+Three kinds of H, whose entry k is drawn with the standard deviation 1, 1/k, or exp(-k/32). A row is the largest
+difference of P in units of its largest entry, the same of w, and the smallest eigenvalue of P in units of the
+largest.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rlekf_ext import BlockPlan, KalmanFilter
 
 RESULTS = Path(__file__).resolve().parent / "results/accuracy.csv"
 LAMBDA, NU = 0.98, 0.9987
+DTYPES = (torch.float64, torch.float32)
 DEVIATIONS = {
     "isotropic": lambda k: np.ones_like(k),
     "1/k": lambda k: 1 / k,
@@ -40,24 +42,30 @@ class LongDoubleFilter:
         k = (self.p * h).sum(1)
         a = 1 / (self.memory_factor + h @ k)
         self.w += a * innovation * k
-        self.p -= a * k[:, None] * k
-        self.p /= self.memory_factor
+        self.p -= (a * k)[:, None] * k
+        self.p *= 1 / self.memory_factor
         self.memory_factor = np.longdouble(NU) * self.memory_factor + 1 - np.longdouble(NU)
 
 
-def drift(kind: str, size: int, steps: int, dtype: torch.dtype) -> dict[str, float]:
+def drift(kind: str, size: int, steps: int) -> dict[torch.dtype, dict[str, float]]:
+    """The three figures of a row, for each storage of S."""
     generator = np.random.default_rng(0)
     deviation = DEVIATIONS[kind](np.arange(1.0, size + 1))
-    exact = LongDoubleFilter(size)
-    ours = KalmanFilter(BlockPlan((size,)), memory_factor=LAMBDA, forgetting_rate=NU, covariance_dtype=dtype)
-    weights = torch.zeros(size, dtype=torch.float64)
+    exact, settings = LongDoubleFilter(size), {"memory_factor": LAMBDA, "forgetting_rate": NU}
+    ours = {dtype: KalmanFilter(BlockPlan((size,)), covariance_dtype=dtype, **settings) for dtype in DTYPES}
+    weights = {dtype: torch.zeros(size, dtype=torch.float64) for dtype in DTYPES}
     for step in range(steps):
         h, innovation = deviation * generator.standard_normal(size), generator.standard_normal()
         exact.step(h.astype(np.longdouble), innovation)
-        ours.step(weights, torch.from_numpy(h), innovation)
+        for dtype in DTYPES:
+            ours[dtype].step(weights[dtype], torch.from_numpy(h), innovation)
         if step % 1000 == 0:
-            print(f"\r{kind}, {dtype}: step {step} of {steps}", end="", file=sys.stderr, flush=True)
+            print(f"\rH {kind}: step {step} of {steps}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+    return {dtype: figures(ours[dtype], weights[dtype], exact) for dtype in DTYPES}
+
+
+def figures(ours: KalmanFilter, weights: torch.Tensor, exact: LongDoubleFilter) -> dict[str, float]:
     (p,) = ours.covariance.dense()
     eigenvalues = torch.linalg.eigvalsh(p)
     return {
@@ -69,6 +77,7 @@ def drift(kind: str, size: int, steps: int, dtype: torch.dtype) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", nargs="+", choices=list(DEVIATIONS), default=list(DEVIATIONS))
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -76,10 +85,9 @@ def main() -> None:
     if np.finfo(np.longdouble).nmant < 63:
         sys.exit(f"long double is no wider than double on {platform.machine()}: run this on x86-64.")
     common = {"steps": arguments.steps, "size": arguments.size, **about(huge_pages=False)}
-    for kind in DEVIATIONS:
-        for dtype in (torch.float64, torch.float32):
-            found = drift(kind, arguments.size, arguments.steps, dtype)
-            print(f"H {kind:<11} {str(dtype):<14}" + "".join(f"  {name} {value:.2e}" for name, value in found.items()))
+    for kind in arguments.kind:
+        for dtype, found in drift(kind, arguments.size, arguments.steps).items():
+            print(f"H {kind:<11} {dtype!s:<14}" + "".join(f"  {name} {value:.2e}" for name, value in found.items()))
             new = not arguments.output.exists()
             with arguments.output.open("a", newline="") as file:
                 writer = csv.writer(file)

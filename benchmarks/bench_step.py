@@ -1,11 +1,13 @@
-"""One filter step on a CPU, side by side: ours, DeePMD-kit's operations, torch in place, and BLAS. `make bench` runs it.
+"""One filter step on a CPU, side by side: ours, DeePMD-kit's operations, torch in place, and BLAS. `make bench`
+runs it.
 
     python benchmarks/bench_step.py [--case paper-10240 ...] [--rounds 5] [--output rows.csv]
 
-Providers take turns within each round of one process, so that a noisy machine disturbs all alike; a sample of ours is the mean
-over a whole fold cycle. Before it is timed, each provider does three steps and must agree with the reference in w. Rows are appended to
-benchmarks/results/step.csv; `plot_step.py` draws them. The whole set runs twice: as it is, and with huge pages for torch's own
-allocations (THP_MEM_ALLOC_ENABLE=1), which is the best case of `naive`.
+Providers take turns within each round of one process, so that a noisy machine disturbs all alike; a sample of ours
+is the mean over a whole fold cycle. Before it is timed, each provider does three steps and must agree with ours
+in float64 in w. Rows are appended to benchmarks/results/step.csv; `plot_step.py` draws them. The whole set runs
+twice: as it is, and with huge pages for torch's own allocations (THP_MEM_ALLOC_ENABLE=1), which is the best case of
+`naive`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import csv
 import ctypes
 import gc
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import numpy as np
 import scipy.linalg.blas as openblas
 import torch
 
-from rlekf_ext import BlockPlan, KalmanFilter, _C
+from rlekf_ext import _C, BlockPlan, KalmanFilter
 from rlekf_ext.covariance import available_bytes, identity, required_bytes
 from rlekf_ext.dp.train import cpu_name
 from rlekf_ext.partition import partition
@@ -218,7 +219,7 @@ class Ours(Provider):
     def num_bytes(cls, plan: BlockPlan) -> int:
         return required_bytes(plan, dtype=cls.dtype)
 
-    def step(self, jacobian: torch.Tensor, innovation: float) -> None:
+    def step(self, jacobian: torch.Tensor, innovation: float | list[float]) -> None:
         self.filter.step(self.weights, jacobian, innovation)
 
 
@@ -272,6 +273,9 @@ def measured(plan: BlockPlan, names: list[str], rounds: int) -> dict[tuple[str, 
                 for i, seconds in enumerate(steps):
                     if i != fold:
                         note(name, "step without fold", seconds)
+                # A fold comes every fourth time.
+                eight = [timed(lambda p=provider: p.step(jacobians, [0.1] * 8)) for _ in range(provider.cycle // 8)]
+                note(name, "step of 8 measurements", statistics.mean(eight))
         print(f"  round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
     return samples
 
@@ -341,7 +345,15 @@ def rows_of(case: str, names: list[str], rounds: int, common: dict[str, object])
     def row(provider: str, metric: str, unit: str, values: list[float]) -> dict[str, object]:
         spread = {"value": statistics.median(values), "min": min(values), "max": max(values)} if values else {}
         spread = {key: f"{value:.6g}" for key, value in spread.items()}
-        return {"case": case, "provider": provider, "metric": metric, "unit": unit, "samples": len(values), **spread, **common}
+        return {
+            "case": case,
+            "provider": provider,
+            "metric": metric,
+            "unit": unit,
+            "samples": len(values),
+            **spread,
+            **common,
+        }
 
     sets, absent = groups(plan, names)
     limit_bytes = 4 * sum(n * (n + 1) for n in plan.sizes)
@@ -360,7 +372,10 @@ def rows_of(case: str, names: list[str], rounds: int, common: dict[str, object])
             rows.append(row(name, "bytes", "B", [PROVIDERS[name].num_bytes(plan)]))
         if case == MEMORY_CASE:
             rows.append(row(name, "peak memory", "B", [peak_bytes(case, name)]))
-            print(f"  {name:<15}peak memory {float(rows[-1]['value']) / limit_bytes:.3f} times the packed triangle", flush=True)
+            print(
+                f"  {name:<15}peak memory {float(rows[-1]['value']) / limit_bytes:.3f} times the packed triangle",
+                flush=True,
+            )
     return rows
 
 
@@ -373,7 +388,7 @@ def report(case: str, samples: dict[tuple[str, str], list[float]], limit_bytes: 
         if name == "read":
             continue
         limit = read / 2 if "float32" in name else read
-        line = f"  {name:<15}{metric:<18}{1e3 * value:9.2f} ms{limit_bytes / value / 1e9 * limit / read:8.1f} GB/s"
+        line = f"  {name:<15}{metric:<24}{1e3 * value:9.2f} ms{limit_bytes / value / 1e9 * limit / read:8.1f} GB/s"
         line += f"{100 * limit / value:7.0f} % of limit"
         if ("naive", "step") in median:
             line += f"{median['naive', 'step'] / value:8.1f} x naive"
@@ -393,12 +408,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.huge_pages == "both":  # the setting is read once, when torch starts
         for value in ("off", "on"):
-            environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": str(int(value == "on"))}
+            # KMP_BLOCKTIME: else threads of MKL spin on after their work, on the cores of the next provider.
+            environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": str(int(value == "on")), "KMP_BLOCKTIME": "0"}
             subprocess.run([sys.executable, *sys.argv, "--huge-pages", value], env=environment, check=True)
         return
     torch.set_num_threads(arguments.threads)
     common = about(os.environ.get("THP_MEM_ALLOC_ENABLE") == "1")
-    print(f"{common['cpu']}, {platform.system()}, {common['threads']} threads, huge pages for torch: {common['huge_pages']}")
+    print(f"{common['cpu']}, {common['threads']} threads, huge pages for torch: {common['huge_pages']}")
     for case in arguments.case:
         rows = rows_of(case, arguments.provider, arguments.rounds, common)
         new = not arguments.output.exists()

@@ -1,6 +1,6 @@
-"""Pictures of benchmarks/results/step.csv: a roofline (time against the limit) and time against N_b. Reads rows, measures nothing.
+"""Pictures of benchmarks/results/step.csv: time against the limit, and against N_b. Reads rows, measures nothing.
 
-    python benchmarks/plot_step.py [rows.csv] [--output docs]
+python benchmarks/plot_step.py [rows.csv] [--output docs]
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def roofline(values: dict[tuple[str, str, str], float], output: Path) -> None:
         cases = [c for c, p, m in values if p == provider and m == "step" and (c, "read", "step") in values]
         limits, times = [values[c, "read", "step"] for c in cases], [values[c, provider, "step"] for c in cases]
         axes.plot(limits, times, MARKERS[i % 8], color=COLORS[i % len(COLORS)], label=provider, markersize=5)
-    ends = [min(v for (_, p, _), v in values.items() if p == "read"), max(v for (_, p, _), v in values.items() if p == "read")]
+    ends = [
+        min(v for (_, p, _), v in values.items() if p == "read"),
+        max(v for (_, p, _), v in values.items() if p == "read"),
+    ]
     axes.plot(ends, ends, "k-", linewidth=0.8, label="limit: the packed float64 triangle read once")
     axes.set(xscale="log", yscale="log", xlabel="limit (ms)", ylabel="time of a step (ms)")
     axes.grid(True, which="both", alpha=0.2)

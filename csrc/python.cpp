@@ -52,7 +52,8 @@ std::vector<std::array<int64_t, 3>> layout(const std::vector<int64_t>& sizes) {
   return rows;
 }
 
-/// Asks the kernel to back this memory with huge pages; false where it has none to give. Advice only: nothing depends on it.
+/// Asks the kernel to back this memory with huge pages; false where it has none to give. Advice only: nothing depends
+/// on it.
 bool advise_huge_pages(uintptr_t address, size_t num_bytes) {
 #if defined(__linux__)
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

@@ -74,8 +74,9 @@ RLEKF_INLINE Lanes sums(const Lanes (&v)[kLanes]) {
          __builtin_shuffle(fours[0], fours[1], Picks{4, 5, 6, 7, 12, 13, 14, 15});
 }
 
-/// y_i += T x_j and, off the diagonal, y_j += T^T x_i. The tile is read once, front to back. The first product of a visit
-/// asks for the lines a few rows ahead, which the hardware would not: its own prefetcher stops at every small page.
+/// y_i += T x_j and, off the diagonal, y_j += T^T x_i. The tile is read once, front to back. The first product of a
+/// visit asks for the lines a few rows ahead, which the hardware would not: its own prefetcher stops at every small
+/// page.
 template <bool kFirst, typename Scalar>
 RLEKF_INLINE void multiply(const Scalar* tile, Segment& xi, const Segment& xj, Segment& yi, Segment& yj) {
   constexpr int kLine = 64 / sizeof(Scalar);
@@ -117,25 +118,39 @@ RLEKF_INLINE void widen(const float* tile, double* wide) {
 
 /// T <- factor (T - sum_k u_k[i] u_k[j]^T). Products commute and the order over k is fixed: a diagonal tile stays
 /// symmetric.
+/// Two rows at once halve the loads of u_k; the arithmetic hides the next tile's way from memory, which is asked for
+/// here.
 template <typename Scalar>
 RLEKF_INLINE void fold(Scalar* tile, Segment* ui, const Segment* uj, int count, double factor) {
-  for (int row = 0; row < kTile; ++row, tile += kTile) {
-    Lanes entries[kChunks];
-    for (int c = 0; c < kChunks; ++c) load(tile + c * kLanes, entries[c]);
-    for (int k = 0; k < count; ++k) {
-      const Lanes weight = ui[k][row] - Lanes{};
-      for (int c = 0; c < kChunks; ++c) entries[c] -= weight * uj[k].lanes[c];
+  constexpr int kLine = 64 / sizeof(Scalar);
+  for (int row = 0; row < kTile; row += 2, tile += 2 * kTile) {
+    for (int line = 0; line < 2 * kTile; line += kLine) __builtin_prefetch(tile + kTileSize + line);
+    Lanes first[kChunks], second[kChunks];
+    for (int c = 0; c < kChunks; ++c) {
+      load(tile + c * kLanes, first[c]);
+      load(tile + kTile + c * kLanes, second[c]);
     }
-    for (int c = 0; c < kChunks; ++c) store(tile + c * kLanes, entries[c] * factor);
+    for (int k = 0; k < count; ++k) {
+      const Lanes a = ui[k][row] - Lanes{}, b = ui[k][row + 1] - Lanes{};
+#pragma GCC unroll 8
+      for (int c = 0; c < kChunks; ++c) {
+        first[c] -= a * uj[k].lanes[c];
+        second[c] -= b * uj[k].lanes[c];
+      }
+    }
+    for (int c = 0; c < kChunks; ++c) {
+      store(tile + c * kLanes, first[c] * factor);
+      store(tile + kTile + c * kLanes, second[c] * factor);
+    }
   }
 }
 
-void load_segment(const double* from, int64_t count, Segment& to) {
+RLEKF_INLINE void load_segment(const double* from, int64_t count, Segment& to) {
   to = Segment{};
   std::memcpy(to.lanes, from, static_cast<size_t>(count) * sizeof(double));
 }
 
-void add_segment(Segment& from, int64_t count, double* to) {
+RLEKF_INLINE void add_segment(Segment& from, int64_t count, double* to) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
