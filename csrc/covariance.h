@@ -27,7 +27,7 @@ constexpr int kMaxMeasurements = 8;
 
 /// Scalars of the filter, float64, in this order in the `state` tensor. Counters are whole numbers.
 enum State : int {
-  kMemoryFactor,       // lambda
+  kForgetting,         // 1 - lambda: lambda itself, rounded near 1, would be off by 1e-13 for good
   kForgettingRate,     // nu
   kMeasurementNoise,   // alpha^2 R of the paper
   kProcessNoise,       // q, added to the diagonal of P after every update
@@ -42,8 +42,8 @@ enum State : int {
 };
 
 constexpr const char* kStateNames[kNumState] = {
-    "memory_factor", "forgetting_rate", "measurement_noise",  "process_noise",    "scale",           "shift",
-    "num_pending",   "num_updates",     "skipped_innovation", "skipped_jacobian", "skipped_variance"};
+    "forgetting",  "forgetting_rate", "measurement_noise",  "process_noise",    "scale",           "shift",
+    "num_pending", "num_updates",     "skipped_innovation", "skipped_jacobian", "skipped_variance"};
 
 /// At a fold, a scale beyond this is moved into S by a power of two (exact), so that it cannot overflow.
 constexpr double kLargestScale = 1099511627776.0;  // 2^40

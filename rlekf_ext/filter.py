@@ -56,7 +56,7 @@ class KalmanFilter:
             plan, initial_covariance=initial_covariance, dtype=covariance_dtype, pending=pending, device=device
         )
         for name, value in (
-            ("memory_factor", memory_factor),
+            ("forgetting", 1 - memory_factor),
             ("forgetting_rate", forgetting_rate),
             ("measurement_noise", noise),
             ("process_noise", process_noise),
@@ -70,7 +70,7 @@ class KalmanFilter:
     @property
     def memory_factor(self) -> float:
         """λ now. Waits for the device."""
-        return self.covariance.scalar("memory_factor")
+        return 1 - self.covariance.scalar("forgetting")
 
     @torch.no_grad()
     def step(self, weights: Tensor, jacobian: Tensor, innovation: Tensor | float) -> None:

@@ -361,7 +361,7 @@ Plan plan_updates(const Covariance& p, const Measurements& m, const Projection& 
       state[cause] += 1;
       continue;
     }
-    const double lambda = state[kMemoryFactor];
+    const double lambda = 1 - state[kForgetting];
     plan.used[i] = true;
     plan.rank_one[i] = state[kScale] / (state[kMeasurementNoise] * lambda + variance);
     plan.gain[i] = plan.rank_one[i] * innovation;
@@ -370,7 +370,7 @@ Plan plan_updates(const Covariance& p, const Measurements& m, const Projection& 
     state[kNumUpdates] += 1;
     state[kScale] /= lambda;
     state[kShift] += state[kProcessNoise] / state[kScale];
-    state[kMemoryFactor] = state[kForgettingRate] * lambda + 1 - state[kForgettingRate];
+    state[kForgetting] *= state[kForgettingRate];
   }
   return plan;
 }

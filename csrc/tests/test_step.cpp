@@ -80,7 +80,7 @@ struct PackedFilter {
       for (int64_t i = 0; i < block.size; ++i) entry(block, i, i) = 1.0;
     }
     pending.assign(static_cast<size_t>(capacity * weight), 0.0);
-    state[kMemoryFactor] = dense.lambda;
+    state[kForgetting] = 1 - dense.lambda;
     state[kForgettingRate] = dense.nu;
     state[kMeasurementNoise] = dense.noise;
     state[kProcessNoise] = dense.q;

@@ -43,7 +43,8 @@ def correct(
     increment = torch.zeros_like(weights)
     added: list[Tensor] = []
     for h, z, error in zip(jacobian, cross, innovation, strict=True):
-        lam, nu, noise, q, beta, delta, num_pending = state[:7].tolist()
+        forgetting, nu, noise, q, beta, delta, num_pending = state[:7].tolist()
+        lam = 1 - forgetting
 
         y = z + (delta - first_shift) * h  # K / β, before the updates of this call are taken off
         for u in added:
@@ -65,8 +66,8 @@ def correct(
         added.append(u)
         beta = beta / lam  # line 11: the factor 1/λ
         delta = delta + q / beta
-        lam = nu * lam + 1 - nu  # line 14
-        state[:7] = state.new_tensor([lam, nu, noise, q, beta, delta, num_pending + 1])
+        forgetting = nu * forgetting  # line 14: λ <- ν λ + 1 - ν
+        state[:7] = state.new_tensor([forgetting, nu, noise, q, beta, delta, num_pending + 1])
         state[STATE["num_updates"]] += 1
     weights += increment
 
