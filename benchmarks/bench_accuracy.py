@@ -42,7 +42,8 @@ class LongDoubleFilter:
         k = (self.p * h).sum(1)
         a = 1 / (self.memory_factor + h @ k)
         self.w += a * innovation * k
-        self.p -= (a * k)[:, None] * k
+        u = np.sqrt(a) * k  # (a k) kᵀ would not round symmetrically, and an asymmetry of P grows for ever
+        self.p -= u[:, None] * u
         self.p *= 1 / self.memory_factor
         self.memory_factor = np.longdouble(NU) * self.memory_factor + 1 - np.longdouble(NU)
 
