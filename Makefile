@@ -45,7 +45,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(CSRC))
 
-bench: .venv/.bench  ## the filter step against naive torch and BLAS (25 minutes): rows and pictures
+bench: .venv/.bench  ## the filter step against naive torch and BLAS (15 minutes): rows and pictures
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/plot_step.py
 
