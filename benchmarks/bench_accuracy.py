@@ -10,19 +10,20 @@ largest.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from bench_step import about
+from rows import append, machine
 
 from rlekf_ext import BlockPlan, KalmanFilter
 
 RESULTS = Path(__file__).resolve().parent / "results/accuracy.csv"
 LAMBDA, NU = 0.98, 0.9987
+COLUMNS = ["H", "covariance_dtype", "P", "w", "smallest eigenvalue", "steps", "size", "huge_pages", "threads"]
+COLUMNS += ["cpu", "cpu_isa", "torch", "numpy", "version", "commit"]
 DTYPES = (torch.float64, torch.float32)
 DEVIATIONS = {
     "isotropic": lambda k: np.ones_like(k),
@@ -85,16 +86,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if np.finfo(np.longdouble).nmant < 63:
         sys.exit(f"long double is no wider than double on {platform.machine()}: run this on x86-64.")
-    common = {"steps": arguments.steps, "size": arguments.size, **about(huge_pages=False)}
+    common = {"steps": arguments.steps, "size": arguments.size, "huge_pages": 0, "numpy": np.__version__, **machine()}
     for kind in arguments.kind:
         for dtype, found in drift(kind, arguments.size, arguments.steps).items():
             print(f"H {kind:<11} {dtype!s:<14}" + "".join(f"  {name} {value:.2e}" for name, value in found.items()))
-            new = not arguments.output.exists()
-            with arguments.output.open("a", newline="") as file:
-                writer = csv.writer(file)
-                if new:
-                    writer.writerow(["H", "covariance_dtype", *found, *common])
-                writer.writerow([kind, dtype, *(f"{value:.3e}" for value in found.values()), *common.values()])
+            figures_of = {name: f"{value:.3e}" for name, value in found.items()}
+            row = {"H": kind, "covariance_dtype": dtype, **figures_of, **common}
+            append(arguments.output, COLUMNS, [row])
 
 
 if __name__ == "__main__":

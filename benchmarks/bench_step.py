@@ -13,7 +13,6 @@ twice: as it is, and with huge pages for torch's own allocations (THP_MEM_ALLOC_
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import os
@@ -27,10 +26,10 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg.blas as openblas
 import torch
+from rows import append, machine
 
-from rlekf_ext import _C, BlockPlan, KalmanFilter
+from rlekf_ext import BlockPlan, KalmanFilter
 from rlekf_ext.covariance import available_bytes, identity, required_bytes
-from rlekf_ext.dp.train import cpu_name
 from rlekf_ext.partition import partition
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -325,20 +324,6 @@ def groups(plan: BlockPlan, names: list[str]) -> tuple[list[list[str]], list[str
     return [[name, *own] for name in fitting] or [own], [name for name in others if name not in fitting]
 
 
-def about(huge_pages: bool) -> dict[str, object]:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "huge_pages": int(huge_pages),
-        "threads": torch.get_num_threads(),
-        "cpu": cpu_name(),
-        "cpu_isa": _C.cpu_isa(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "version": _C.build_info()["version"],
-        "commit": commit.stdout.strip(),
-    }
-
-
 def rows_of(case: str, names: list[str], rounds: int, common: dict[str, object]) -> list[dict[str, object]]:
     plan, rows = CASES[case], []
 
@@ -418,16 +403,12 @@ def main() -> None:
             subprocess.run([sys.executable, *sys.argv, "--huge-pages", value], env=environment, check=True)
         return
     torch.set_num_threads(arguments.threads)
-    common = about(os.environ.get("THP_MEM_ALLOC_ENABLE") == "1")
+    huge_pages = int(os.environ.get("THP_MEM_ALLOC_ENABLE") == "1")
+    common = {"huge_pages": huge_pages, "numpy": np.__version__, **machine()}
     print(f"{common['cpu']}, {common['threads']} threads, huge pages for torch: {common['huge_pages']}")
     for case in arguments.case:
         rows = rows_of(case, arguments.provider, arguments.rounds, common)
-        new = not arguments.output.exists()
-        with arguments.output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(arguments.output, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,14 @@ the names of CASES (docs/study.md will name their public sources); NaCl is embed
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from rows import MACHINE, append, machine
 
 from rlekf_ext.dp.input import read_input
 from rlekf_ext.dp.train import train
@@ -37,7 +36,7 @@ CASES = {
 }
 COLUMNS = [
     *("case", "label", "seed", "epoch", "updates", "seconds", "energy_meV_per_atom", "force_meV_per_A"),
-    *("threads", "cpu", "cpu_isa", "torch", "version", "commit"),
+    *MACHINE,
 ]
 
 
@@ -89,8 +88,7 @@ def run(case: str, data: Path, seed: int, epochs: float, changes: dict, label: s
         os.chdir(name)
         summary = train(read_input(given))
         os.chdir(ROOT)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    about = {key: summary[key] for key in ("threads", "cpu", "cpu_isa", "torch", "version")}
+    where = machine()
     return [
         {
             "case": case,
@@ -101,8 +99,7 @@ def run(case: str, data: Path, seed: int, epochs: float, changes: dict, label: s
             "seconds": round(row["seconds"], 2),
             "energy_meV_per_atom": round(1e3 * row["energy_rmse"], 4),
             "force_meV_per_A": round(1e3 * row["force_rmse"], 3),
-            **about,
-            "commit": commit.stdout.strip(),
+            **{key: where[key] for key in MACHINE},
         }
         for row in summary["epochs"]
     ]
@@ -122,12 +119,7 @@ def main() -> None:
     output = arguments.output.resolve()
     for seed in arguments.seeds:
         rows = run(arguments.case, arguments.data.resolve(), seed, arguments.epochs, changes, arguments.label)
-        new = not output.exists()
-        with output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(output, COLUMNS, rows)
 
 
 if __name__ == "__main__":

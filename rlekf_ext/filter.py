@@ -88,13 +88,11 @@ class KalmanFilter:
             raise ValueError(
                 f"There should be an innovation for each of the {len(h)} rows of the jacobian but there are {len(e)}."
             )
-        start = weights
+        start = weights.clone() if len(h) > self._most_at_once else weights
         for first in range(0, len(h), self._most_at_once):
             batch = slice(first, first + self._most_at_once)
             # The innovations are those of the weights as they came in: later passes see what the earlier ones moved.
             left = e[batch] - h[batch] @ (weights - start) if first else e[batch]
-            if len(h) > first + self._most_at_once and start is weights:
-                start = weights.clone()
             self._ops.step(weights, p.tiles, p.pending, p.state, p.layout, h[batch], left)
 
     @torch.no_grad()

@@ -65,23 +65,8 @@ def partition(
     return BlockPlan(tuple(STRATEGIES[strategy](sizes, block_size, layers)))
 
 
-def _rlekf(sizes: Sequence[int], block_size: int, _: Layers) -> Iterator[int]:
-    gathered = 0
-    for size in sizes:
-        if gathered and gathered + size > block_size:
-            yield gathered
-            gathered = 0
-        whole, rest = divmod(size, block_size)
-        if gathered + size > block_size:  # then nothing is gathered, and the tensor is larger than a block
-            yield from [block_size] * whole
-            gathered = rest
-        else:
-            gathered += size
-    if gathered:
-        yield gathered
-
-
-def _deepmd(sizes: Sequence[int], block_size: int, _: Layers) -> Iterator[int]:
+def _split_and_gather(sizes: Sequence[int], block_size: int, gather_rest: bool) -> Iterator[int]:
+    """`gather_rest`: whether the rest of a split tensor starts the next gather, or is a block of its own."""
     gathered = 0
     for size in sizes:
         if gathered and gathered + size > block_size:
@@ -90,12 +75,22 @@ def _deepmd(sizes: Sequence[int], block_size: int, _: Layers) -> Iterator[int]:
         if size > block_size:
             whole, rest = divmod(size, block_size)
             yield from [block_size] * whole
-            if rest:
+            if gather_rest:
+                gathered = rest
+            elif rest:
                 yield rest
         else:
             gathered += size
     if gathered:
         yield gathered
+
+
+def _rlekf(sizes: Sequence[int], block_size: int, _: Layers) -> Iterator[int]:
+    return _split_and_gather(sizes, block_size, gather_rest=True)
+
+
+def _deepmd(sizes: Sequence[int], block_size: int, _: Layers) -> Iterator[int]:
+    return _split_and_gather(sizes, block_size, gather_rest=False)
 
 
 def _lekf(sizes: Sequence[int], _: int, layers: Layers) -> Iterator[int]:

@@ -1,0 +1,29 @@
+"""Rows of results: what every row says of where it comes from, and how rows are kept."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rlekf_ext.dp.train import this_machine
+
+MACHINE = ("threads", "cpu", "cpu_isa", "torch", "version", "commit")
+
+
+def machine() -> dict[str, object]:
+    """The columns of MACHINE, now."""
+    root = Path(__file__).resolve().parents[1]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    return {**this_machine(), "commit": commit.stdout.strip()}
+
+
+def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Add rows to a CSV file, which gets its header when it is new."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
