@@ -31,19 +31,29 @@ enum State : int {
   kForgettingRate,     // nu
   kMeasurementNoise,   // alpha^2 R of the paper
   kProcessNoise,       // q, added to the diagonal of P after every update
+  kProcessNoiseDecay,  // q <- max(least q, decay q) after every update
+  kLeastProcessNoise,
+  kDiagonalCeiling,    // forgetting pauses rather than let the diagonal of P grow beyond
+  kLeastExcitation,    // forgetting pauses while H^T P H is less than this times the measurement noise
   kScale,              // beta
   kShift,              // delta
+  kLargestDiagonal,    // no diagonal entry of S is larger
   kNumPending,         // vectors u_i that wait to be folded into S
+  kVariance,           // H^T P H of the last measurement used
+  kRankOne,            // a beta of the last measurement used
   kNumUpdates,         // measurements used so far
   kSkippedInnovation,  // measurements skipped because the innovation was not finite
   kSkippedJacobian,    // ... because H or H^T P H was not finite
   kSkippedVariance,    // ... because H^T P H was negative
+  kSkippedInARow,      // skipped since the last one that was used
   kNumState
 };
 
 constexpr const char* kStateNames[kNumState] = {
-    "forgetting",  "forgetting_rate", "measurement_noise",  "process_noise",    "scale",           "shift",
-    "num_pending", "num_updates",     "skipped_innovation", "skipped_jacobian", "skipped_variance"};
+    "forgetting",          "forgetting_rate",  "measurement_noise", "process_noise",   "process_noise_decay",
+    "least_process_noise", "diagonal_ceiling", "least_excitation",  "scale",           "shift",
+    "largest_diagonal",    "num_pending",      "variance",          "rank_one",        "num_updates",
+    "skipped_innovation",  "skipped_jacobian", "skipped_variance",  "skipped_in_a_row"};
 
 /// At a fold, a scale beyond this is moved into S by a power of two (exact), so that it cannot overflow.
 constexpr double kLargestScale = 1099511627776.0;  // 2^40

@@ -231,6 +231,7 @@ def test_variance_and_health():
         "skipped_innovation": 0,
         "skipped_jacobian": 0,
         "skipped_variance": 0,
+        "skipped_in_a_row": 0,
     }
 
 

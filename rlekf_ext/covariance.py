@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ class Covariance:
     """P = scale (S + shift I - Σ u_i u_iᵀ), block by block: S in packed tiles, the u_i that wait, and the filter's
     scalars.
 
-    tiles (num_tiles, 64, 64) float64 or float32; pending (capacity, N) float64; state (11,) float64, see STATE;
+    tiles (num_tiles, 64, 64) float64 or float32; pending (capacity, N) float64; state (19,) float64, see STATE;
     layout (L, 3) int64. All on one device.
     """
 
@@ -86,7 +87,7 @@ def identity(
     pending: int = 32,
     device: torch.device | str = "cpu",
 ) -> Covariance:
-    """P = initial_covariance I, with all scalars of the filter at 0 but the scale, which is 1.
+    """P = initial_covariance I, with the scalars of a filter that has no noise and does not forget.
 
     Raises ValueError for a dtype that is not float64 or float32 or a `pending` below 1, and MemoryError, before
     anything is allocated, when P will not fit.
@@ -111,6 +112,9 @@ def identity(
     tiles.view(-1)[_diagonal(plan, layout.numpy()).to(device)] = initial_covariance
     state = torch.zeros(len(STATE), dtype=torch.float64, device=device)
     state[STATE["scale"]] = 1.0
+    state[STATE["largest_diagonal"]] = initial_covariance
+    state[STATE["process_noise_decay"]] = 1.0
+    state[STATE["diagonal_ceiling"]] = inf
     waiting = torch.zeros(pending, plan.num_weights, dtype=torch.float64, device=device)
     return Covariance(plan, tiles, waiting, state, layout.to(device))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from types import ModuleType
 
 import torch
@@ -16,10 +17,14 @@ class KalmanFilter:
     """The block diagonal covariance P of N weights, and the scalars that go with it.
 
     `plan` gives the blocks. λ starts at `memory_factor` and goes to 1 as λ <- ν λ + 1 - ν with ν =
-    `forgetting_rate`. P starts as `initial_covariance` I; `process_noise` is added to its diagonal after every
-    update. `measurement_noise` is α²R of the paper, by default the number of blocks L. S is stored in
-    `covariance_dtype`; up to `pending` rank-1 updates wait before they are written into it. `backend` is "auto",
-    "native" or "reference".
+    `forgetting_rate`. P starts as `initial_covariance` I. `measurement_noise` is α²R of the paper, by default the
+    number of blocks L. S is stored in `covariance_dtype`; up to `pending` rank-1 updates wait before they are written
+    into it. `backend` is "auto", "native", "triton" or "reference".
+
+    `process_noise` q is added to the diagonal of P after every update; q then goes to `least_process_noise` by a
+    factor of `process_noise_decay` an update. Two options keep P from winding up in directions that nothing excites,
+    by a λ nearer to 1 for that one update: `diagonal_ceiling` bounds every diagonal entry of P, and an update whose
+    HᵀPH is below `least_excitation` times the measurement noise forgets nothing.
 
     Raises ValueError for a setting outside its range, MemoryError when P will not fit, RuntimeError for an absent
     backend.
@@ -34,6 +39,10 @@ class KalmanFilter:
         initial_covariance: float = 1.0,  # p_0
         measurement_noise: float | None = None,  # α²R = L
         process_noise: float = 0.0,  # q
+        process_noise_decay: float = 1.0,
+        least_process_noise: float = 0.0,
+        diagonal_ceiling: float = inf,
+        least_excitation: float = 0.0,
         covariance_dtype: torch.dtype = torch.float64,
         pending: int = 32,
         backend: str = "auto",
@@ -50,6 +59,20 @@ class KalmanFilter:
             raise ValueError(f"measurement_noise should be above 0 but is {noise}.")
         if not process_noise >= 0:
             raise ValueError(f"process_noise should be at least 0 but is {process_noise}.")
+        if not 0 <= process_noise_decay <= 1:
+            raise ValueError(f"process_noise_decay should be between 0 and 1 but is {process_noise_decay}.")
+        if not 0 <= least_process_noise <= process_noise:
+            raise ValueError(
+                f"least_process_noise should be between 0 and process_noise = {process_noise} but is "
+                f"{least_process_noise}."
+            )
+        if not diagonal_ceiling >= initial_covariance:
+            raise ValueError(
+                f"diagonal_ceiling should be at least initial_covariance = {initial_covariance} but is "
+                f"{diagonal_ceiling}."
+            )
+        if not least_excitation >= 0:
+            raise ValueError(f"least_excitation should be at least 0 but is {least_excitation}.")
         ops.backend(backend, torch.device(device))  # an absent one is an error before P is allocated
         self.backend = backend
         self.covariance = identity(
@@ -60,6 +83,10 @@ class KalmanFilter:
             ("forgetting_rate", forgetting_rate),
             ("measurement_noise", noise),
             ("process_noise", process_noise),
+            ("process_noise_decay", process_noise_decay),
+            ("least_process_noise", least_process_noise),
+            ("diagonal_ceiling", diagonal_ceiling),
+            ("least_excitation", least_excitation),
         ):
             self.covariance.state[STATE[name]] = value
 

@@ -22,6 +22,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "../recursion.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define RLEKF_EVERY_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -159,12 +161,6 @@ struct Run {
   int64_t begin, end;
   int64_t lo, hi;
   double* sums;  // (M, hi - lo)
-};
-
-/// What a fold does in this pass; num_vectors = 0 and factor = 1 leave S alone.
-struct Fold {
-  int64_t num_vectors;
-  double factor;
 };
 
 int64_t total_tiles(const Covariance& p) {
@@ -308,14 +304,10 @@ RLEKF_EVERY_ISA void reduce_block(const Covariance& p, const Measurements& m, co
   }
 }
 
-/// The scalars of M sequential updates, before any vector is touched.
+/// M sequential updates, before any vector is touched.
 struct Plan {
-  bool used[kMaxMeasurements];
-  double shift[kMaxMeasurements];     // growth of the shift since the projection, when measurement j is used
-  double gain[kMaxMeasurements];      // a beta e_j: what multiplies y_j in the weight increment
-  double rank_one[kMaxMeasurements];  // a beta: what multiplies y_j y_j^T in S
-  std::vector<double> products;       // (num_blocks, M, M): y_i^T h_j of each block, i <= j
-  int64_t slot[kMaxMeasurements];     // row of `pending` that takes u_j
+  Update updates[kMaxMeasurements];
+  std::vector<double> products;  // (num_blocks, M, M): y_i^T h_j of each block, i <= j
 };
 
 /// Runs the recursion on the inner products alone and leaves the state as after all M measurements.
@@ -324,53 +316,29 @@ struct Plan {
 Plan plan_updates(const Covariance& p, const Measurements& m, const Projection& projection) {
   const int count = m.count;
   const double* plain = projection.gram + p.num_blocks * count * count;
-  double* state = p.state;
-  const double first_shift = state[kShift];
+  const double first_shift = p.state[kShift];
   Plan plan{};
   plan.products.assign(static_cast<size_t>(p.num_blocks * count * count), 0.0);
+  double totals[kMaxMeasurements][kMaxMeasurements] = {};  // y_i^T h_j over all blocks
   for (int i = 0; i < count; ++i) {
-    plan.shift[i] = state[kShift] - first_shift;
-    double total[kMaxMeasurements] = {};  // y_i^T h_j over all blocks
+    const double shift = p.state[kShift] - first_shift;
     for (int64_t block = 0; block < p.num_blocks; ++block) {
       double* y = plan.products.data() + block * count * count;
       for (int j = i; j < count; ++j) {
         double value = projection.gram[(block * count + i) * count + j];
-        if (plan.shift[i] != 0) value += plan.shift[i] * plain[(block * count + i) * count + j];
+        if (shift != 0) value += shift * plain[(block * count + i) * count + j];
         for (int k = 0; k < i; ++k) {
-          if (plan.used[k]) value -= plan.rank_one[k] * y[k * count + i] * y[k * count + j];
+          if (plan.updates[k].used) value -= plan.updates[k].rank_one * y[k * count + i] * y[k * count + j];
         }
         y[i * count + j] = value;
-        total[j] += value;
+        totals[i][j] += value;
       }
     }
-    double innovation = m.innovation[i];
+    double left = m.innovation[i];
     for (int k = 0; k < i; ++k) {
-      if (!plan.used[k]) continue;
-      double moved = 0;
-      for (int64_t block = 0; block < p.num_blocks; ++block) {
-        moved += plan.products[static_cast<size_t>((block * count + k) * count + i)];
-      }
-      innovation -= plan.gain[k] * moved;
+      if (plan.updates[k].used) left -= plan.updates[k].gain * totals[k][i];
     }
-    const double variance = state[kScale] * total[i];
-    State cause = kNumState;
-    if (!std::isfinite(m.innovation[i])) cause = kSkippedInnovation;
-    else if (!std::isfinite(variance)) cause = kSkippedJacobian;
-    else if (variance < 0) cause = kSkippedVariance;
-    if (cause != kNumState) {
-      state[cause] += 1;
-      continue;
-    }
-    const double lambda = 1 - state[kForgetting];
-    plan.used[i] = true;
-    plan.rank_one[i] = state[kScale] / (state[kMeasurementNoise] * lambda + variance);
-    plan.gain[i] = plan.rank_one[i] * innovation;
-    plan.slot[i] = static_cast<int64_t>(state[kNumPending]);
-    state[kNumPending] += 1;
-    state[kNumUpdates] += 1;
-    state[kScale] /= lambda;
-    state[kShift] += state[kProcessNoise] / state[kScale];
-    state[kForgetting] *= state[kForgettingRate];
+    plan.updates[i] = take_measurement(p.state, first_shift, totals[i][i], m.innovation[i], left);
   }
   return plan;
 }
@@ -383,19 +351,21 @@ RLEKF_EVERY_ISA void correct_block(double* weights, const Covariance& p, const M
   const double* products = plan.products.data() + index * m.count * m.count;
   const int64_t begin = block.first_weight;
   for (int j = 0; j < m.count; ++j) {
-    if (!plan.used[j]) continue;
-    double* u = p.pending + plan.slot[j] * p.num_weights + begin;
+    const Update& update = plan.updates[j];
+    if (!update.used) continue;
+    double* u = p.pending + static_cast<int64_t>(update.slot) * p.num_weights + begin;
     std::copy_n(projection.cross + j * p.num_weights + begin, block.size, u);
-    if (plan.shift[j] != 0) add(plan.shift[j], m.jacobian + j * p.num_weights + begin, u, block.size);
+    if (update.shift != 0) add(update.shift, m.jacobian + j * p.num_weights + begin, u, block.size);
     for (int k = 0; k < j; ++k) {
-      if (!plan.used[k]) continue;
-      const double* earlier = p.pending + plan.slot[k] * p.num_weights + begin;  // sqrt(rank_one_k) y_k
-      add(-std::sqrt(plan.rank_one[k]) * products[k * m.count + j], earlier, u, block.size);
+      const Update& earlier = plan.updates[k];
+      if (!earlier.used) continue;
+      const double* v = p.pending + static_cast<int64_t>(earlier.slot) * p.num_weights + begin;  // sqrt(rank_one_k) y_k
+      add(-std::sqrt(earlier.rank_one) * products[k * m.count + j], v, u, block.size);
     }
-    const double root = std::sqrt(plan.rank_one[j]);
+    const double root = std::sqrt(update.rank_one);
     double* w = weights + begin;
     for (int64_t i = 0; i < block.size; ++i) {
-      w[i] += plan.gain[j] * u[i];
+      w[i] += update.gain * u[i];
       u[i] *= root;
     }
   }
@@ -413,20 +383,11 @@ int64_t scratch_size(const Covariance& covariance, int num_measurements, int64_t
 
 void project(const Covariance& p, const Measurements& m, const Projection& out, double* scratch,
              const Parallel& parallel) {
-  double* state = p.state;
-  Fold due{0, 1.0};
-  if (static_cast<int64_t>(state[kNumPending]) + m.count > p.capacity) {
-    due.num_vectors = static_cast<int64_t>(state[kNumPending]);
-    if (state[kScale] > kLargestScale) due.factor = std::exp2(std::ilogb(state[kScale]));
-  }
+  const Fold due = fold_due(p.state, m.count, p.capacity);
   const std::vector<Run> runs = plan_runs(p, m.count, parallel.num_workers, scratch);
   const auto visit = p.storage == Storage::kFloat64 ? visit_tiles_float64 : visit_tiles_float32;
   parallel.run(static_cast<int64_t>(runs.size()), [&](int64_t i) { visit(p, m, due, runs[static_cast<size_t>(i)]); });
-  if (due.num_vectors > 0) {
-    state[kNumPending] = 0;
-    state[kScale] /= due.factor;
-    state[kShift] *= due.factor;
-  }
+  note_fold(p.state, due);
   parallel.run(p.num_blocks, [&](int64_t block) { reduce_block(p, m, out, runs, block); });
 }
 

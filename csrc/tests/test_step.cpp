@@ -84,7 +84,10 @@ struct PackedFilter {
     state[kForgettingRate] = dense.nu;
     state[kMeasurementNoise] = dense.noise;
     state[kProcessNoise] = dense.q;
+    state[kProcessNoiseDecay] = 1;
+    state[kDiagonalCeiling] = INFINITY;
     state[kScale] = 1;
+    state[kLargestDiagonal] = 1;
     p = {tiles.data(),
          Storage::kFloat64,
          pending.data(),

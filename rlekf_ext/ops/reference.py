@@ -39,36 +39,41 @@ def correct(
     innovation: Tensor,
 ) -> None:
     sizes = layout[:, 1].tolist()
-    first_shift = state[STATE["shift"]].item()
+    now = dict(zip(STATE, state.tolist(), strict=True))
+    first_shift = now["shift"]
     increment = torch.zeros_like(weights)
     added: list[Tensor] = []
-    for h, z, error in zip(jacobian, cross, innovation, strict=True):
-        forgetting, nu, noise, q, beta, delta, num_pending = state[:7].tolist()
-        lam = 1 - forgetting
-
-        y = z + (delta - first_shift) * h  # K / β, before the updates of this call are taken off
+    for h, z, error in zip(jacobian, cross, innovation.tolist(), strict=True):
+        y = z + (now["shift"] - first_shift) * h  # K / β, before the updates of this call are taken off
         for u in added:
             inner = torch.stack(
                 [(part_u @ part_h) for part_u, part_h in zip(u.split(sizes), h.split(sizes), strict=True)]
             )
             y = y - u * inner.repeat_interleave(layout[:, 1])
-        variance = beta * float(h @ y)  # HᵀPH
+        variance = now["scale"] * float(h @ y)  # HᵀPH
 
-        cause = _reason_to_skip(float(error), variance)
+        cause = _reason_to_skip(error, variance)
         if cause:
-            state[STATE[cause]] += 1
+            now[cause] += 1
+            now["skipped_in_a_row"] += 1
             continue
 
-        a = 1 / (noise * lam + variance)  # line 8
-        u = (a * beta) ** 0.5 * y  # line 11: a K Kᵀ = β u uᵀ
-        increment += a * beta * (float(error) - float(h @ increment)) * y  # line 12
-        pending[int(num_pending)] = u
+        lam = _lambda(now, variance)
+        a = 1 / (now["measurement_noise"] * lam + variance)  # line 8
+        rank_one = a * now["scale"]
+        u = rank_one**0.5 * y  # line 11: a K Kᵀ = β u uᵀ
+        increment += rank_one * (error - float(h @ increment)) * y  # line 12
+        pending[int(now["num_pending"])] = u
         added.append(u)
-        beta = beta / lam  # line 11: the factor 1/λ
-        delta = delta + q / beta
-        forgetting = nu * forgetting  # line 14: λ <- ν λ + 1 - ν
-        state[:7] = state.new_tensor([forgetting, nu, noise, q, beta, delta, num_pending + 1])
-        state[STATE["num_updates"]] += 1
+        now["num_pending"] += 1
+        now["num_updates"] += 1
+        now["skipped_in_a_row"] = 0
+        now["variance"], now["rank_one"] = variance, rank_one
+        now["scale"] /= lam  # line 11: the factor 1/λ
+        now["shift"] += now["process_noise"] / now["scale"]
+        now["process_noise"] = max(now["least_process_noise"], now["process_noise_decay"] * now["process_noise"])
+        now["forgetting"] *= now["forgetting_rate"]  # line 14: λ <- ν λ + 1 - ν
+    state.copy_(state.new_tensor(list(now.values())))
     weights += increment
 
 
@@ -94,6 +99,17 @@ def _fold(tiles: Tensor, pending: Tensor, state: Tensor, plan: BlockPlan) -> Non
     state[STATE["num_pending"]] = 0
     state[STATE["scale"]] /= factor
     state[STATE["shift"]] *= factor
+    state[STATE["largest_diagonal"]] *= factor
+
+
+def _lambda(now: dict[str, float], variance: float) -> float:
+    """λ of this update: nearer to 1 than the memory factor while a measurement excites nothing, or P is at its
+    ceiling."""
+    lam = 1 - now["forgetting"]
+    if variance < now["least_excitation"] * now["measurement_noise"]:
+        lam = 1.0
+    largest = now["scale"] * (now["largest_diagonal"] + now["shift"])  # no diagonal entry of P is larger
+    return min(1.0, max(lam, largest / now["diagonal_ceiling"]))
 
 
 def _reason_to_skip(error: float, variance: float) -> str | None:
