@@ -5,7 +5,7 @@ BIN := .venv/bin
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench soak demo test test-cpp test-install lint check format clean
+.PHONY: help setup gpu bench soak demo test test-cpp test-install lint check format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -33,7 +33,7 @@ test-cpp: setup
 	@$(BIN)/cmake -S . -B build/cpp -G Ninja -DRLEKF_TESTS=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DTORCH_DIR=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') > .venv/cpp.log 2>&1 || (cat .venv/cpp.log; false)
-	@$(BIN)/cmake --build build/cpp --target test_step
+	@$(BIN)/cmake --build build/cpp --target test_step test_cuda_kernels
 	@$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
 
 test-install:  ## pip install . with and without build isolation, and without torch, each in a fresh environment
@@ -43,7 +43,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(CSRC))
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+
+gpu:  ## with an own python3 that has torch, on a machine with a GPU: build, tests, sanitizer, benchmark; rows in OUT=folder
+	.ci/gpu $(PYTHON) $(or $(OUT),gpu_results)
 
 bench: .venv/.bench  ## the filter step against naive torch and BLAS (15 minutes): rows and pictures
 	$(BIN)/python benchmarks/bench_step.py
@@ -60,7 +63,7 @@ check: lint test  ## what CI runs first: ruff, mypy, clang-format, tests
 
 format: setup  ## rewrite sources in the project's format
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu,$(CSRC))
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
 clean:  ## remove what make made
 	rm -rf .venv build demo rlekf_ext/*.so *.egg-info

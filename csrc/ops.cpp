@@ -39,7 +39,11 @@ std::string shape_text(const Sizes& shape) {
   return text.str();
 }
 
-void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype) {
+int device_of(const Tensor& tensor) { return tensor.is_cuda() ? static_cast<int>(tensor.get_device_index()) : -1; }
+
+std::string device_text(int device) { return device < 0 ? "the CPU" : "GPU " + std::to_string(device); }
+
+void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype, int device) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   int64_t dim = 0;
   for (const int64_t size : shape) {
@@ -50,6 +54,8 @@ void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t
                   shape_text(tensor.sizes()), ".");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "rlekf: ", name, " should be ",
                   dtype == ScalarType::Long ? "int64" : "float64", " but is not; convert it with .to(dtype).");
+  STD_TORCH_CHECK(device_of(tensor) == device, "rlekf: ", name, " should be on ", device_text(device),
+                  " as tiles (or the jacobian) are, but is on ", device_text(device_of(tensor)), "; move it there.");
   STD_TORCH_CHECK(tensor.is_contiguous(), "rlekf: ", name, " should be contiguous; call .contiguous() on it.");
 }
 
@@ -60,23 +66,30 @@ const double* const_float64_of(const Tensor& tensor) { return static_cast<const 
 }  // namespace
 
 Covariance covariance_of(const Tensor& tiles, const Tensor& pending, const Tensor& state, const Tensor& layout) {
-  check(layout, "layout", {kAny, 3}, ScalarType::Long);
-  check(state, "state", {kNumState}, ScalarType::Double);
-  check(pending, "pending", {kAny, kAny}, ScalarType::Double);
+  const int device = device_of(tiles);
+  check(layout, "layout", {kAny, 3}, ScalarType::Long, device);
+  check(state, "state", {kNumState}, ScalarType::Double, device);
+  check(pending, "pending", {kAny, kAny}, ScalarType::Double, device);
   STD_TORCH_CHECK(layout.size(0) > 0, "rlekf: layout should have at least one block but has none.");
   const bool single = tiles.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(single || tiles.scalar_type() == ScalarType::Double, "rlekf: tiles should be float64 or float32.");
   STD_TORCH_CHECK(tiles.dim() == 3 && tiles.size(1) == kTile && tiles.size(2) == kTile && tiles.is_contiguous(),
                   "rlekf: tiles should be contiguous with shape (any, ", kTile, ", ", kTile, ") but has ",
                   shape_text(tiles.sizes()), ".");
-  return {tiles.mutable_data_ptr(), single ? Storage::kFloat32 : Storage::kFloat64,
-          float64_of(pending),      pending.size(0),
-          float64_of(state),        static_cast<const Block*>(layout.const_data_ptr()),
-          layout.size(0),           pending.size(1)};
+  return {device,
+          tiles.mutable_data_ptr(),
+          single ? Storage::kFloat32 : Storage::kFloat64,
+          tiles.size(0),
+          float64_of(pending),
+          pending.size(0),
+          float64_of(state),
+          static_cast<const Block*>(layout.const_data_ptr()),
+          layout.size(0),
+          pending.size(1)};
 }
 
 Measurements measurements_of(const Covariance& covariance, const Tensor& jacobian) {
-  check(jacobian, "jacobian", {kAny, covariance.num_weights}, ScalarType::Double);
+  check(jacobian, "jacobian", {kAny, covariance.num_weights}, ScalarType::Double, covariance.device);
   const int64_t count = jacobian.size(0);
   STD_TORCH_CHECK(count >= 1 && count <= kMaxMeasurements, "rlekf: a pass takes 1 to ", kMaxMeasurements,
                   " measurements but jacobian has ", count, " rows; split them into several passes.");
@@ -87,20 +100,21 @@ Measurements measurements_of(const Covariance& covariance, const Tensor& jacobia
 
 Measurements measurements_of(const Covariance& covariance, const Tensor& jacobian, const Tensor& innovation) {
   Measurements measurements = measurements_of(covariance, jacobian);
-  check(innovation, "innovation", {measurements.count}, ScalarType::Double);
+  check(innovation, "innovation", {measurements.count}, ScalarType::Double, covariance.device);
   measurements.innovation = const_float64_of(innovation);
   return measurements;
 }
 
 Projection projection_of(const Covariance& covariance, const Measurements& measurements, const Tensor& cross,
                          const Tensor& gram) {
-  check(cross, "cross", {measurements.count, covariance.num_weights}, ScalarType::Double);
-  check(gram, "gram", {2, covariance.num_blocks, measurements.count, measurements.count}, ScalarType::Double);
+  check(cross, "cross", {measurements.count, covariance.num_weights}, ScalarType::Double, covariance.device);
+  check(gram, "gram", {2, covariance.num_blocks, measurements.count, measurements.count}, ScalarType::Double,
+        covariance.device);
   return {float64_of(cross), float64_of(gram)};
 }
 
 double* weights_of(const Covariance& covariance, const Tensor& weights) {
-  check(weights, "weights", {covariance.num_weights}, ScalarType::Double);
+  check(weights, "weights", {covariance.num_weights}, ScalarType::Double, covariance.device);
   return float64_of(weights);
 }
 

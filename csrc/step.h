@@ -17,8 +17,10 @@ enum class Storage { kFloat32, kFloat64 };
 
 /// The covariance and its scalars. N = num_weights.
 struct Covariance {
+  int device;       // number of the GPU that all pointers belong to; -1 for a CPU
   void* tiles;      // (num_tiles, kTile, kTile)
   Storage storage;  // dtype of tiles
+  int64_t num_tiles;
   double* pending;  // (capacity, N), the first state[kNumPending] rows wait
   int64_t capacity;
   double* state;        // (kNumState)
@@ -62,8 +64,23 @@ void correct(double* weights, const Covariance& covariance, const Measurements& 
 
 namespace cuda {
 
-/// The compute capabilities this build has code for, such as "80;90", as compiled into the library.
+/// The compute capabilities this build has code for, such as "80-real 90", as compiled into the library.
 const char* architectures();
+
+// All that follows is queued on `stream`, a cudaStream_t of the covariance's GPU, and not waited for.
+// Throws std::runtime_error that names the kernel and the sizes where a launch fails.
+
+/// float64 numbers that each of the three needs as scratch, with any contents.
+int64_t scratch_size(const Covariance& covariance, const Measurements& measurements);
+
+void project(const Covariance& covariance, const Measurements& measurements, const Projection& projection,
+             double* scratch, void* stream);
+
+void correct(double* weights, const Covariance& covariance, const Measurements& measurements,
+             const Projection& projection, double* scratch, void* stream);
+
+void step(double* weights, const Covariance& covariance, const Measurements& measurements, double* scratch,
+          void* stream);
 
 }  // namespace cuda
 

@@ -1,9 +1,14 @@
 """What every test file may use."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Where there is no GPU, the triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -1,8 +1,12 @@
+import io
+
 import pytest
 import torch
+from oracles import DenseFilter, relative
 
-from rlekf_ext import _C, BlockPlan
-from rlekf_ext.covariance import STATE, TILE, identity, pack, required_bytes, unpack
+from rlekf_ext import _C, BlockPlan, KalmanFilter
+from rlekf_ext.covariance import STATE, TILE, Covariance, from_lkf, identity, pack, required_bytes, unpack
+from rlekf_ext.partition import partition
 
 PLAN = BlockPlan((1, 63, 64, 65, 200))
 
@@ -79,3 +83,159 @@ def test_load_refuses_another_plan_or_dtype():
         p.load_state_dict(identity(BlockPlan((393,))).state_dict())
     with pytest.raises(ValueError, match=r"The saved tiles have .*float32"):
         p.load_state_dict(identity(PLAN, dtype=torch.float32).state_dict())
+
+
+def test_load_refuses_what_is_no_covariance():
+    p = identity(PLAN)
+    with pytest.raises(ValueError, match="it has no sizes, pending"):
+        p.load_state_dict({"tiles": p.tiles, "state": p.state})
+    with pytest.raises(ValueError, match=r"The saved state should have shape \(19,\) .* another version of rlekf_ext"):
+        p.load_state_dict({**p.state_dict(), "state": p.state[:-1]})
+    with pytest.raises(ValueError, match=r"The saved tiles should have shape \(16, 64, 64\)"):
+        p.load_state_dict({**p.state_dict(), "tiles": p.tiles[:-1]})
+
+
+def used(plan=PLAN, steps=11, **settings):
+    """A filter after some steps, with vectors that wait beside folded ones."""
+    filter_ = KalmanFilter(plan, **{"pending": 7, "initial_covariance": 0.5, "process_noise": 1e-4, **settings})
+    go_on(filter_, steps, seed=1)
+    assert 0 < filter_.covariance.scalar("num_pending") < 7
+    return filter_
+
+
+def go_on(filter_, steps, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.zeros(filter_.plan.num_weights, dtype=torch.float64)
+    for _ in range(steps):
+        h = torch.randn(len(weights), generator=generator, dtype=torch.float64)
+        filter_.step(weights, h, 0.3)
+    return weights
+
+
+OTHER_PLANS = {
+    "refined": (1, 63, 64, 5, 60, 100, 100),
+    "merged": (128, 265),
+    "one": (393,),
+    "shifted": (40, 90, 130, 133),
+    "single weights": (*(1,) * 20, 373),
+}
+
+
+@pytest.mark.parametrize("sizes", OTHER_PLANS.values(), ids=OTHER_PLANS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_reblock_keeps_what_both_plans_hold(sizes, dtype):
+    p = used().covariance
+    before = [tensor.clone() for tensor in p.state_dict().values()]
+    new = p.reblock(BlockPlan(sizes), dtype=dtype)
+    whole = torch.block_diag(*p.dense())
+    in_new = torch.block_diag(*[torch.ones(n, n, dtype=torch.float64) for n in sizes])
+    wanted = whole * in_new
+    assert relative(torch.block_diag(*new.dense()), wanted) < (1e-14 if dtype == torch.float64 else 1e-7)
+    assert torch.linalg.eigvalsh(torch.block_diag(*new.dense())).min() > 0
+    assert (new.plan.sizes, new.tiles.dtype) == (sizes, dtype)
+    assert new.tiles.shape == identity(new.plan).tiles.shape
+    for tile, same in zip(new.tiles, pack(unpack(new.tiles, new.plan), dtype), strict=True):
+        assert torch.equal(tile, same)  # diagonal tiles whole and symmetric, padding zero
+    changed = {name for name in STATE if new.scalar(name) != p.scalar(name)}
+    assert changed == {"num_pending"}
+    assert all(torch.equal(a, b) for a, b in zip(before, p.state_dict().values(), strict=True))
+
+
+def test_reblock_to_the_same_blocks_is_exact():
+    filter_ = used()
+    p = filter_.covariance
+    new = p.reblock(PLAN)
+    for name, tensor in p.state_dict().items():
+        assert torch.equal(new.state_dict()[name], tensor)
+        assert name == "sizes" or new.state_dict()[name].data_ptr() != tensor.data_ptr()
+    single = p.reblock(PLAN, dtype=torch.float32)
+    assert torch.equal(single.tiles, p.tiles.float())
+    assert torch.equal(single.pending, p.pending)
+
+
+def test_a_filter_goes_on_with_the_reblocked_covariance():
+    """The way that is said at reblock, against the dense filter set to the same P."""
+    saved = used().covariance.state_dict()
+    filter_ = KalmanFilter(BlockPlan((128, 265)))
+    filter_.covariance = Covariance.from_state_dict(saved).reblock(filter_.plan)
+    p = filter_.covariance
+    lam, nu = filter_.memory_factor, p.scalar("forgetting_rate")
+    dense = DenseFilter(p.plan.sizes, lam, nu, noise=PLAN.num_blocks, q=p.scalar("process_noise"))
+    dense.blocks = p.dense()
+    weights, wanted = go_on(filter_, 20), torch.zeros(393, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(20):
+        dense.step(wanted, torch.randn(1, 393, generator=generator, dtype=torch.float64), [0.3])
+    assert relative(weights, wanted) < 1e-12
+
+
+def test_reblock_refuses_another_model():
+    with pytest.raises(ValueError, match="should hold the 393 weights of the covariance but hold 392"):
+        identity(PLAN).reblock(BlockPlan((392,)))
+    with pytest.raises(ValueError, match="covariance_dtype should be"):
+        identity(PLAN).reblock(PLAN, dtype=torch.float16)
+
+
+TENSORS = (60, 20, 300, 13)  # of LKF's model; 300 are split and their rest stays alone
+
+
+def lkf(steps, dtype=torch.float64):
+    """LKF after some steps, and its state dict, in the form that `dp --pt train` saves."""
+    plan = partition(TENSORS, 128, "deepmd")
+    dense = DenseFilter(plan.sizes, 0.98, 0.9987)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        h = torch.randn(1, plan.num_weights, generator=generator, dtype=torch.float64)
+        dense.step(torch.zeros(plan.num_weights, dtype=torch.float64), h, [0.3])
+    blocks = [block.to(dtype) for block in dense.blocks]
+    own = {
+        "kalman_lambda": dense.lam,
+        "P": blocks,
+        "weights_num": len(blocks),
+        "params_packed_index": list(plan.sizes),
+    }
+    group = {"lr": 0.1, "kalman_nue": 0.9987, "block_size": 128, "params": [0, 1, 2, 3]}
+    file = io.BytesIO()
+    torch.save({"model": {}, "optimizer": {"state": {0: own}, "param_groups": [group]}}, file)
+    file.seek(0)
+    return dense, torch.load(file, weights_only=True)["optimizer"]
+
+
+def test_lkf_goes_on_from_its_checkpoint():
+    dense, saved = lkf(9)
+    p = from_lkf(saved)
+    assert p.plan.sizes == (80, 128, 128, 44, 13)
+    assert p.tiles.dtype == torch.float64
+    assert relative(torch.block_diag(*p.dense()), torch.block_diag(*dense.blocks)) < 1e-14
+    assert p.scalar("largest_diagonal") == max(float(block.diagonal().max()) for block in dense.blocks)
+    filter_ = KalmanFilter(p.plan, memory_factor=0.5, pending=3)
+    filter_.covariance = p.reblock(filter_.plan)
+    weights, wanted = go_on(filter_, 40), torch.zeros(393, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(40):
+        dense.step(wanted, torch.randn(1, 393, generator=generator, dtype=torch.float64), [0.3])
+    assert relative(weights, wanted) < 1e-12
+    assert filter_.memory_factor == pytest.approx(dense.lam, abs=1e-15)
+
+
+def test_lkf_in_float32_and_on_the_blocks_of_rlekf():
+    dense, saved = lkf(9, torch.float32)
+    saved["state"][0]["P"][0][3, 4] *= 1.25  # its matmul is not symmetric to the last bit
+    plan = partition(TENSORS, 128, "rlekf")
+    assert plan.sizes == (80, 128, 128, 57)
+    p = from_lkf(saved).reblock(plan)
+    wanted = torch.block_diag(*dense.blocks)
+    wanted[3, 4] *= 1.125
+    wanted[4, 3] = wanted[3, 4]
+    assert relative(torch.block_diag(*p.dense()), wanted) < 1e-6
+
+
+def test_what_is_no_state_of_lkf():
+    _, saved = lkf(1)
+    with pytest.raises(
+        ValueError, match=r"is not the state of DeePMD-kit's LKFOptimizer \(KeyError\('P'\)\): pass the"
+    ):
+        from_lkf({"state": {0: identity(PLAN).state_dict()}, "param_groups": [{}]})
+    del saved["state"][0]["P"][2:]
+    with pytest.raises(ValueError, match=r"\[80, 128, 128, 44, 13\] but holds \[80, 128\]: a distributed run"):
+        from_lkf(saved)

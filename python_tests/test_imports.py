@@ -17,11 +17,17 @@ ORDER = [
     ["rlekf_ext", "rlekf_ext.optim"],
     ["rlekf_ext.filter"],
     ["rlekf_ext.sharding", "rlekf_ext.ops"],
-    ["rlekf_ext.covariance"],
+    ["rlekf_ext.covariance", "rlekf_ext.machine"],
     ["rlekf_ext.partition"],
     ["rlekf_ext._C"],
 ]
-OPTIONAL = {"vesin": "dp/neighbors.py", "dpdata": "dp/data.py", "matplotlib": "dp/plot.py", "tqdm": "dp/train.py"}
+OPTIONAL = {
+    "vesin": "dp/neighbors.py",
+    "dpdata": "dp/data.py",
+    "matplotlib": "dp/plot.py",
+    "tqdm": "dp/train.py",
+    "triton": "ops/triton.py",
+}
 
 
 def modules():

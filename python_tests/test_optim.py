@@ -8,6 +8,8 @@ from oracles import DenseFilter, relative
 from torch import nn
 
 from rlekf_ext import RLEKF
+from rlekf_ext.covariance import Covariance
+from rlekf_ext.ops import backends
 
 
 def network(dtype=torch.float64, seed=0):
@@ -184,6 +186,69 @@ def test_resume_goes_on_bit_for_bit(dtype, covariance_dtype):
     assert torch.equal(again.filter.covariance.state, optimizer.filter.covariance.state)
 
 
+BACKENDS = [
+    ("native", "cpu", "cpu"),
+    ("reference", "cpu", "reference"),
+    ("triton", "cpu", "triton"),
+    pytest.param(("native", "cuda", "cuda"), marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda", "triton"), marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("loader", BACKENDS, ids=str)
+@pytest.mark.parametrize("saver", BACKENDS, ids=str)
+def test_backends_load_each_others_checkpoints(saver, loader):
+    for *_, name in (saver, loader):
+        if backends()[name]:
+            pytest.skip(f"{name}: {backends()[name]}")
+    data, settings = list(batches(20)), {"block_size": 50, "pending": 7}
+
+    def start(backend, device, _):
+        model = network().to(device)
+        optimizer = RLEKF(model.parameters(), backend=backend, **settings)
+        return model, optimizer, [(x.to(device), y.to(device)) for x, y in data]
+
+    model, optimizer, here = start(*saver)
+    train(model, optimizer, here[:10])
+    assert optimizer.filter.covariance.scalar("num_pending") == 3
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(model, optimizer, here[10:])
+
+    file.seek(0)
+    checkpoint = torch.load(file, weights_only=True, map_location="cpu")
+    other, resumed, there = start(*loader)
+    other.load_state_dict(checkpoint["model"])
+    resumed.load_state_dict(checkpoint["optimizer"])
+    train(other, resumed, there[10:])
+    assert relative(flat(other).cpu(), flat(model).cpu()) < 1e-12
+    p, q = (torch.block_diag(*o.filter.covariance.dense()).cpu() for o in (resumed, optimizer))
+    assert relative(p, q) < 1e-12
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing_and_can_be_reblocked():
+    model = network()
+    optimizer = RLEKF(model.parameters(), block_size=50, covariance_dtype=torch.float32, lr=0.5)
+    data = list(batches(10))
+    train(model, optimizer, data)
+    saved = optimizer.state_dict()
+
+    other = RLEKF(model.parameters(), pending=3)
+    with pytest.raises(ValueError, match=r"3 blocks .* but this filter has 1 blocks .* Covariance\.reblock"):
+        other.load_state_dict(saved)
+    assert other.param_groups[0]["lr"] == 1.0
+    assert other.health()["num_updates"] == 0
+    with pytest.raises(ValueError, match=r"The saved pending have .* the same `pending` .* Covariance\.reblock"):
+        RLEKF(model.parameters(), block_size=50, covariance_dtype=torch.float32).load_state_dict(
+            RLEKF(model.parameters(), block_size=50, covariance_dtype=torch.float32, pending=3).state_dict()
+        )
+    other.filter.covariance = Covariance.from_state_dict(saved["state"][0]).reblock(
+        other.filter.plan, dtype=torch.float64
+    )
+    train(model, other, data)
+    assert other.health()["num_updates"] == 20
+
+
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_copies_go_on_alike_and_apart(copier):
     model = network()
@@ -250,5 +315,7 @@ def test_errors():
         RLEKF(model.parameters(), lr=0)
     with pytest.raises(ValueError, match="The saved covariance has 1 blocks"):
         RLEKF(model.parameters(), block_size=50).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="not a saved covariance of RLEKF: it has no sizes"):
+        optimizer.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
     with pytest.raises(MemoryError, match="lower block_size"):
         RLEKF([nn.Parameter(torch.zeros(4_000_000))], block_size=4_000_000)

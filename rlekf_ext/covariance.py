@@ -1,10 +1,12 @@
-"""The packed covariance as a value: made, counted, unpacked, saved, loaded. csrc/covariance.h owns the layout."""
+"""The packed covariance as a value: made, counted, unpacked, saved, loaded, re-blocked. csrc/covariance.h owns the
+layout."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,24 +61,116 @@ class Covariance:
         sizes = torch.tensor(self.plan.sizes, dtype=torch.int64)
         return {"sizes": sizes, "tiles": self.tiles, "pending": self.pending, "state": self.state}
 
+    @classmethod
+    def from_state_dict(cls, saved: dict[str, Tensor]) -> Covariance:
+        """The covariance that was saved, with its own blocks and dtype; the tensors are not copied.
+
+        Raises ValueError for what is no saved covariance, or one of another version of this package.
+        """
+        if missing := [name for name in ("sizes", "tiles", "pending", "state") if name not in saved]:
+            raise ValueError(
+                f"This is not a saved covariance of RLEKF: it has no {', '.join(missing)}. It stands in "
+                "`RLEKF.state_dict()` at ['state'][0]; `from_lkf` reads DeePMD-kit's."
+            )
+        tiles, pending, state = saved["tiles"], saved["pending"], saved["state"]
+        plan = BlockPlan(tuple(saved["sizes"].tolist()))
+        wanted = {
+            "tiles": (tiles, (_num_tiles(plan), TILE, TILE)),
+            "pending": (pending, (len(pending), plan.num_weights)),
+            "state": (state, (len(STATE),)),
+        }
+        for name, (tensor, shape) in wanted.items():
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"The saved {name} should have shape {shape} for these {plan.num_blocks} blocks but have "
+                    f"{tuple(tensor.shape)}: another version of rlekf_ext wrote them, and can read them."
+                )
+        layout = torch.tensor(_C.layout(list(plan.sizes)), dtype=torch.int64, device=tiles.device)
+        return cls(plan, tiles, pending, state, layout)
+
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Copy a saved covariance into this one. Raises ValueError for other blocks, another dtype or capacity."""
-        sizes = tuple(saved["sizes"].tolist())
-        if sizes != self.plan.sizes:
+        """Copy a saved covariance into this one, from whatever device and backend.
+
+        Raises ValueError, and changes nothing, for other blocks, another dtype or capacity: see `reblock`.
+        """
+        other = Covariance.from_state_dict(saved)
+        way_out = "or take over its P as it is said at Covariance.reblock."
+        if other.plan != self.plan:
+            sizes = other.plan.sizes
             raise ValueError(
                 f"The saved covariance has {len(sizes)} blocks {_abridged(sizes)} but this filter has "
                 f"{self.plan.num_blocks} blocks {_abridged(self.plan.sizes)}; build it with the same model, block_size "
-                "and strategy."
+                f"and strategy, {way_out}"
             )
         for name in ("tiles", "pending", "state"):
-            here, there = getattr(self, name), saved[name]
+            here, there = getattr(self, name), getattr(other, name)
             if here.shape != there.shape or here.dtype != there.dtype:
                 raise ValueError(
                     f"The saved {name} have shape {tuple(there.shape)} and {there.dtype} but this filter needs "
-                    f"{tuple(here.shape)} and {here.dtype}; build it with the same `pending` and `covariance_dtype`."
+                    f"{tuple(here.shape)} and {here.dtype}; build it with the same `pending` and `covariance_dtype`, "
+                    f"{way_out}"
                 )
         for name in ("tiles", "pending", "state"):
-            getattr(self, name).copy_(saved[name])
+            getattr(self, name).copy_(getattr(other, name))
+
+    def reblock(
+        self, plan: BlockPlan, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Covariance:
+        """A new covariance of the same weights in the blocks of `plan`, stored in `dtype` on `device`; by default those
+        of this one.
+
+        Entries of P that lie in a block of both plans are kept; the others of the new blocks are zero. (The diagonal
+        lies in both, so nothing starts anew.) A new block is then block diagonal with principal submatrices of P on
+        its diagonal: positive definite where P was. Storing float64 in float32 rounds S, and keeps that only while
+        cond(P) is below about 1e7.
+
+        On other blocks the vectors that wait are folded into S; on the same ones they go on waiting, and in the same
+        dtype P is the same bit for bit. All scalars carry over, `measurement_noise` too: its default is the number of
+        blocks, but P was earned against the old one. To have the new default, set
+        p.state[STATE["measurement_noise"]] = plan.num_blocks.
+
+        It works by rows of tiles, in about 4 kB a weight of the largest new block beside the two covariances. An
+        optimizer with other blocks, dtype or `pending` than a saved one takes over its P by
+
+            saved = Covariance.from_state_dict(state_dict["state"][0])
+            optimizer.filter.covariance = saved.reblock(optimizer.filter.plan, dtype=torch.float32)
+
+        Raises ValueError for another number of weights or a wrong dtype, MemoryError when the new one will not fit.
+        """
+        if plan.num_weights != self.plan.num_weights:
+            raise ValueError(
+                f"The new blocks should hold the {self.plan.num_weights} weights of the covariance but hold "
+                f"{plan.num_weights}; reblock needs the same model."
+            )
+        new = identity(
+            plan, dtype=dtype or self.tiles.dtype, pending=len(self.pending), device=device or self.tiles.device
+        )
+        new.state.copy_(self.state)
+        if plan == self.plan:
+            new.tiles.copy_(self.tiles)
+            new.pending.copy_(self.pending)
+            return new
+        new.state[STATE["num_pending"]] = 0
+        waiting = self.pending[: int(self.scalar("num_pending"))]
+        block = torch.arange(self.plan.num_blocks, device=self.tiles.device)
+        block = block.repeat_interleave(self.layout[:, 1])
+        row, col = (places.to(self.tiles.device) for places in _places(self.plan))
+        tile = 0
+        for first, size in zip(plan.offsets, plan.sizes, strict=True):
+            for top in range(first, first + size, TILE):  # a row of tiles of a new block, up to its diagonal
+                end = min(top + TILE, first + size)
+                i, j = slice(top, end), slice(first, end)
+                kept = (block[i, None] == block[j]).tril_(top - first)
+                s = self.tiles.view(-1)[torch.where(kept, row[i, None] + col[j], 0)].to(torch.float64)
+                s = torch.where(kept, s - waiting[:, i].T @ waiting[:, j], 0.0)
+                strip = s.new_zeros(TILE, top - first + TILE)
+                strip[: end - top, : end - first] = s
+                corner = strip[:, -TILE:]
+                corner += corner.tril(-1).T  # tiles on the diagonal are kept whole
+                tiles = strip.view(TILE, -1, TILE).transpose(0, 1)
+                new.tiles[tile : tile + len(tiles)] = tiles
+                tile += len(tiles)
+        return new
 
 
 def identity(
@@ -109,7 +203,8 @@ def identity(
     if device.type == "cpu":
         _C.advise_huge_pages(tiles.data_ptr(), tiles.nbytes)  # before the first touch: a step then misses no page table
     tiles.zero_()
-    tiles.view(-1)[_diagonal(plan, layout.numpy()).to(device)] = initial_covariance
+    row, col = _places(plan)
+    tiles.view(-1)[(row + col).to(device)] = initial_covariance
     state = torch.zeros(len(STATE), dtype=torch.float64, device=device)
     state[STATE["scale"]] = 1.0
     state[STATE["largest_diagonal"]] = initial_covariance
@@ -117,6 +212,54 @@ def identity(
     state[STATE["diagonal_ceiling"]] = inf
     waiting = torch.zeros(pending, plan.num_weights, dtype=torch.float64, device=device)
     return Covariance(plan, tiles, waiting, state, layout.to(device))
+
+
+def from_lkf(saved: dict[str, Any]) -> Covariance:
+    """The covariance of DeePMD-kit's LKF from its optimizer's state dict, `torch.load(file)["optimizer"]`.
+
+    LKF keeps dense blocks of P (n_l, n_l), in the dtype of its first parameter, and λ. Its blocks are those of the
+    strategy "deepmd", its weights stand in the order of `transpose=True`. P is symmetrised, and stored in float64 on
+    its device; λ and ν carry over, and the measurement noise is the number of blocks, as there. An optimizer of the
+    same parameters takes it over by
+
+        optimizer.filter.covariance = from_lkf(saved).reblock(optimizer.filter.plan)
+
+    Beside P as it was and as it is now, it needs four times the largest block.
+
+    Raises ValueError for another optimizer's state, and for that of a distributed run, in which LKF saves the blocks of
+    rank 0 alone.
+    """
+    try:
+        state, (group,) = saved["state"][0], saved["param_groups"]
+        blocks, sizes = state["P"], tuple(state["params_packed_index"])
+        forgetting, rate = 1 - float(state["kalman_lambda"]), float(group["kalman_nue"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"This is not the state of DeePMD-kit's LKFOptimizer ({error!r}): pass the entry 'optimizer' of a "
+            "checkpoint of `dp --pt train` with optimizer type LKF."
+        ) from error
+    shapes = [tuple(block.shape) for block in blocks]
+    if shapes != [(size, size) for size in sizes]:
+        raise ValueError(
+            f"LKF's state should hold square blocks of P of sizes {_abridged(sizes)} but holds "
+            f"{_abridged([shape[0] for shape in shapes])}: a distributed run of LKF saves those of rank 0 alone, and "
+            "the others are lost."
+        )
+    p = identity(BlockPlan(sizes), device=blocks[0].device)
+    tile = 0
+    for block in blocks:
+        exact = block.to(torch.float64)
+        tiles = pack([(exact + exact.T) / 2])
+        p.tiles[tile : tile + len(tiles)] = tiles
+        tile += len(tiles)
+    for name, value in (
+        ("forgetting", forgetting),
+        ("forgetting_rate", rate),
+        ("measurement_noise", float(len(sizes))),
+        ("largest_diagonal", max(float(block.diagonal().max()) for block in blocks)),
+    ):
+        p.state[STATE[name]] = value
+    return p
 
 
 def required_bytes(plan: BlockPlan, *, dtype: torch.dtype = torch.float64, pending: int = 32) -> int:
@@ -170,11 +313,12 @@ def _num_tiles(plan: BlockPlan) -> int:
     return sum(_C.num_tiles(size) for size in plan.sizes)
 
 
-def _diagonal(plan: BlockPlan, layout: np.ndarray) -> Tensor:
-    """Where the diagonal of P stands in the flat tiles: (N,) int64."""
-    block = np.repeat(layout, plan.sizes, axis=0)
-    row, inside = np.divmod(np.arange(plan.num_weights) - block[:, 0], TILE)
-    return torch.from_numpy((block[:, 2] + row * (row + 3) // 2) * TILE * TILE + inside * (TILE + 1))
+def _places(plan: BlockPlan) -> tuple[Tensor, Tensor]:
+    """Entry (i, j) of P, i >= j in one block, stands at row[i] + col[j] in the flat tiles: row, col (N,) int64."""
+    block = np.repeat(np.array(_C.layout(list(plan.sizes))), plan.sizes, axis=0)
+    tile, inside = np.divmod(np.arange(plan.num_weights) - block[:, 0], TILE)
+    row = ((block[:, 2] + tile * (tile + 1) // 2) * TILE + inside) * TILE
+    return torch.from_numpy(row), torch.from_numpy(tile * TILE * TILE + inside)
 
 
 def _abridged(sizes: Sequence[int]) -> str:

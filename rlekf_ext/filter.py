@@ -109,7 +109,7 @@ class KalmanFilter:
         given those before it.
         """
         p = self.covariance
-        h = jacobian.reshape(-1, self.plan.num_weights).to(torch.float64).contiguous()
+        h = self._rows(jacobian)
         e = torch.as_tensor(innovation, dtype=torch.float64, device=h.device).reshape(-1)
         if len(h) != len(e):
             raise ValueError(
@@ -126,7 +126,7 @@ class KalmanFilter:
     def variance(self, jacobian: Tensor) -> Tensor:
         """HᵀPH, without the measurement noise: () for a jacobian (N,), (M,) for (M, N). Changes neither w nor P."""
         p = self.covariance
-        h = jacobian.reshape(-1, self.plan.num_weights).to(torch.float64).contiguous()
+        h = self._rows(jacobian)
         sums = []
         for batch in h.split(self._most_at_once):
             _, gram = self._ops.project(p.tiles, p.pending, p.state, p.layout, batch)
@@ -138,6 +138,12 @@ class KalmanFilter:
         return {
             name: int(self.covariance.scalar(name)) for name in STATE if name.startswith(("num_updates", "skipped"))
         }
+
+    def _rows(self, jacobian: Tensor) -> Tensor:
+        n = self.plan.num_weights
+        if jacobian.dim() not in (1, 2) or jacobian.shape[-1] != n:
+            raise ValueError(f"jacobian should have shape ({n},) or (M, {n}) but has {tuple(jacobian.shape)}.")
+        return jacobian.reshape(-1, n).to(torch.float64).contiguous()
 
     @property
     def _ops(self) -> ModuleType:

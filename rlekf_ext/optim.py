@@ -11,6 +11,8 @@ from torch import Tensor
 from rlekf_ext.filter import KalmanFilter
 from rlekf_ext.partition import partition
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 class RLEKF(torch.optim.Optimizer):
     """Reorganized layer extended Kalman filtering (Hu et al., AAAI 2023, Algorithm 2).
@@ -23,7 +25,8 @@ class RLEKF(torch.optim.Optimizer):
     `block_size`, `strategy`: see `partition`. `memory_factor` to `backend`: see `KalmanFilter`. `lr` scales the
     weight increment; it is 1 in the paper, and is there for schedulers.
 
-    Raises ValueError for settings out of range or parameters on several devices, MemoryError when P will not fit.
+    Raises ValueError for settings out of range, for parameters on several devices, complex, sparse or given twice, and
+    MemoryError when P will not fit.
     """
 
     def __init__(
@@ -48,12 +51,10 @@ class RLEKF(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
         self._strategy, self._block_size, self._transpose = strategy, block_size, transpose
         parameters = self._parameters()
-        if not parameters:
-            raise ValueError("RLEKF needs at least one parameter that requires a gradient.")
-        devices = {p.device for p in parameters}
-        if len(devices) > 1:
-            raise ValueError(f"All parameters should be on one device but are on {', '.join(map(str, devices))}.")
-        plan = partition([p.numel() for p in parameters], block_size, strategy, self._layers())
+        _check(parameters)
+        layers = self._layers() or range(len(parameters))
+        sized = [(p.numel(), layer) for p, layer in zip(parameters, layers, strict=True) if p.numel()]
+        plan = partition([size for size, _ in sized], block_size, strategy, [layer for _, layer in sized])
         self.filter = KalmanFilter(
             plan,
             memory_factor=memory_factor,
@@ -99,10 +100,12 @@ class RLEKF(torch.optim.Optimizer):
         return self.filter.variance(jacobian)
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """One tensor per parameter, or None for zeros, as a vector (N,) float64 in the order of the weights."""
+        """One tensor per parameter, or None for zeros, as a vector (N,) float64 in the order of the weights. Sparse
+        ones are made dense."""
         parameters = self._parameters()
         if all(tensor is None for tensor in tensors):
             raise RuntimeError("No parameter has a gradient; call backward() before the update.")
+        tensors = [t if t is None or t.layout == torch.strided else t.to_dense() for t in tensors]
         flat = [
             torch.zeros_like(p, memory_format=torch.contiguous_format).reshape(-1)
             if t is None
@@ -120,10 +123,13 @@ class RLEKF(torch.optim.Optimizer):
         return {**super().state_dict(), "state": {0: self.filter.covariance.state_dict()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on exactly where the saved optimizer stood. Raises ValueError for another model or plan of P."""
+        """Go on exactly where the saved optimizer stood, whatever its device and backend.
+
+        Raises ValueError for another model, plan or dtype of P; `Covariance.reblock` tells how to take over its P.
+        """
+        self.filter.covariance.load_state_dict(state_dict["state"].get(0, {}))
         # The base class would cast the covariance to the parameters' dtype.
         super().load_state_dict({**state_dict, "state": {}})
-        self.filter.covariance.load_state_dict(state_dict["state"][0])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "filter"):
@@ -159,7 +165,13 @@ class RLEKF(torch.optim.Optimizer):
         return tensor.T if self._transpose and tensor.dim() == 2 else tensor
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if hasattr(self, "filter") and sum(p.numel() for p in parameters) != self.filter.plan.num_weights:
+            raise RuntimeError(
+                f"The parameters that require a gradient have {sum(p.numel() for p in parameters)} weights but P has "
+                f"{self.filter.plan.num_weights}: make a new RLEKF after a change of requires_grad or of a shape."
+            )
+        return parameters
 
     def _layers(self) -> list[int] | None:
         """An id per parameter, from the names where they are known: a.weight and a.bias are one layer."""
@@ -170,3 +182,23 @@ class RLEKF(torch.optim.Optimizer):
             pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
         ]
         return [modules.setdefault(name.rpartition(".")[0], len(modules)) for name, p in named if p.requires_grad]
+
+
+def _check(parameters: list[Tensor]) -> None:
+    if not any(p.numel() for p in parameters):
+        raise ValueError("RLEKF needs at least one parameter that requires a gradient and is not empty.")
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        raise ValueError(f"All parameters should be on one device but are on {', '.join(map(str, devices))}.")
+    if len(set(map(id, parameters))) < len(parameters):
+        raise ValueError("Each parameter should be given once but one is given twice; model.parameters() sees to that.")
+    for p in parameters:
+        if p.dtype not in DTYPES:
+            raise ValueError(
+                f"Parameters should be real, float16 to float64, but one is {p.dtype}; hold the real and the imaginary "
+                "part of a complex one (torch.view_as_real) as the parameter."
+            )
+        if p.layout != torch.strided:
+            raise ValueError(f"Parameters should be dense but one is {p.layout}; make it dense by to_dense().")
+        if p.is_meta:
+            raise ValueError("Parameters should have values but one is on the meta device; call to_empty() first.")

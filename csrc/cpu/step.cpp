@@ -163,11 +163,6 @@ struct Run {
   double* sums;  // (M, hi - lo)
 };
 
-int64_t total_tiles(const Covariance& p) {
-  const Block& last = p.blocks[p.num_blocks - 1];
-  return last.first_tile + num_tiles(last.size);
-}
-
 const Block* block_of_tile(const Covariance& p, int64_t tile) {
   const auto* after = std::upper_bound(p.blocks, p.blocks + p.num_blocks, tile,
                                        [](int64_t t, const Block& block) { return t < block.first_tile; });
@@ -179,10 +174,9 @@ int64_t weight_of_tile_row(const Block& block, int64_t row) {
 }
 
 std::vector<Run> plan_runs(const Covariance& p, int num_measurements, int64_t num_workers, double* scratch) {
-  const int64_t tiles = total_tiles(p);
   std::vector<Run> runs;
   for (int64_t worker = 0; worker < num_workers; ++worker) {
-    Run run{tiles * worker / num_workers, tiles * (worker + 1) / num_workers, 0, 0, scratch};
+    Run run{p.num_tiles * worker / num_workers, p.num_tiles * (worker + 1) / num_workers, 0, 0, scratch};
     if (run.begin == run.end) continue;
     const Block* last = block_of_tile(p, run.end - 1);
     run.lo = block_of_tile(p, run.begin)->first_weight;

@@ -1,12 +1,16 @@
 """Files that are whole or not there."""
 
+import multiprocessing
 import os
+import random
 import resource
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from rlekf_ext import RLEKF
 from rlekf_ext.dp.checkpoint import check_writable, load_checkpoint, restored_model, save_checkpoint, write_atomically
 from rlekf_ext.dp.input import InputError
 from rlekf_ext.dp.model import DeepPotential
@@ -95,6 +99,18 @@ def test_the_old_file_is_there_while_the_new_one_is_written(tmp_path):
     assert file.read_text() == "new"
 
 
+def test_file_and_folder_reach_the_disk_in_order(tmp_path, monkeypatch):
+    file, fsync, seen = tmp_path / "file", os.fsync, []
+
+    def record(descriptor):
+        seen.append((os.readlink(f"/proc/self/fd/{descriptor}"), file.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    write_atomically(file, lambda path: path.write_text("new"))
+    assert seen == [(str(tmp_path / ".file.tmp"), False), (str(tmp_path), True)]
+
+
 def test_a_full_disk_is_an_error_with_its_reason(tmp_path):
     """A limit on the size of files stands for it; torch.save makes a RuntimeError of both."""
     file = tmp_path / "model.pt"
@@ -108,6 +124,112 @@ def test_a_full_disk_is_an_error_with_its_reason(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert load_checkpoint(file)["step"] == 1
     assert os.listdir(tmp_path) == ["model.pt"]
+
+
+def saves_without_end(file, model, contents, progress):
+    """Checkpoints of contents[step % 2]; progress: the step whose save has begun, the last whose save is over."""
+    for step in range(1, 10**9):
+        progress[0] = step
+        save_checkpoint(file, model, step=step, state=contents[step % 2])
+        progress[1] = step
+
+
+@pytest.mark.parametrize("tries", [10, pytest.param(200, marks=pytest.mark.soak)])
+def test_kill_9_leaves_the_old_checkpoint_or_the_new_one(tmp_path, tries):
+    file, leftover, model = tmp_path / "model.pt", tmp_path / ".model.pt.tmp", small_model()
+    contents = [torch.full((500_000,), float(value)) for value in range(2)]
+    fork = multiprocessing.get_context("fork")  # no second import of torch: it would take far longer than the saves
+    started = time.perf_counter()
+    save_checkpoint(file, model, step=0, state=contents[0])
+    one_save = time.perf_counter() - started
+    draw, in_the_middle = random.Random(1), 0
+    for _ in range(tries):
+        save_checkpoint(file, model, step=0, state=contents[0])
+        assert os.listdir(tmp_path) == ["model.pt"]  # what the last kill left is gone
+        progress = fork.RawArray("q", 2)
+        child = fork.Process(target=saves_without_end, args=(file, model, contents, progress))
+        child.start()
+        while not progress[0]:
+            time.sleep(1e-4)
+        time.sleep(draw.uniform(0, 4 * one_save))
+        child.kill()
+        child.join()
+        begun, done = progress
+        checkpoint = load_checkpoint(file)
+        assert checkpoint["step"] in (begun, done)
+        assert torch.equal(checkpoint["state"], contents[checkpoint["step"] % 2])
+        assert torch.equal(weights(restored_model(checkpoint)), weights(model))
+        assert set(tmp_path.iterdir()) <= {file, leftover}
+        in_the_middle += leftover.exists()
+    assert in_the_middle >= tries // 4  # or the kills did not fall where it matters
+    check_writable(file)  # what a new run does first
+    assert os.listdir(tmp_path) == ["model.pt"]
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint with a used covariance, and what is in it."""
+    file, model = tmp_path_factory.mktemp("trained") / "model.pt", small_model()
+    optimizer = RLEKF(model.parameters(), block_size=100)
+    for _ in range(5):
+        optimizer.update(0.1, torch.randn(optimizer.filter.plan.num_weights, dtype=torch.float64))
+    save_checkpoint(file, model, optimizer=optimizer.state_dict(), progress={"step": 3, "epochs": [{"epoch": 0.5}]})
+    return file.read_bytes(), torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("tries", [300, pytest.param(20_000, marks=pytest.mark.soak)])
+def test_an_altered_byte_is_noticed(tmp_path, trained, tries):
+    """Or means nothing, as the padding and the dates of a zip archive: then what is loaded is the same."""
+    content, checkpoint = trained
+    names_and_places = len(content) - content.index(b"PK\x01\x02")  # the directory of the archive, at its end
+    file, draw = tmp_path / "model.pt", random.Random(2)
+    unnoticed = 0
+    for number in range(tries):
+        place = draw.randrange(len(content) - (names_and_places if number % 2 else len(content)), len(content))
+        altered = bytearray(content)
+        altered[place] ^= draw.randrange(1, 256)
+        file.write_bytes(altered)
+        try:
+            loaded = load_checkpoint(file)
+        except InputError:
+            continue
+        assert same(loaded, checkpoint), place
+        unnoticed += 1
+    assert unnoticed < tries / 3
+
+
+def test_an_altered_number_is_noticed(tmp_path, trained):
+    """torch.load itself would take it."""
+    content, checkpoint = trained
+    tiles = checkpoint["optimizer"]["state"][0]["tiles"]
+    place = content.index(tiles.numpy().tobytes()) + 8 * 70 + 3
+    file = tmp_path / "model.pt"
+    file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    assert not same(torch.load(file, weights_only=True), checkpoint)
+    with pytest.raises(InputError, match=r"is damaged, or another program wrote it\. Take another copy") as caught:
+        load_checkpoint(file)
+    assert "the checksum of archive/data/" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("tries", [100, pytest.param(3000, marks=pytest.mark.soak)])
+def test_a_truncated_file_is_noticed(tmp_path, trained, tries):
+    content, _ = trained
+    file, draw = tmp_path / "model.pt", random.Random(3)
+    near_the_end = range(len(content) - tries // 2, len(content))
+    for length in [*near_the_end, *(draw.randrange(len(content)) for _ in range(tries // 2))]:
+        file.write_bytes(content[:length])
+        with pytest.raises(InputError, match="it is damaged"):
+            load_checkpoint(file)
 
 
 @pytest.mark.parametrize("place", ["file/model.pt", "file/below/model.pt"])
@@ -154,7 +276,10 @@ def test_a_file_that_is_no_checkpoint(tmp_path, kind):
     with pytest.raises(InputError) as caught:
         load_checkpoint(file)
     message = str(caught.value)
-    assert message == f"{file} is not a checkpoint of `rlekf train`: it is damaged, or another program wrote it."
+    assert message == (
+        f"{file} is not a checkpoint of `rlekf train`: it is damaged, or another program wrote it. Take another copy, "
+        "or train anew."
+    )
     assert caught.value.__cause__ is not None
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 
@@ -29,9 +31,17 @@ def save_checkpoint(path: Path, model: DeepPotential, **rest: Any) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote. Raises InputError, with the reason, for a file that is none."""
+    """What `save_checkpoint` wrote, on the CPU, as tensors that are read from the file when they are used: P takes no
+    memory twice, but the file, though it may be replaced, keeps its room on the disk while one of them lives.
+
+    It is read once before, to compare it with the checksums in it (0.3 s a GB). Raises InputError, with the reason,
+    for a file that is none or was altered.
+    """
     try:
-        checkpoint = torch.load(path, weights_only=True)
+        with ZipFile(path) as archive:  # torch.save writes a CRC-32 for each record; torch.load does not look at them
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         if not {"model", "weights"} <= set(checkpoint):
             raise ValueError("no model in it")
     except FileNotFoundError as error:
@@ -40,7 +50,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"The checkpoint {path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # whatever a damaged file makes of the unpickler: its own words help nobody
         raise InputError(
-            f"{path} is not a checkpoint of `rlekf train`: it is damaged, or another program wrote it."
+            f"{path} is not a checkpoint of `rlekf train`: it is damaged, or another program wrote it. Take "
+            "another copy, or train anew."
         ) from error
     return checkpoint
 
@@ -63,7 +74,9 @@ def check_writable(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path` and move it there: a reader, or a full disk, finds the old file or the new one whole."""
+    """Write beside `path` and move it there: a reader, a full disk, a kill or a power cut finds the old file or the
+    new one whole. What a kill leaves beside it is overwritten by the next write.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
@@ -73,6 +86,12 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # some file systems cannot sync a folder: there the move reaches the disk when it may
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _beside(path: Path) -> Path:

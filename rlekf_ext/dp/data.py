@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,15 @@ import torch
 from rlekf_ext.dp.neighbors import Frame, make_frame
 
 
-class DataError(ValueError):
+class OneLineError(ValueError):
+    """What is wrong with the user's files: one line of bounded length, whatever stands in the files that it quotes."""
+
+    def __init__(self, message: str):
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        super().__init__(line if len(line) <= 2000 else f"{line[:1500]} ... {line[-400:]}")
+
+
+class DataError(OneLineError):
     """Data that cannot be used; the message is one sentence that names the file, the frame or the atom."""
 
 
@@ -62,7 +71,7 @@ def load_systems(paths: str | Path | Iterable[str | Path], type_map: Sequence[st
 def split_format(text: str) -> tuple[str | None, str]:
     """The format, if there is one, and the path of "path" or "format:path"."""
     match = re.fullmatch(r"([a-z0-9_]{2,}(?:/[a-z0-9_]+)*):(.+)", text)  # two letters at least: C: is a drive
-    return (match[1], match[2]) if match and not Path(text).exists() else (None, text)
+    return (match[1], match[2]) if match and not os.path.exists(text) else (None, text)
 
 
 def split(systems: Iterable[System], fraction: float = 0.8) -> tuple[list[System], list[System]]:
@@ -115,7 +124,7 @@ def _frame(system: System, i: int, cutoff: float, num_types: int, dtype: torch.d
 def _load(text: str, type_map: list[str]) -> list[System]:
     form, name = split_format(text)
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise DataError(f"{path} does not exist (current directory: {Path.cwd()}).")
     if form in ("deepmd/npy", "deepmd/raw", "deepmd", "deepmd/comp") or (form is None and path.is_dir()):
         return _load_folders(path, form, type_map)
@@ -153,7 +162,7 @@ def _folder_types(folder: Path, type_map: list[str]) -> np.ndarray:
     file = folder / "type.raw"
     types = _read_array(file).reshape(-1)
     names_file = folder / "type_map.raw"
-    names = names_file.read_text().split() if names_file.exists() else type_map
+    names = _read_words(names_file) if names_file.exists() else type_map
     whole = (types >= 0) & (types < len(names)) & (types == np.round(types))
     if not whole.all() or not len(types):
         got = f"atom {np.argmin(whole)} has {types[np.argmin(whole)]:g}" if len(types) else "it has no atom"
@@ -191,19 +200,31 @@ def _require(file: Path) -> None:
         raise DataError(f"{file} is missing{hint if file.stem == 'box' else ''}.")
 
 
+def _read_words(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not readable text: {error}.") from error
+
+
 def _read_array(file: Path) -> np.ndarray:
     try:
-        if file.suffix == ".npy":
-            return np.load(file, allow_pickle=False).astype(np.float64)
-        return np.loadtxt(file, ndmin=1 if file.stem == "type" else 2)
-    except (OSError, EOFError, ValueError) as error:
+        if file.suffix != ".npy":
+            return np.loadtxt(file, ndmin=1 if file.stem == "type" else 2)
+        # Mapped, so that a shape larger than the file is an error before memory is asked for; never unpickled.
+        array = np.lib.format.open_memmap(file, mode="r")
+        if array.dtype.kind in "cmMV":
+            raise ValueError(f"its numbers are {array.dtype}")
+        return array.astype(np.float64)
+    except Exception as error:  # numpy's reader of headers raises whatever it stumbles over
         raise DataError(f"{file} is not a readable array: {error}.") from error
 
 
 # Everything else: dpdata, https://docs.deepmodeling.com/projects/dpdata
 
 # its formats that hold several formulas in one file or folder
-SEVERAL = ("extxyz", "quip/gap/xyz", "quip/gap/xyz_file", "mace/xyz", "nequip/xyz", "gpumd/xyz", "deepmd/npy/mixed")
+XYZ = ("extxyz", "quip/gap/xyz", "quip/gap/xyz_file", "mace/xyz", "nequip/xyz", "gpumd/xyz")
+SEVERAL = (*XYZ, "deepmd/npy/mixed")
 
 
 def _load_dpdata(path: Path, form: str, type_map: list[str]) -> list[System]:
@@ -216,18 +237,32 @@ def _load_dpdata(path: Path, form: str, type_map: list[str]) -> list[System]:
     if form not in Format.get_formats():
         raise DataError(f'{path}: dpdata has no format "{form}"; give the path as "format:{path}".')
     try:
+        if form in XYZ:
+            _check_counts(path)
         if form in SEVERAL:
             found = list(dpdata.MultiSystems.from_file(str(path), form).systems.values())
         else:
             found = [dpdata.LabeledSystem(str(path), fmt=form)]
     except Exception as error:  # its parsers raise whatever they stumble over
         raise DataError(
-            f"{path} cannot be read by dpdata as {form} with energies and forces: {type(error).__name__}: {error}"
+            f"{path} cannot be read by dpdata as {form} with energies and forces: {type(error).__name__}: {error}."
         ) from error
     if not sum(len(one) for one in found):
         raise DataError(f"{path} holds no frames (dpdata, {form}; unconverged frames are left out).")
     names = [str(path)] if len(found) == 1 else [f"{path} ({one.formula})" for one in found]
     return [_from_dpdata(one.data, name, type_map) for one, name in zip(found, names, strict=True)]
+
+
+def _check_counts(path: Path) -> None:
+    """dpdata takes as many lines as an xyz file announces, also past its end: memory without bound."""
+    with open(path, errors="replace") as file:
+        lines = file.readlines()
+    at = 0
+    while at < len(lines):
+        count = re.match(r"\s*(\d+)", lines[at])
+        if count and int(count[1]) > len(lines) - at - 2:
+            raise ValueError(f"line {at + 1} announces {count[1]} atoms but the file ends after {len(lines)} lines")
+        at += int(count[1]) + 2 if count else 1
 
 
 def _from_dpdata(data: dict[str, Any], name: str, type_map: list[str]) -> System:
@@ -271,8 +306,9 @@ def _checked(array: Any, where: str, num_frames: int, num_atoms: int, label: str
         atom = f", atom {first[1]}" if label in ("coord", "force") else ""
         raise DataError(f"{where}: frame {first[0]}{atom} has the value {array[first]}; all values must be finite.")
     if label == "box":
-        volumes = np.abs(np.linalg.det(array))
-        if volumes.min() < 1e-6:
+        with np.errstate(over="ignore", invalid="ignore"):
+            volumes = np.abs(np.linalg.det(array))
+        if not volumes.min() >= 1e-6:
             raise DataError(
                 f"{where}: the box of frame {volumes.argmin()} has volume {volumes.min():g} Å^3; it must be > 0."
             )

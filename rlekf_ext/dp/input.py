@@ -10,16 +10,18 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
+import sys
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from rlekf_ext.dp.data import split_format
+from rlekf_ext.dp.data import OneLineError, split_format
 
 
-class InputError(ValueError):
+class InputError(OneLineError):
     """An input file that cannot be used; the message is one sentence that names the key by its path."""
 
 
@@ -41,7 +43,7 @@ class Descriptor:
     sel: str | tuple[int, ...] = key(
         "auto", low=0, pattern=r"auto(:\d+(\.\d*)?)?", form='"auto", "auto:FACTOR" or a list of whole numbers'
     )
-    rcut: float = key(6.0, above=0)
+    rcut: float = key(6.0, above=0, high=100)
     rcut_smth: float = key(0.5, low=0)
     neuron: tuple[int, ...] = key((25, 25, 25), low=1)
     axis_neuron: int = key(16, low=1, also=("n_axis_neuron",))
@@ -115,7 +117,10 @@ class TrainingData:
 
     systems: tuple[str, ...] = key(single=True, form="a path or a list of paths")
     batch_size: int | str = key(
-        "auto", low=1, pattern=r"auto(:[1-9]\d*)?", form='a whole number, "auto" or "auto:N" (rlekf_ext has no other)'
+        "auto",
+        low=1,
+        pattern=r"auto(:[1-9]\d{0,17})?",
+        form='a whole number, "auto" or "auto:N" (rlekf_ext has no other)',
     )
     auto_prob: str = key("prob_sys_size", choices=("prob_sys_size",), also=("auto_prob_style",))
 
@@ -304,13 +309,17 @@ def read_input(source: str | Path | dict[str, Any]) -> Config:
         return _read_config(source, Path())
     path = Path(source)
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors begin a file with a BOM
     except OSError as error:
         raise InputError(f"The input file {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"The input file {path} is not text in UTF-8: byte {error.start}.") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}.") from error
+    except RecursionError as error:
+        raise InputError(f"{path} cannot be read: its lists or objects are nested too deeply.") from error
+    except ValueError as error:  # a number of more than 4300 digits
+        raise InputError(f"{path} cannot be read: {str(error).partition(';')[0]}.") from error
     if not isinstance(given, dict):
         raise InputError(f"{path} must hold a JSON object {{...}} but holds: {_show(given)}.")
     return _read_config(given, path.parent)
@@ -336,7 +345,7 @@ def _found(data, folder: Path):
     def find(text: str) -> str:
         form, path = split_format(text)
         there = folder / path
-        if Path(path).exists() or not there.exists():
+        if os.path.exists(path) or not os.path.exists(there):
             return text
         return f"{form}:{there}" if form else str(there)
 
@@ -384,6 +393,10 @@ def _check_together(config: Config) -> None:
         (
             (descriptor.sel_factor or 1) >= 1,
             f"The factor in model/descriptor/sel must be >= 1 but is: {descriptor.sel_factor}.",
+        ),
+        (
+            (descriptor.sel_factor or 1) <= 100,
+            f"The factor in model/descriptor/sel must be <= 100 but is: {descriptor.sel_factor}.",
         ),
         (
             descriptor.rcut_smth < descriptor.rcut,
@@ -489,7 +502,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         return isinstance(value, list | tuple) and len(value) > 0 and all(_fits(v, get_args(kind)[0]) for v in value)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     # in Python true is an int; in JSON it is not a number
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
@@ -497,6 +510,8 @@ def _fits(value: Any, kind: Any) -> bool:
 def _in_range(value: Any, kind: type, rule: Any, path: str) -> Any:
     if rule.get("choices"):
         _check_choice(value, rule["choices"], path)
+    if kind is int and not -(2**63) <= value < 2**63:
+        raise InputError(f"{path} must be a whole number of 64 bits but is: {_show(value)}.")
     for name, sign, holds in (
         ("low", ">=", lambda limit: value >= limit),
         ("above", ">", lambda limit: value > limit),
@@ -526,4 +541,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _show(value: Any) -> str:
-    return json.dumps(value, default=str)
+    try:
+        return json.dumps(value, default=str)
+    except RecursionError:
+        return "nested too deeply to be shown"

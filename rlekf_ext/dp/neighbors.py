@@ -12,6 +12,13 @@ from torch import Tensor
 
 # Two nuclei this close are a mistake in the data, and 1/r would drown every other neighbour.
 SHORTEST_DISTANCE = 0.1  # Å
+FARTHEST = 1e6  # Å; so far out, too, is a mistake
+
+# What vesin searches in seconds and a few GB. Past its number of cells it makes wider ones, and divides by zero when
+# some direction is left without any.
+MOST_CELLS = 1e5
+MOST_VISITS = 3e7  # cells times periodic images within the cutoff
+MOST_PAIRS = 2e7
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +68,10 @@ def make_frame(
 
     coordinates (n, 3) Å, box (3, 3) Å with the cell vectors as rows or None for a structure that is not periodic,
     types (n,) below num_types, energy eV, forces (n, 3) eV/Å, virial (3, 3) eV. ValueError where a shape or a type is
-    wrong, a number is not finite, or two atoms are closer than 0.1 Å.
+    wrong, a number is not finite, two atoms are closer than 0.1 Å, or the box is no box for the cutoff.
     """
     points, cell, elements = _checked(coordinates, box, types, num_types)
+    _check_extent(points, cell, cutoff)
     n = len(points)
     pairs, distances, vectors = _pairs(points, cell, cutoff)
 
@@ -153,7 +161,35 @@ def _checked(
         raise ValueError(f"A box must have the shape (3, 3), its rows the cell vectors, but has {cell.shape}.")
     if not np.isfinite(points).all() or (cell is not None and not np.isfinite(cell).all()):
         raise ValueError("Coordinates and box must be finite numbers, but some are not.")
+    farthest = max(np.abs(points).max(), 0 if cell is None else np.abs(cell).max())
+    if farthest > FARTHEST:
+        raise ValueError(
+            f"Coordinates and box must stay within {FARTHEST:g} Å, but reach {farthest:g} Å: check their units."
+        )
     return points, cell, elements
+
+
+def _check_extent(points: np.ndarray, cell: np.ndarray | None, cutoff: float) -> None:
+    """Refuse a box that the search would crash or hang on, or fill the memory with."""
+    if not cutoff > SHORTEST_DISTANCE:
+        raise ValueError(f"The cutoff must be above {SHORTEST_DISTANCE} Å, but is {cutoff} Å.")
+    if cell is None:
+        extent, pairs = np.maximum(np.ptp(points, axis=0), 1.0), 0.0
+    else:
+        volume = max(abs(np.linalg.det(cell)), 1e-30)
+        faces = np.linalg.norm(np.cross(cell[[1, 2, 0]], cell[[2, 0, 1]]), axis=1)
+        extent = volume / np.maximum(faces, 1e-30)  # from face to face
+        pairs = len(points) ** 2 * 4 / 3 * np.pi * cutoff**3 / volume
+    cells = np.maximum(extent // cutoff, 1.0)
+    too_many = max(cells.prod() / MOST_CELLS, 1.0)
+    visits = cells.prod() / too_many * np.prod(2 * np.ceil(cutoff / extent) + 1)
+    lopsided = too_many > 1 and cells.min() < 4 * np.cbrt(too_many)  # 4: it rounds down twice
+    if lopsided or visits > MOST_VISITS or pairs > MOST_PAIRS:
+        size = " × ".join(f"{length:.3g}" for length in extent)
+        raise ValueError(
+            f"{len(points)} atoms in {size} Å cannot be searched for neighbours within {cutoff} Å: check the "
+            "coordinates, the box, their units and rcut."
+        )
 
 
 def _pairs(points: np.ndarray, cell: np.ndarray | None, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

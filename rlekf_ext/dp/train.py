@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from rlekf_ext import _C
 from rlekf_ext.dp.checkpoint import check_writable, load_checkpoint, restored_model, save_checkpoint, write_atomically
 from rlekf_ext.dp.data import System, auto_sel, frames, load_systems, split
 from rlekf_ext.dp.evaluate import compare
@@ -23,6 +21,7 @@ from rlekf_ext.dp.input import Config, InputError, TrainingData
 from rlekf_ext.dp.model import DeepPotential
 from rlekf_ext.dp.neighbors import Frame, collate
 from rlekf_ext.dp.steps import build_optimizer, prefactors
+from rlekf_ext.machine import this_machine
 
 Systems = list[list[Frame]]  # the frames of each system
 
@@ -269,24 +268,3 @@ def interruption() -> Iterator[Callable[[], bool]]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def this_machine() -> dict[str, Any]:
-    """What a row of results needs to be read later."""
-    info = _C.build_info()
-    return {
-        "version": info["version"],
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu": cpu_name(),
-        "cpu_isa": _C.cpu_isa(),
-    }

@@ -17,6 +17,7 @@ step(weights, tiles, pending, state, layout, jacobian, innovation)
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -25,21 +26,29 @@ from rlekf_ext.ops import native, reference
 
 
 def backend(name: str, device: torch.device) -> ModuleType:
-    """The ops of backend `name` for tensors on `device`: "native" (compiled), "reference" (dense torch), "auto" =
-    native.
+    """The ops of backend `name` for tensors on `device`: "native" (compiled), "triton", "reference" (dense torch), or
+    "auto": native, and on a GPU that it has no kernels for, triton.
 
     Raises ValueError for an unknown name, and RuntimeError, with the reason, for one that is absent.
     """
+    if name not in ("auto", "native", "triton", "reference"):
+        raise ValueError(f"backend should be 'auto', 'native', 'triton' or 'reference' but is {name!r}.")
     if name == "reference":
         return reference
+    reasons = []
     if name in ("auto", "native"):
         reason = native.why_absent(device.type)
-        if reason:
-            raise RuntimeError(
-                f"The native backend has no kernels for {device}: {reason} backend='reference' runs anywhere."
-            )
-        return native
-    raise ValueError(f"backend should be 'auto', 'native' or 'reference' but is {name!r}.")
+        if not reason:
+            return native
+        reasons.append(f"The native backend has no kernels for {device}: {reason}")
+    if name == "triton" or (name == "auto" and device.type == "cuda"):
+        reason = _why_triton_is_absent(device.type)
+        if not reason:
+            from rlekf_ext.ops import triton
+
+            return triton
+        reasons.append(f"The triton backend cannot run on {device}: {reason}")
+    raise RuntimeError(" ".join([*reasons, "backend='reference' runs anywhere."]))
 
 
 def backends() -> dict[str, str]:
@@ -48,5 +57,14 @@ def backends() -> dict[str, str]:
         "reference": "",
         "cpu": native.why_absent("cpu"),
         "cuda": native.why_absent("cuda"),
-        "triton": "not written yet.",
+        "triton": _why_triton_is_absent("cuda"),
     }
+
+
+def _why_triton_is_absent(device_type: str) -> str:
+    """Triton is an optional package, loaded only here, when it is asked for."""
+    if find_spec("triton") is None:
+        return "triton is not installed: run `pip install 'rlekf_ext[triton]'`."
+    from rlekf_ext.ops import triton
+
+    return triton.why_absent(device_type)

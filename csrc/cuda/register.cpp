@@ -1,0 +1,70 @@
+// The ops on CUDA tensors: torch's current stream, and scratch memory from torch's caching allocator.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "../ops.h"
+
+// In libtorch_cuda alone, which a CPU-only torch lacks: without it no CUDA tensor, so no call, exists.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace rlekf {
+namespace {
+
+void* current_stream(const Covariance& p) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.tiles) % 16 == 0,
+                  "rlekf: tiles should begin at a multiple of 16 bytes but do not; call .clone() on them.");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(p.device, &stream));
+  return stream;
+}
+
+Tensor scratch(const Covariance& p, const Measurements& m, const Tensor& like) {
+  return torch::stable::new_empty(like, {cuda::scratch_size(p, m)});
+}
+
+double* numbers(const Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor> project(const Tensor& tiles, const Tensor& pending, const Tensor& state,
+                                   const Tensor& layout, const Tensor& jacobian) {
+  const Covariance p = covariance_of(tiles, pending, state, layout);
+  const Measurements m = measurements_of(p, jacobian);
+  Tensor cross = torch::stable::new_empty(jacobian, {m.count, p.num_weights});
+  Tensor gram = torch::stable::new_empty(jacobian, {2, p.num_blocks, m.count, m.count});
+  const Tensor memory = scratch(p, m, jacobian);
+  cuda::project(p, m, projection_of(p, m, cross, gram), numbers(memory), current_stream(p));
+  return {cross, gram};
+}
+
+void correct(const Tensor& weights, const Tensor& pending, const Tensor& state, const Tensor& layout,
+             const Tensor& cross, const Tensor& gram, const Tensor& jacobian, const Tensor& innovation) {
+  // correct() never looks at S: any tensor of its shape stands in for it.
+  const Tensor no_tiles = torch::stable::new_empty(jacobian, {0, kTile, kTile});
+  const Covariance p = covariance_of(no_tiles, pending, state, layout);
+  const Measurements m = measurements_of(p, jacobian, innovation);
+  double* w = weights_of(p, weights);
+  const Tensor memory = scratch(p, m, jacobian);
+  cuda::correct(w, p, m, projection_of(p, m, cross, gram), numbers(memory), current_stream(p));
+}
+
+void step(const Tensor& weights, const Tensor& tiles, const Tensor& pending, const Tensor& state, const Tensor& layout,
+          const Tensor& jacobian, const Tensor& innovation) {
+  const Covariance p = covariance_of(tiles, pending, state, layout);
+  const Measurements m = measurements_of(p, jacobian, innovation);
+  double* w = weights_of(p, weights);
+  const Tensor memory = scratch(p, m, jacobian);
+  cuda::step(w, p, m, numbers(memory), current_stream(p));
+}
+
+}  // namespace
+}  // namespace rlekf
+
+STABLE_TORCH_LIBRARY_IMPL(rlekf, CUDA, m) {
+  m.impl("project", TORCH_BOX(&rlekf::project));
+  m.impl("correct", TORCH_BOX(&rlekf::correct));
+  m.impl("step", TORCH_BOX(&rlekf::step));
+}

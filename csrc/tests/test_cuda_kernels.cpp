@@ -1,0 +1,269 @@
+// The CUDA kernels' own source on an emulated GPU, against a dense filter; the launch plan and the work list for real
+// GPUs. None of it needs a GPU or nvcc.
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <set>
+
+#include "filters.h"
+// clang-format off: the kernels take what stands for a GPU from the first
+#include "gpu_on_cpu.h"
+#include "../cuda/kernels.cuh"
+// clang-format on
+
+namespace {
+
+using namespace rlekf;
+using namespace rlekf::tests;
+using namespace rlekf::cuda;
+
+void expect(bool right, const char* what, int64_t a = 0, int64_t b = 0) {
+  if (right) return;
+  std::printf("FAILED %s (%ld, %ld)\n", what, static_cast<long>(a), static_cast<long>(b));
+  ++failures;
+}
+
+constexpr Device kH200{132, 232448, 233472};
+constexpr Device kA100{108, 166912, 167936};
+constexpr Device kL4{58, 101376, 102400};
+
+std::vector<Block> layout_of(const std::vector<int64_t>& sizes, int64_t& tiles, int64_t& weights) {
+  std::vector<Block> blocks;
+  tiles = weights = 0;
+  for (const int64_t size : sizes) {
+    blocks.push_back({weights, size, tiles});
+    weights += size;
+    tiles += num_tiles(size);
+  }
+  return blocks;
+}
+
+/// Every tile once, by the worker that the places of its sums expect.
+void check_walk(const std::vector<int64_t>& sizes, Width width, int64_t num_workers) {
+  int64_t tiles, weights;
+  const std::vector<Block> blocks = layout_of(sizes, tiles, weights);
+  const auto num_blocks = static_cast<int64_t>(blocks.size());
+  num_workers = std::min(num_workers, std::max<int64_t>(1, tiles >> width.log2));
+  const Runs runs = runs_of(tiles, num_workers);
+  std::vector<int> seen(static_cast<size_t>(tiles), 0);
+  std::set<int64_t> row_places, column_places;
+  std::map<std::pair<int64_t, int64_t>, std::set<int64_t>> workers;
+  for (int worker = 0; worker < num_workers; ++worker) {
+    Walk at = run_of(blocks.data(), num_blocks, width, runs, worker);
+    expect(at.left > 0, "a worker has no tile", worker, num_workers);
+    std::set<std::pair<int64_t, int64_t>> strips;
+    bool begins = true;
+    while (at.left > 0) {
+      ++seen[static_cast<size_t>(at.tile())];
+      expect(at.col <= at.row && at.col >> width.log2 == at.strip, "a tile outside its strip", at.row, at.col);
+      expect(!begins || at.col == at.strip << width.log2, "a run that begins inside a unit", at.row, at.col);
+      begins = at.ends_unit(width);
+      if (begins) {
+        const int64_t place = row_place(blocks[static_cast<size_t>(at.block)], at.block, width, at.row, at.strip);
+        expect(row_places.insert(place).second, "two units with one place", place);
+        expect(place >= 0 && place < num_row_places(tiles, weights, num_blocks, width), "row place", place);
+      }
+      strips.insert({at.block, at.strip});
+      at.advance(width);
+    }
+    expect(begins, "a run that ends inside a unit", worker);
+    for (const auto& strip : strips) {
+      workers[strip].insert(worker);
+      const int64_t place =
+          column_place(blocks[static_cast<size_t>(strip.first)], strip.first, width, strip.second, worker);
+      expect(column_places.insert(place).second, "two columns with one place", place);
+      expect(place >= 0 && place < num_column_places(weights, num_blocks, width, num_workers), "column place", place);
+    }
+  }
+  for (const int count : seen) expect(count == 1, "a tile visited other than once", count);
+  for (const auto& [strip, who] : workers) {
+    const Workers said = workers_of_strip(blocks[static_cast<size_t>(strip.first)], width, runs, strip.second);
+    expect(said.first == *who.begin() && said.last == *who.rbegin() &&
+               said.last - said.first + 1 == static_cast<int64_t>(who.size()),
+           "the workers of a strip", said.first, said.last);
+  }
+  for (const int log2 : {kTileLog2, kDotLog2}) {
+    std::set<int64_t> places;
+    for (int64_t i = 0; i < num_blocks; ++i) {
+      const Block& block = blocks[static_cast<size_t>(i)];
+      for (int64_t part = 0; part << log2 < block.size; ++part) {
+        const int64_t place = first_place(block, i, log2) + part;
+        expect(places.insert(place).second && place < num_places(weights, num_blocks, log2), "place", place);
+        expect(block_of_place(blocks.data(), num_blocks, place, log2) == i, "block of a place", place, i);
+      }
+    }
+  }
+}
+
+void check_walks() {
+  std::mt19937 random(3);
+  std::vector<std::vector<int64_t>> plans = {{1},     {64},          {65, 1, 1, 1, 700},      {1350, 10240, 9810, 5151},
+                                             {65536}, {130, 5, 200}, {1000, 24, 24, 24, 4096}};
+  for (int i = 0; i < 30; ++i) {
+    plans.emplace_back();
+    for (unsigned n = 1 + random() % 6; n > 0; --n) plans.back().push_back(1 + random() % (i % 3 ? 300 : 3000));
+  }
+  for (const auto& sizes : plans) {
+    for (const int log2 : {0, 1, 2}) {
+      for (const int64_t workers : {1, 2, 7, 132, 264}) check_walk(sizes, {log2}, workers);
+    }
+  }
+}
+
+void check_launches() {
+  const std::vector<int64_t> paper = {1350, 10240, 9810, 5151};
+  int64_t tiles, weights;
+  layout_of(paper, tiles, weights);
+  for (const Device& device : {kH200, kA100, kL4}) {
+    for (int count = 1; count <= kMaxMeasurements; ++count) {
+      for (const int64_t bytes : {4, 8}) {
+        const Launch launch = plan_launch(device, count, bytes, tiles, weights, 4);
+        const int m = launch.num_measurements;
+        expect(m >= count && m <= 8 && (m & (m - 1)) == 0, "rounded number of measurements", count, m);
+        expect(launch.stages >= 1 && launch.stages <= kMostStages, "stages", count, launch.stages);
+        expect(launch.shared_bytes <= device.shared_per_block, "shared memory of a block", launch.shared_bytes);
+        const int64_t resident = launch.workers / device.processors;
+        expect(resident >= 1 && launch.workers % device.processors == 0, "workers", launch.workers);
+        expect(resident * (launch.shared_bytes + kReservedShared) <= device.shared_per_processor,
+               "shared memory of a processor", launch.shared_bytes, resident);
+        const Shared shared = shared_layout(m, launch.width.columns(), launch.stages, bytes);
+        expect(8 * reduce_shared(m) <= shared.size - shared.columns, "shared memory of the reduction", m);
+        const Workspace workspace = workspace_layout(launch, tiles, weights, 4, 32);
+        const double share = 8.0 * static_cast<double>(workspace.size) / static_cast<double>(tiles * kTileSize * bytes);
+        if (count == 1) expect(share < 0.05, "workspace in percent of P", static_cast<int64_t>(100 * share), bytes);
+      }
+    }
+  }
+  // What docs/performance.md says of an H200: two thread blocks a processor, 64 KB each on their way.
+  const Launch launch = plan_launch(kH200, 1, 8, tiles, weights, 4);
+  expect(launch.workers == 264 && launch.width.columns() == 4 && launch.stages == 2, "plan for an H200", launch.workers,
+         launch.stages);
+  expect(plan_launch({1, 1000, 1000}, 1, 8, tiles, weights, 4).stages == 0, "a GPU with no shared memory");
+}
+
+template <typename Scalar>
+struct GpuFilter : PackedFilter<Scalar> {
+  Launch launch;
+  unsigned seed;
+  bool apart;
+
+  GpuFilter(const DenseFilter& dense, int64_t capacity, const Launch& launch, unsigned seed, bool apart = false)
+      : PackedFilter<Scalar>(dense, capacity), launch(launch), seed(seed), apart(apart) {}
+
+  void run(const Task& task) {
+    const auto kernel = [&] {
+      switch (launch.num_measurements) {
+        case 1:
+          return filter_step<Scalar, 1>(task);
+        case 2:
+          return filter_step<Scalar, 2>(task);
+        case 4:
+          return filter_step<Scalar, 4>(task);
+        default:
+          return filter_step<Scalar, 8>(task);
+      }
+    };
+    Gpu::launch(launch.workers, kThreads, launch.shared_bytes, seed, kernel);
+  }
+
+  void step(Vector& weights, const Vector& jacobian, const Vector& innovation) {
+    const Covariance& p = this->p;
+    const Measurements m{static_cast<int>(innovation.size()), jacobian.data(), innovation.data()};
+    const Workspace places = workspace_layout(launch, p.num_tiles, p.num_weights, p.num_blocks, p.capacity);
+    Vector workspace(static_cast<size_t>(places.size), NAN);
+    if (apart) {
+      Vector cross(jacobian.size(), NAN), gram(static_cast<size_t>(2 * p.num_blocks * m.count * m.count), NAN);
+      const Projection projection{cross.data(), gram.data()};
+      run({kProject, p, m, projection, nullptr, workspace.data(), launch, places});
+      std::fill(workspace.begin(), workspace.end(), NAN);
+      run({kCorrect, p, m, projection, weights.data(), workspace.data(), launch, places});
+    } else {
+      const Projection projection{workspace.data() + places.cross, workspace.data() + places.gram};
+      run({kProject | kCorrect, p, m, projection, weights.data(), workspace.data(), launch, places});
+    }
+  }
+};
+
+Launch launch_of(const std::vector<int64_t>& sizes, int count, int64_t workers, Width width, int stages,
+                 int64_t bytes) {
+  int64_t tiles, weights;
+  layout_of(sizes, tiles, weights);
+  Launch launch{};
+  launch.num_measurements = rounded_up(count);
+  launch.width = width;
+  launch.stages = stages;
+  launch.shared_bytes = shared_layout(launch.num_measurements, width.columns(), stages, bytes).size;
+  deal(launch, workers, tiles, weights, static_cast<int64_t>(sizes.size()));
+  return launch;
+}
+
+template <typename Scalar>
+void check_filter(const std::vector<int64_t>& sizes, int64_t capacity, int count, int64_t workers, Width width,
+                  int stages, double q, int steps) {
+  const Launch launch = launch_of(sizes, count, workers, width, stages, sizeof(Scalar));
+  const DenseFilter start(sizes, q);
+  DenseFilter dense = start;
+  GpuFilter<Scalar> one(start, capacity, launch, 1);
+  compare(sizes, one, dense, steps, count, sizeof(Scalar) == 8 ? 1e-12 : 1e-5);
+
+  // Other orders of the threads, and the two ops apart: the same bits.
+  for (const bool apart : {false, true}) {
+    GpuFilter<Scalar> other(start, capacity, launch, 2 + apart, apart);
+    DenseFilter again = start;
+    compare(sizes, other, again, steps, count, sizeof(Scalar) == 8 ? 1e-12 : 1e-5);
+    const bool same = std::memcmp(one.tiles.data(), other.tiles.data(), one.tiles.size() * sizeof(Scalar)) == 0 &&
+                      std::memcmp(one.state.data(), other.state.data(), kNumState * 8) == 0 &&
+                      std::memcmp(one.pending.data(), other.pending.data(), one.pending.size() * 8) == 0;
+    expect(same, "the same bits in another order of the threads", count, apart);
+  }
+  for (const Block& block : one.blocks) {
+    for (int64_t row = 0; row < tile_rows(block.size); ++row) {
+      const Scalar* tile = one.tiles.data() + (block.first_tile + tile_index(row, row)) * kTileSize;
+      for (int64_t i = 0; i < kTile; ++i) {
+        for (int64_t j = 0; j < i; ++j) {
+          expect(tile[i * kTile + j] == tile[j * kTile + i], "a diagonal tile that is not symmetric", i, j);
+          if (row * kTile + i >= block.size) expect(tile[i * kTile + j] == 0, "padding that is not zero", i, j);
+        }
+      }
+    }
+  }
+}
+
+/// A measurement with a bad number is skipped and changes nothing else.
+void check_guard() {
+  const std::vector<int64_t> sizes = {70, 3};
+  const DenseFilter dense(sizes);
+  GpuFilter<double> met(dense, 7, launch_of(sizes, 2, 2, {0}, 2, 8), 5),
+      never(dense, 7, launch_of(sizes, 1, 2, {0}, 2, 8), 5);
+  Vector w(73, 0.0), wanted(73, 0.0), h(2 * 73), innovation{0.5, 0.25};
+  std::mt19937_64 random(7);
+  std::normal_distribution<double> normal;
+  for (const double poison : std::vector<double>{NAN, INFINITY, 1e200}) {
+    for (double& x : h) x = normal(random);
+    const Vector good(h.begin() + 73, h.end());
+    h[7] = poison;
+    met.step(w, h, innovation);
+    never.step(wanted, good, {0.25});
+  }
+  for (size_t i = 0; i < w.size(); ++i) expect_close("weight beside a bad measurement", w[i], wanted[i], 1e-14);
+  expect(met.state[kSkippedJacobian] == 3 && met.state[kNumUpdates] == 3, "guard's counters");
+}
+
+}  // namespace
+
+int main() {
+  check_walks();
+  check_launches();
+  check_guard();
+  for (int count = 1; count <= 8; ++count) {
+    check_filter<double>({130, 5, 200}, 11, count, 3, {2}, 2, count % 2 * 1e-3, 12);
+    check_filter<float>({65, 1, 63, 64}, 9, count, 2, {1}, 3, 0, 9);
+  }
+  check_filter<double>({1}, 1, 1, 4, {2}, 1, 0, 5);
+  check_filter<double>({600, 70}, 3, 1, 9, {2}, 4, 0, 8);
+  check_filter<double>({300}, 40, 1, 5, {0}, 2, 0, 45);  // more vectors in a fold than shared memory takes at once
+  check_filter<double>({9, 7, 1, 1, 30}, 4, 2, 2, {0}, 1, 1e-6, 10);
+  std::printf("%s\n", failures == 0 ? "ok" : "failed");
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

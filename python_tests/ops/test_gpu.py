@@ -1,0 +1,261 @@
+"""The kernels on a GPU: `make gpu` runs this where there is one. Needs only torch, pytest and, for its part, triton."""
+
+import pytest
+import torch
+from oracles import DenseFilter, relative
+
+from rlekf_ext import RLEKF, BlockPlan, KalmanFilter
+from rlekf_ext.covariance import required_bytes
+from rlekf_ext.ops import backends
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees"),
+]
+ABSENT = backends()
+BACKENDS = [
+    pytest.param("native", marks=pytest.mark.skipif(bool(ABSENT["cuda"]), reason=ABSENT["cuda"])),
+    pytest.param("triton", marks=pytest.mark.skipif(bool(ABSENT["triton"]), reason=ABSENT["triton"])),
+]
+ODD_SIZES = (1, 63, 64, 65, 1, 130, 700)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+GPU = torch.device("cuda")
+
+
+def measurements(count, num_weights, device=GPU):
+    """Drawn on the CPU, so that every device gets the same."""
+    draw = torch.randn(count, num_weights, dtype=torch.float64), torch.randn(count, dtype=torch.float64)
+    return tuple(tensor.to(device) for tensor in draw)
+
+
+def run(name, sizes, *, steps, count=1, process_noise=0.0, device=GPU, **settings):
+    torch.manual_seed(0)
+    plan = BlockPlan(tuple(sizes))
+    kalman = KalmanFilter(plan, backend=name, device=device, process_noise=process_noise, **settings)
+    weights = torch.zeros(plan.num_weights, dtype=torch.float64, device=device)
+    for _ in range(steps):
+        kalman.step(weights, *measurements(count, plan.num_weights, device))
+    return kalman, weights
+
+
+def poison(num_bytes=1 << 28):
+    """Leaves the caching allocator's memory full of NaN for whoever asks next."""
+    for size in (1 << 10, 1 << 16, 1 << 20, num_bytes):
+        torch.full((size // 8,), float("nan"), dtype=torch.float64, device=GPU)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("process_noise", [0.0, 1e-3])
+@pytest.mark.parametrize("count", range(1, 9))
+def test_oracle_over_200_steps(name, dtype, count, process_noise):
+    poison()
+    settings = {"pending": 11, "covariance_dtype": dtype, "process_noise": process_noise}
+    kalman, weights = run(name, ODD_SIZES, steps=200, count=count, **settings)
+    torch.manual_seed(0)
+    dense = DenseFilter(ODD_SIZES, 0.98, 0.9987, q=process_noise)
+    wanted = torch.zeros(sum(ODD_SIZES), dtype=torch.float64)
+    for _ in range(200):
+        dense.step(wanted, *measurements(count, sum(ODD_SIZES), "cpu"))
+    assert relative(weights.cpu(), wanted) < TOLERANCE[dtype]
+    for mine, block in zip(kalman.covariance.dense(), dense.blocks, strict=True):
+        assert relative(mine.cpu(), block) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("sizes", [(1,), (3000, 17, 1, 900), (1350, 5000), tuple([40] * 300)])
+def test_same_as_the_cpu(name, dtype, count, sizes):
+    """Plans of every kind, long enough for several folds, from memory full of NaN."""
+    poison()
+    settings = {"steps": 25, "count": count, "pending": 8, "covariance_dtype": dtype}
+    kalman, weights = run(name, sizes, **settings)
+    cpu, wanted = run("native", sizes, device=torch.device("cpu"), **settings)
+    assert relative(weights.cpu(), wanted) < TOLERANCE[dtype]
+    assert relative(kalman.covariance.tiles.cpu().double(), cpu.covariance.tiles.double()) < TOLERANCE[dtype]
+    assert torch.allclose(kalman.covariance.state.cpu(), cpu.covariance.state, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_same_bits_on_every_run(name, dtype):
+    settings = {"steps": 70, "count": 2, "covariance_dtype": dtype}
+    kalman, weights = run(name, (3000, 65, 129), **settings)
+    for _ in range(5):
+        poison()
+        other, again = run(name, (3000, 65, 129), **settings)
+        assert torch.equal(weights, again)
+        for part in ("tiles", "pending", "state"):
+            assert torch.equal(getattr(kalman.covariance, part), getattr(other.covariance, part))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_captured_step_goes_on_exactly(name):
+    """Replays with new numbers in the same tensors are the steps that eager calls do, folds included."""
+    plan = BlockPlan((900, 65))
+    kalman, eager = (KalmanFilter(plan, backend=name, device=GPU, pending=5) for _ in range(2))
+    weights, wanted = (torch.zeros(plan.num_weights, dtype=torch.float64, device=GPU) for _ in range(2))
+    h, e = measurements(2, plan.num_weights)
+    inputs = h.clone(), e.clone()
+    for _ in range(3):  # whatever is made once is made before the capture
+        kalman.step(weights, *inputs)
+        eager.step(wanted, h, e)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kalman.step(weights, *inputs)
+    for _ in range(20):
+        h, e = measurements(2, plan.num_weights)
+        inputs[0].copy_(h)
+        inputs[1].copy_(e)
+        graph.replay()
+        eager.step(wanted, h, e)
+    assert torch.equal(weights, wanted)
+    assert torch.equal(kalman.covariance.tiles, eager.covariance.tiles)
+    assert torch.equal(kalman.covariance.state, eager.covariance.state)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_step_waits_for_nothing(name):
+    kalman, weights = run(name, (900, 65), steps=3)
+    h, e = measurements(1, 965)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(40):
+            kalman.step(weights, h, e)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_work_goes_to_the_current_stream(name):
+    """Behind a long wait on another stream, a step must not have run when its own stream has not come to it."""
+    kalman, weights = run(name, (900, 65), steps=3)
+    before = weights.clone()
+    stream = torch.cuda.Stream()
+    h, e = measurements(1, 965)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(int(2e8))
+        kalman.step(weights, h, e)
+    assert torch.equal(weights, before)
+    stream.synchronize()
+    assert not torch.equal(weights, before)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bad_numbers_are_skipped(name):
+    kalman, weights = run(name, (70, 3), steps=5)
+    before = weights.clone(), kalman.covariance.tiles.clone()
+    for value in (float("nan"), float("inf"), 1e200):
+        h, e = measurements(1, 73)
+        h[0, 7] = value
+        kalman.step(weights, h, e)
+    kalman.step(weights, measurements(1, 73)[0], float("nan"))
+    assert torch.equal(weights, before[0])
+    assert torch.equal(kalman.covariance.tiles, before[1])
+    assert kalman.health() == {
+        "num_updates": 5,
+        "skipped_innovation": 1,
+        "skipped_jacobian": 3,
+        "skipped_variance": 0,
+        "skipped_in_a_row": 4,
+    }
+
+
+class VectorFilter:
+    """Algorithm 2 for P that starts as I, kept as vectors alone: P = scale (I - Σ u uᵀ). One block, no dense matrix."""
+
+    def __init__(self, lam, nu):
+        self.lam, self.nu, self.scale, self.vectors = lam, nu, 1.0, []
+
+    def step(self, weights, h, innovation):
+        y = h.clone()
+        for u in self.vectors:
+            y -= u * (u @ h)
+        variance = self.scale * float(h @ y)
+        a = 1 / (self.lam + variance)
+        weights += a * self.scale * innovation * y
+        self.vectors.append((a * self.scale) ** 0.5 * y)
+        self.scale /= self.lam
+        self.lam = self.nu * self.lam + 1 - self.nu
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_largest_block(name, dtype):
+    """65 536 weights: more numbers in the tiles than 32 bits count, through two folds."""
+    plan = BlockPlan((65536,))
+    if required_bytes(plan, dtype=dtype, pending=8) > 0.8 * torch.cuda.mem_get_info()[0]:
+        pytest.skip("P does not fit on this GPU")
+    assert sum(n * (n + 64) // 2 for n in plan.sizes) > 2**31
+    kalman = KalmanFilter(plan, backend=name, device=GPU, covariance_dtype=dtype, pending=8)
+    weights, wanted = (torch.zeros(65536, dtype=torch.float64, device=GPU) for _ in range(2))
+    oracle = VectorFilter(0.98, 0.9987)
+    for _ in range(20):
+        h, _ = measurements(1, 65536)
+        kalman.step(weights, h, 0.5)
+        oracle.step(wanted, h[0], 0.5)
+    assert relative(weights, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_optimizer_on_the_gpu_is_that_on_the_cpu(name):
+    def trained(device, backend):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 30), torch.nn.Tanh(), torch.nn.Linear(30, 1)).double()
+        x = torch.randn(50, 8, dtype=torch.float64)
+        y = x.prod(1, keepdim=True)
+        model, x, y = model.to(device), x.to(device), y.to(device)
+        optimizer = RLEKF(model.parameters(), block_size=100, backend=backend)
+        for i in range(50):
+
+            def closure(i=i):
+                optimizer.zero_grad()
+                loss = (model(x[i]) - y[i]).abs().mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        return torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
+
+    assert relative(trained(GPU, name), trained("cpu", "native")) < 1e-9
+
+
+@pytest.mark.skipif(bool(ABSENT["cuda"]), reason=ABSENT["cuda"])
+class TestErrors:
+    """What goes wrong becomes a Python exception that says what."""
+
+    def arguments(self):
+        p = KalmanFilter(BlockPlan((70, 3)), device=GPU, pending=4, backend="native").covariance
+        h, e = measurements(2, 73)
+        weights = torch.zeros(73, dtype=torch.float64, device=GPU)
+        names = ("weights", "tiles", "pending", "state", "layout", "jacobian", "innovation")
+        return dict(zip(names, (weights, p.tiles, p.pending, p.state, p.layout, h, e), strict=True))
+
+    @pytest.mark.parametrize("name", ["weights", "pending", "state", "layout", "jacobian", "innovation"])
+    def test_a_tensor_on_another_device(self, name):
+        arguments = self.arguments()
+        arguments[name] = arguments[name].cpu()
+        with pytest.raises(RuntimeError, match=rf"{name} should be on GPU 0 .* but is on the CPU; move it there"):
+            torch.ops.rlekf.step(**arguments)
+
+    def test_tiles_between_16_bytes(self):
+        arguments = self.arguments()
+        room = torch.zeros(arguments["tiles"].numel() + 1, dtype=torch.float64, device=GPU)
+        arguments["tiles"] = room[1:].view(arguments["tiles"].shape)
+        with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+            torch.ops.rlekf.step(**arguments)
+
+    def test_opcheck(self):
+        torch.library.opcheck(torch.ops.rlekf.step.default, tuple(self.arguments().values()))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", BACKENDS)
+def test_another_gpu_than_the_current_one(name):
+    kalman, weights = run(name, (900, 65), steps=40, device=torch.device("cuda:1"))
+    other, wanted = run(name, (900, 65), steps=40, device=torch.device("cuda:0"))
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(weights.cpu(), wanted.cpu())
+    assert torch.equal(kalman.covariance.tiles.cpu(), other.covariance.tiles.cpu())

@@ -1,0 +1,168 @@
+"""What only the triton backend has: loops and workspaces of its own, kernels that compile without a GPU, absence."""
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import relative
+from test_ops import assert_same, random_measurements, run
+
+from rlekf_ext import BlockPlan, KalmanFilter, ops
+from rlekf_ext.covariance import STATE
+
+triton = pytest.importorskip("triton", reason="needs triton: pip install 'rlekf_ext[triton]'")
+ours = ops.backend("triton", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_loop_goes_round(count, monkeypatch):
+    """Sizes that the interpreter can bear fit into one turn of most loops, unless a turn takes less."""
+    for name, value in {"RUN": 2, "VECTORS": 2, "CHUNK": 32, "PARTS": 4, "BLOCKS": 2}.items():
+        monkeypatch.setattr(ours, name, triton.language.constexpr(value))
+    result = run(BlockPlan((330, 1, 70, 2, 1)), steps=3, count=count, pending=5, backend="triton")
+    assert_same(*result, 1e-12)
+
+
+def test_more_tiles_in_a_row_than_a_run():
+    result = run(BlockPlan((600,)), steps=3, count=2, pending=3, backend="triton")
+    assert_same(*result, 1e-12)
+
+
+@pytest.mark.parametrize("scale", [3.7e15, 2.0**41, 2.0**40, 1e300])
+def test_large_scale_moves_into_the_tiles_as_in_the_compiled_ops(scale):
+    kept = []
+    for name in ("native", "triton"):
+        torch.manual_seed(1)
+        kalman, *_ = run(BlockPlan((70,)), steps=2, pending=2, process_noise=1e-3, oracle=False, backend=name)
+        p = kalman.covariance
+        p.state[STATE["scale"]] = scale
+        ops.backend(name, p.tiles.device).project(p.tiles, p.pending, p.state, p.layout, random_measurements(1, 70)[0])
+        kept.append(p)
+    native, mine = kept
+    assert relative(mine.tiles, native.tiles) < 1e-14
+    assert mine.scalar("scale") == native.scalar("scale") <= 2.0**40
+    assert mine.scalar("num_pending") == 0
+    for name in ("shift", "largest_diagonal"):
+        assert mine.scalar(name) == pytest.approx(native.scalar(name), rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_same_bits_whatever_the_workspaces_held(dtype, monkeypatch):
+    results = []
+    for fill in (0.0, math.nan, math.inf):
+        torch.manual_seed(1)
+        empty = torch.empty
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", lambda *shape, fill=fill, empty=empty, **o: empty(*shape, **o).fill_(fill))
+            kalman, weights, *_ = run(
+                BlockPlan((130, 3)), steps=4, count=3, pending=5, oracle=False, covariance_dtype=dtype, backend="triton"
+            )
+        p = kalman.covariance
+        results.append((weights, p.tiles, p.pending, p.state))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_one_bad_measurement_leaves_the_others_as_the_compiled_ops_do(bad):
+    """Also one before good ones: no NaN of it reaches them."""
+    kept = []
+    for name in ("native", "triton"):
+        torch.manual_seed(1)
+        kalman, weights, *_ = run(BlockPlan((70, 3)), steps=1, pending=7, oracle=False, backend=name)
+        h, e = random_measurements(3, 73)
+        h[bad, 71] = math.nan
+        kalman.step(weights, h, e)
+        kept.append((kalman.covariance, weights))
+    (native, wanted), (mine, weights) = kept
+    assert relative(weights, wanted) < 1e-14
+    assert relative(mine.pending, native.pending) < 1e-14
+    assert mine.scalar("skipped_jacobian") == 1
+    torch.testing.assert_close(mine.state, native.state, rtol=1e-13, atol=0)
+
+
+def test_work_is_planned_once_for_a_layout():
+    covariance = KalmanFilter(BlockPlan((70, 3)), backend="triton").covariance
+    before = len(ours._work_of_layout)
+    assert ours._work(covariance.layout) is ours._work(covariance.layout)
+    assert len(ours._work_of_layout) == before + 1
+    del covariance
+    gc.collect()
+    assert len(ours._work_of_layout) == before
+
+
+def test_autograd_sees_what_changed():
+    p, weights = KalmanFilter(BlockPlan((70, 3)), backend="triton").covariance, torch.zeros(73, dtype=torch.float64)
+    changed = {"weights": weights, "tiles": p.tiles, "pending": p.pending, "state": p.state}
+    before = {name: tensor._version for name, tensor in changed.items()}
+    h, e = random_measurements(2, 73)
+    ours.step(**changed, layout=p.layout, jacobian=h, innovation=e)
+    assert all(tensor._version > before[name] for name, tensor in changed.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weights", torch.zeros(72, dtype=torch.float64), r"weights should have shape \(73,\) but has \(72,\)"),
+        ("weights", torch.zeros(73), "weights should be float64 but is torch.float32"),
+        ("jacobian", torch.zeros(2, 74, dtype=torch.float64), r"jacobian should have shape \(2, 73\)"),
+        ("jacobian", torch.zeros(73, 2, dtype=torch.float64).T, "jacobian should be contiguous"),
+        ("jacobian", torch.zeros(9, 73, dtype=torch.float64), "takes 1 to 8 measurements but jacobian has 9"),
+        ("jacobian", torch.zeros(5, 73, dtype=torch.float64), "at least as many rows in pending but it has 4"),
+        ("innovation", torch.zeros(3, dtype=torch.float64), r"innovation should have shape \(2,\) but has \(3,\)"),
+        ("layout", torch.zeros(2, 3), "layout should be int64"),
+        ("tiles", torch.zeros(4, 64, 64, dtype=torch.int64), "tiles should be float32 or float64"),
+        ("tiles", torch.zeros(4, 64, dtype=torch.float64), "tiles should have shape"),
+        ("state", torch.zeros(3, dtype=torch.float64), "state should have shape"),
+    ],
+)
+def test_checks_say_rule_and_value(name, value, message):
+    p = KalmanFilter(BlockPlan((70, 3)), pending=4).covariance
+    h, e = random_measurements(2, 73)
+    arguments = {"weights": torch.zeros(73, dtype=torch.float64), "tiles": p.tiles, "pending": p.pending}
+    arguments |= {"state": p.state, "layout": p.layout, "jacobian": h, "innovation": e}
+    with pytest.raises(RuntimeError, match=message):
+        ours.step(**{**arguments, name: value})
+
+
+def outside_the_interpreter(*command):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("dtype", "count"), [("float64", 1), ("float32", 1), ("float64", 8)])
+def test_kernels_compile_without_a_gpu(dtype, count):
+    try:
+        tools = triton.knobs.nvidia.ptxas.path, triton.knobs.nvidia.cuobjdump.path
+    except RuntimeError as missing:
+        pytest.skip(f"needs the CUDA tools that triton brings: {missing}")
+    assert all(Path(tool).is_file() for tool in tools)
+    out = outside_the_interpreter(str(Path(__file__).parent / "compile_triton.py"), dtype, str(count))
+    kernels = {row["kernel"]: row for row in map(json.loads, out.splitlines())}
+    assert set(kernels) == {"_visit", "_reduce", "_gather", "_update", "_apply"}
+    for name, row in kernels.items():
+        assert row["STACK"] == 0 or (name == "_visit" and count > 4), f"{name} spills registers: {row}"
+
+
+def test_cpu_needs_the_interpreter():
+    code = "import torch; from rlekf_ext.ops import triton; print(triton.why_absent('cpu'))"
+    assert "set TRITON_INTERPRET=1 before triton is imported" in outside_the_interpreter("-c", code)
+
+
+def test_absent_package_is_an_error_with_its_reason(monkeypatch):
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    assert "pip install 'rlekf_ext[triton]'" in ops.backends()["triton"]
+    with pytest.raises(RuntimeError, match=r"triton is not installed.* backend='reference' runs anywhere"):
+        ops.backend("triton", torch.device("cpu"))
+    monkeypatch.setattr(ops.native, "why_absent", lambda device_type: "left out of this build.")
+    with pytest.raises(RuntimeError, match=r"native backend has no kernels for cuda.*triton is not installed"):
+        ops.backend("auto", torch.device("cuda"))

@@ -1,0 +1,617 @@
+"""The ops as Triton kernels: for GPUs that the compiled ops have no kernels for, and on a CPU in Triton's interpreter.
+
+A step is five launches, each over all blocks. project:
+    _visit    each tile is read once (and written once when it folds) and multiplied by all Jacobians; u_iᵀh beside it
+    _reduce   the sums of a tile row in a fixed order, the shift and the waiting vectors: cross, and its share of gram
+    _gather   gram, and the state after the fold
+correct:
+    _update   M measurements one after another, on inner products alone: one program
+    _apply    weights and pending, from what _update found
+
+Traffic: the packed triangle, and 2 % of it in float64 for the column sums that _visit leaves to _reduce (M = 1). The
+limit it is held against is the device's read bandwidth. There are no atomics: the same bits on every run. Scalars stay
+on the device, in `state`; the host waits for it once, in the first call with a given layout. All arithmetic is in
+float64; a Python float would arrive in a kernel as float32, so none is passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from rlekf_ext.covariance import MAX_MEASUREMENTS, STATE, STORAGE_DTYPES
+from rlekf_ext.covariance import TILE as TILE_SIZE
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # what @triton.jit below makes of the kernels
+
+# Kernels read no other globals than constexpr ones. The first are places in `state`.
+FORGETTING = tl.constexpr(STATE["forgetting"])
+FORGETTING_RATE = tl.constexpr(STATE["forgetting_rate"])
+MEASUREMENT_NOISE = tl.constexpr(STATE["measurement_noise"])
+PROCESS_NOISE = tl.constexpr(STATE["process_noise"])
+PROCESS_NOISE_DECAY = tl.constexpr(STATE["process_noise_decay"])
+LEAST_PROCESS_NOISE = tl.constexpr(STATE["least_process_noise"])
+DIAGONAL_CEILING = tl.constexpr(STATE["diagonal_ceiling"])
+LEAST_EXCITATION = tl.constexpr(STATE["least_excitation"])
+SCALE = tl.constexpr(STATE["scale"])
+SHIFT = tl.constexpr(STATE["shift"])
+LARGEST_DIAGONAL = tl.constexpr(STATE["largest_diagonal"])
+NUM_PENDING = tl.constexpr(STATE["num_pending"])
+VARIANCE = tl.constexpr(STATE["variance"])
+RANK_ONE = tl.constexpr(STATE["rank_one"])
+NUM_UPDATES = tl.constexpr(STATE["num_updates"])
+SKIPPED_INNOVATION = tl.constexpr(STATE["skipped_innovation"])
+SKIPPED_JACOBIAN = tl.constexpr(STATE["skipped_jacobian"])
+SKIPPED_VARIANCE = tl.constexpr(STATE["skipped_variance"])
+SKIPPED_IN_A_ROW = tl.constexpr(STATE["skipped_in_a_row"])
+
+LARGEST_SCALE = tl.constexpr(2.0**40)  # exact in float32 too
+EXPONENT_BITS = tl.constexpr(0x7FF0000000000000)
+INFINITY = tl.constexpr(float("inf"))
+
+TILE = tl.constexpr(TILE_SIZE)
+RUN = tl.constexpr(8)  # tiles of one tile row that a program visits
+VECTORS = tl.constexpr(8)  # waiting vectors taken at once
+CHUNK = tl.constexpr(128)  # weights taken at once where whole vectors are multiplied
+PARTS = tl.constexpr(64)  # partial sums that are loaded at once, over all measurements
+BLOCKS = tl.constexpr(64)  # blocks that the recursion takes at once
+
+# A row of `updates`, what one measurement does (csrc/recursion.h): w += gain y, S -= rank_one y yᵀ.
+USED = tl.constexpr(0)  # 1, or 0 when the measurement is skipped
+GROWTH = tl.constexpr(1)  # of the shift between the projection and this measurement: y holds growth * h
+GAIN = tl.constexpr(2)
+WEIGHT = tl.constexpr(3)  # rank_one
+SLOT = tl.constexpr(4)  # the row of `pending` that takes sqrt(rank_one) y
+UPDATE = tl.constexpr(5)
+
+# These would otherwise be compiled anew for the value 1 and for multiples of 16; nothing here gains by that.
+_plain_sizes = triton.jit(do_not_specialize=["num_weights", "num_blocks", "num_tiles", "num_products", "capacity"])
+
+
+def why_absent(device_type: str) -> str:
+    """Why these kernels cannot run on this kind of device, as a sentence; "" when they can."""
+    if device_type not in ("cpu", "cuda"):
+        return f"none are written for {device_type}."
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU."
+    if device_type == "cpu" and not INTERPRETED:
+        return "Triton runs on a CPU only in its interpreter: set TRITON_INTERPRET=1 before triton is imported."
+    return ""
+
+
+@triton.jit
+def _fold_due(state, capacity, count: tl.constexpr):
+    """How many vectors a pass of M measurements folds into the tiles (0: no fold), how many still wait after that, and
+    the power of two that moves from the scale into S."""
+    num_pending = tl.load(state + NUM_PENDING).to(tl.int64)
+    scale = tl.load(state + SCALE)
+    due = num_pending + count > capacity
+    power = (scale.to(tl.int64, bitcast=True) & EXPONENT_BITS).to(tl.float64, bitcast=True)
+    factor = tl.where(due & (scale > LARGEST_SCALE), power, 1.0)
+    return tl.where(due, num_pending, 0), tl.where(due, 0, num_pending), factor
+
+
+@triton.jit
+def _visit_run(run, tiles, pending, state, layout, runs, jacobian, sums, num_weights, num_tiles, capacity, count):
+    """Up to RUN tiles beside each other. sums: the column sums of each tile, then the row sums of each run."""
+    block = tl.load(runs + 3 * run)
+    row = tl.load(runs + 3 * run + 1)
+    first_col = tl.load(runs + 3 * run + 2)
+    first_weight = tl.load(layout + 3 * block)
+    size = tl.load(layout + 3 * block + 1)
+    first_tile = tl.load(layout + 3 * block + 2)
+    num_folded, _, factor = _fold_due(state, capacity, count)
+
+    inside = tl.arange(0, TILE)
+    entries = inside[:, None] * TILE + inside[None, :]
+    h = jacobian + first_weight
+    i = row * TILE + inside
+    # Two columns in one: a thread holds both, and half as many registers stay occupied along the run.
+    row_sums = (tl.zeros((TILE, TILE // 2), tl.float64),) * count
+    for col in range(first_col, tl.minimum(row + 1, first_col + RUN)):
+        index = first_tile + row * (row + 1) // 2 + col
+        place = tiles + index * (TILE * TILE) + entries
+        tile = tl.load(place).to(tl.float64)
+        j = col * TILE + inside
+        if num_folded > 0:
+            for n in range(num_folded):
+                u = pending + n * num_weights + first_weight
+                ui = tl.load(u + i, mask=i < size, other=0.0)
+                uj = tl.load(u + j, mask=j < size, other=0.0)
+                tile -= ui[:, None] * uj[None, :]  # products commute: a diagonal tile stays symmetric
+            stored = (tile * factor).to(tiles.dtype.element_ty)
+            tl.store(place, stored)
+            tile = stored.to(tl.float64)
+        for k in tl.static_range(count):
+            xi = tl.load(h + k * num_weights + i, mask=i < size, other=0.0)
+            xj = tl.load(h + k * num_weights + j, mask=j < size, other=0.0)
+            pairs = tl.reshape(tile * xj[None, :], (TILE, TILE // 2, 2))
+            row_sums = row_sums[1:] + (row_sums[0] + tl.sum(pairs, 2),)  # in order again after the last k
+            if col < row:
+                tl.store(sums + (index * count + k) * TILE + inside, tl.sum(tile * xi[:, None], 0))
+    for k in tl.static_range(count):
+        tl.store(sums + ((num_tiles + run) * count + k) * TILE + inside, tl.sum(row_sums[k], 1))
+
+
+@triton.jit
+def _multiply_waiting(
+    program,
+    pending,
+    state,
+    layout,
+    jacobian,
+    products,
+    num_weights,
+    capacity,
+    count: tl.constexpr,
+    padded: tl.constexpr,
+):
+    """products (L, capacity, M): u_iᵀ h_j over one block, for VECTORS of the u_i that wait after the fold."""
+    groups = tl.cdiv(capacity, VECTORS)
+    block = program // groups
+    first_weight = tl.load(layout + 3 * block)
+    size = tl.load(layout + 3 * block + 1)
+    _, num_waiting, _ = _fold_due(state, capacity, count)
+
+    n = (program % groups) * VECTORS + tl.arange(0, VECTORS)[None, :, None]
+    k = tl.arange(0, padded)[:, None, None]
+    total = tl.zeros((padded, VECTORS, CHUNK), tl.float64)
+    # A group past the last waiting vector has nothing to do.
+    for start in range(0, tl.where((program % groups) * VECTORS < num_waiting, size, 0), CHUNK):
+        i = start + tl.arange(0, CHUNK)[None, None, :]
+        u = tl.load(pending + n * num_weights + first_weight + i, mask=(n < num_waiting) & (i < size), other=0.0)
+        h = tl.load(jacobian + k * num_weights + first_weight + i, mask=(k < count) & (i < size), other=0.0)
+        total += u * h
+    n = (program % groups) * VECTORS + tl.arange(0, VECTORS)[None, :]
+    k = tl.arange(0, padded)[:, None]
+    tl.store(products + (block * capacity + n) * count + k, tl.sum(total, 2), mask=(n < num_waiting) & (k < count))
+
+
+@_plain_sizes
+def _visit(
+    tiles,
+    pending,
+    state,
+    layout,
+    runs,
+    jacobian,
+    sums,
+    products,
+    num_weights,
+    num_tiles,
+    num_products,
+    capacity,
+    count: tl.constexpr,
+    padded: tl.constexpr,
+):
+    """Programs below `num_products` multiply waiting vectors, the others visit tiles."""
+    program = tl.program_id(0).to(tl.int64)
+    if program < num_products:
+        _multiply_waiting(program, pending, state, layout, jacobian, products, num_weights, capacity, count, padded)
+    else:
+        run = program - num_products
+        _visit_run(run, tiles, pending, state, layout, runs, jacobian, sums, num_weights, num_tiles, capacity, count)
+
+
+@_plain_sizes
+def _reduce(
+    pending,
+    state,
+    layout,
+    tile_rows,
+    jacobian,
+    sums,
+    products,
+    cross,
+    gram_parts,
+    num_weights,
+    num_tiles,
+    capacity,
+    count: tl.constexpr,
+    padded: tl.constexpr,
+):
+    """z = S h + shift h - Σ u_i (u_iᵀ h) of one tile row, and gram_parts (tile rows, 2, M, M)."""
+    tile_row = tl.program_id(0).to(tl.int64)
+    block = tl.load(tile_rows + 3 * tile_row)
+    row = tl.load(tile_rows + 3 * tile_row + 1)
+    first_run = tl.load(tile_rows + 3 * tile_row + 2)
+    first_weight = tl.load(layout + 3 * block)
+    size = tl.load(layout + 3 * block + 1)
+    first_tile = tl.load(layout + 3 * block + 2)
+    _, num_waiting, factor = _fold_due(state, capacity, count)
+
+    # S h: the row sums of the runs left of the diagonal, then the column sums of the tiles below it.
+    k = tl.arange(0, padded)[:, None, None]
+    inside = tl.arange(0, TILE)[None, None, :]
+    at_once: tl.constexpr = PARTS // padded
+    num_runs = row // RUN + 1
+    num_parts = num_runs + tl.cdiv(size, TILE) - 1 - row
+    total = tl.zeros((padded, at_once, TILE), tl.float64)
+    for start in range(0, num_parts, at_once):
+        part = start + tl.arange(0, at_once)[None, :, None]
+        below = row + 1 + part - num_runs
+        column = first_tile + below * (below + 1) // 2 + row
+        place = tl.where(part < num_runs, num_tiles + first_run + part, column)
+        total += tl.load(sums + (place * count + k) * TILE + inside, mask=(k < count) & (part < num_parts), other=0.0)
+    z = tl.sum(total, 1)
+
+    k = tl.arange(0, padded)[:, None]
+    i = row * TILE + tl.arange(0, TILE)[None, :]
+    valid = (k < count) & (i < size)
+    here = k * num_weights + first_weight + i
+    h = tl.load(jacobian + here, mask=valid, other=0.0)
+    z += tl.load(state + SHIFT) * factor * h
+    for start in range(0, num_waiting, VECTORS):
+        n = start + tl.arange(0, VECTORS)
+        u = pending + n[:, None] * num_weights + first_weight + i
+        u = tl.load(u, mask=(n[:, None] < num_waiting) & (i < size), other=0.0)
+        inner = products + (block * capacity + n[None, :]) * count + k
+        inner = tl.load(inner, mask=(n[None, :] < num_waiting) & (k < count), other=0.0)
+        z -= tl.sum(inner[:, :, None] * u[None, :, :], 1)
+    z = tl.where(valid, z, 0.0)  # 0 · NaN in the padding
+    tl.store(cross + here, z, mask=valid)
+
+    other = tl.arange(0, padded)[None, :]
+    place = gram_parts + tile_row * (2 * count * count) + k * count + other
+    valid = (k < count) & (other < count)
+    tl.store(place, tl.sum(h[:, None, :] * z[None, :, :], 2), mask=valid)
+    tl.store(place + count * count, tl.sum(h[:, None, :] * h[None, :, :], 2), mask=valid)
+
+
+@_plain_sizes
+def _gather(
+    state, layout, first_tile_rows, gram_parts, gram, num_blocks, capacity, count: tl.constexpr, entries: tl.constexpr
+):
+    """gram of one block; the first program also brings the state up to date with the fold."""
+    block = tl.program_id(0).to(tl.int64)
+    first = tl.load(first_tile_rows + block)
+    num_rows = tl.cdiv(tl.load(layout + 3 * block + 1), TILE)
+    entry = tl.arange(0, entries)[None, :]
+    total = tl.zeros((PARTS, entries), tl.float64)
+    for start in range(0, num_rows, PARTS):
+        part = start + tl.arange(0, PARTS)[:, None]
+        place = gram_parts + (first + part) * (2 * count * count) + entry
+        total += tl.load(place, mask=(part < num_rows) & (entry < 2 * count * count), other=0.0)
+    entry = tl.arange(0, entries)
+    place = gram + (entry // (count * count) * num_blocks + block) * (count * count) + entry % (count * count)
+    tl.store(place, tl.sum(total, 0), mask=entry < 2 * count * count)
+
+    if block == 0:
+        _, num_waiting, factor = _fold_due(state, capacity, count)
+        scale = tl.load(state + SCALE) / factor
+        shift = tl.load(state + SHIFT) * factor
+        largest_diagonal = tl.load(state + LARGEST_DIAGONAL) * factor
+        tl.debug_barrier()  # no thread stores before all have read
+        tl.store(state + NUM_PENDING, num_waiting.to(tl.float64))
+        tl.store(state + SCALE, scale)
+        tl.store(state + SHIFT, shift)
+        tl.store(state + LARGEST_DIAGONAL, largest_diagonal)
+
+
+@_plain_sizes
+def _update(state, gram, innovation, products, updates, num_blocks, count: tl.constexpr, padded: tl.constexpr):
+    """The recursion of csrc/recursion.h. products (L, M, M): y_iᵀ h_j of each block, i <= j; updates (M, UPDATE)."""
+    forgetting = tl.load(state + FORGETTING)
+    noise = tl.load(state + MEASUREMENT_NOISE)
+    process_noise = tl.load(state + PROCESS_NOISE)
+    scale = tl.load(state + SCALE)
+    shift = tl.load(state + SHIFT)
+    num_pending = tl.load(state + NUM_PENDING)
+    last_variance = tl.load(state + VARIANCE)
+    last_rank_one = tl.load(state + RANK_ONE)
+    num_updates = tl.load(state + NUM_UPDATES)
+    skipped_innovation = tl.load(state + SKIPPED_INNOVATION)
+    skipped_jacobian = tl.load(state + SKIPPED_JACOBIAN)
+    skipped_variance = tl.load(state + SKIPPED_VARIANCE)
+    skipped_in_a_row = tl.load(state + SKIPPED_IN_A_ROW)
+
+    j = tl.arange(0, padded)
+    left = tl.load(innovation + j, mask=j < count, other=0.0)  # what the earlier measurements leave of each innovation
+    first_shift = shift
+    for i in tl.static_range(count):
+        # y_iᵀ h_j = z_iᵀ h_j + growth h_iᵀ h_j - Σ_{k<i} rank_one_k (y_kᵀ h_i) (y_kᵀ h_j), block by block.
+        growth = shift - first_shift
+        total = tl.zeros((padded,), tl.float64)
+        for start in range(0, num_blocks, BLOCKS):
+            block = start + tl.arange(0, BLOCKS)
+            row = (block[:, None] * count + i) * count + j[None, :]
+            valid = (block[:, None] < num_blocks) & (j[None, :] >= i) & (j[None, :] < count)
+            y = tl.load(gram + row, mask=valid, other=0.0)
+            plain = tl.load(gram + num_blocks * (count * count) + row, mask=valid, other=0.0)
+            y += tl.where(growth != 0, growth * plain, 0.0)
+            for k in tl.static_range(i):
+                used = tl.load(updates + k * UPDATE + USED) != 0
+                there = block[:, None] < tl.where(used, num_blocks, 0)  # numbers of a skipped one may be NaN
+                rank_one = tl.load(updates + k * UPDATE + WEIGHT)
+                earlier = products + (block[:, None] * count + k) * count
+                to_i = tl.load(earlier + i, mask=there, other=0.0)
+                to_j = tl.load(earlier + j[None, :], mask=there & valid, other=0.0)
+                y -= rank_one * to_i * to_j
+            tl.store(products + row, y, mask=valid)
+            total += tl.sum(y, 0)
+
+        variance = scale * tl.sum(tl.where(j == i, total, 0.0))
+        good_innovation = tl.abs(tl.load(innovation + i)) < INFINITY
+        good_jacobian = tl.abs(variance) < INFINITY
+        used = good_innovation & good_jacobian & (variance >= 0)
+        lam = 1 - forgetting
+        lam = tl.where(variance < tl.load(state + LEAST_EXCITATION) * noise, 1.0, lam)
+        largest = scale * (tl.load(state + LARGEST_DIAGONAL) + shift)
+        lam = tl.minimum(1.0, tl.maximum(lam, largest / tl.load(state + DIAGONAL_CEILING)))
+        rank_one = tl.where(used, scale / (noise * lam + variance), 0.0)
+        gain = tl.where(used, rank_one * tl.sum(tl.where(j == i, left, 0.0)), 0.0)
+        left = tl.where(used, left - gain * total, left)
+        update = updates + i * UPDATE
+        tl.store(update + USED, used.to(tl.float64))
+        tl.store(update + GROWTH, growth)
+        tl.store(update + GAIN, gain)
+        tl.store(update + WEIGHT, rank_one)
+        tl.store(update + SLOT, num_pending)
+
+        one = used.to(tl.float64)
+        num_pending += one
+        num_updates += one
+        last_variance = tl.where(used, variance, last_variance)
+        last_rank_one = tl.where(used, rank_one, last_rank_one)
+        scale = tl.where(used, scale / lam, scale)
+        shift = tl.where(used, shift + process_noise / scale, shift)
+        decayed = tl.maximum(tl.load(state + LEAST_PROCESS_NOISE), process_noise * tl.load(state + PROCESS_NOISE_DECAY))
+        process_noise = tl.where(used, decayed, process_noise)
+        forgetting = tl.where(used, forgetting * tl.load(state + FORGETTING_RATE), forgetting)
+        skipped_innovation += tl.where(good_innovation, 0.0, 1.0)
+        skipped_jacobian += tl.where(good_innovation & (good_jacobian == 0), 1.0, 0.0)
+        skipped_variance += tl.where(good_innovation & good_jacobian & (variance < 0), 1.0, 0.0)
+        skipped_in_a_row = tl.where(used, 0.0, skipped_in_a_row + 1)
+        tl.debug_barrier()  # the next measurement reads products and updates that other threads wrote
+
+    tl.store(state + FORGETTING, forgetting)
+    tl.store(state + PROCESS_NOISE, process_noise)
+    tl.store(state + SCALE, scale)
+    tl.store(state + SHIFT, shift)
+    tl.store(state + NUM_PENDING, num_pending)
+    tl.store(state + VARIANCE, last_variance)
+    tl.store(state + RANK_ONE, last_rank_one)
+    tl.store(state + NUM_UPDATES, num_updates)
+    tl.store(state + SKIPPED_INNOVATION, skipped_innovation)
+    tl.store(state + SKIPPED_JACOBIAN, skipped_jacobian)
+    tl.store(state + SKIPPED_VARIANCE, skipped_variance)
+    tl.store(state + SKIPPED_IN_A_ROW, skipped_in_a_row)
+
+
+@_plain_sizes
+def _apply(
+    weights,
+    pending,
+    layout,
+    tile_rows,
+    cross,
+    jacobian,
+    products,
+    updates,
+    num_weights,
+    count: tl.constexpr,
+    padded: tl.constexpr,
+):
+    """y_j = z_j + growth_j h_j - Σ_{k<j} rank_one_k (y_kᵀ h_j) y_k of one tile row; w += gain_j y_j; u_j =
+    sqrt(rank_one_j) y_j."""
+    tile_row = tl.program_id(0).to(tl.int64)
+    block = tl.load(tile_rows + 3 * tile_row)
+    first = tl.load(layout + 3 * block)
+    i = tl.load(tile_rows + 3 * tile_row + 1) * TILE + tl.arange(0, TILE)
+    i += first
+    end = first + tl.load(layout + 3 * block + 1)
+    k = tl.arange(0, padded)
+    used = tl.load(updates + k * UPDATE + USED, mask=k < count, other=0.0) != 0
+    rank_ones = tl.load(updates + k * UPDATE + WEIGHT, mask=k < count, other=0.0)
+
+    w = tl.load(weights + i, mask=i < end, other=0.0)
+    earlier = tl.zeros((padded, TILE), tl.float64)  # y_k of those used so far, 0 of the others
+    for j in tl.static_range(count):
+        update = updates + j * UPDATE
+        wanted = i < tl.where(tl.load(update + USED) != 0, end, 0)  # numbers of a skipped one may be NaN
+        h = tl.load(jacobian + j * num_weights + i, mask=wanted, other=0.0)
+        y = tl.load(cross + j * num_weights + i, mask=wanted, other=0.0) + tl.load(update + GROWTH) * h
+        inner = tl.load(products + (block * count + k) * count + j, mask=used & (k < j), other=0.0)
+        y -= tl.sum((rank_ones * inner)[:, None] * earlier, 0)
+        y = tl.where(wanted, y, 0.0)
+        earlier = tl.where(k[:, None] == j, y[None, :], earlier)
+        w += tl.load(update + GAIN) * y
+        slot = tl.load(update + SLOT).to(tl.int64)
+        tl.store(pending + slot * num_weights + i, tl.sqrt(tl.load(update + WEIGHT)) * y, mask=wanted)
+    tl.store(weights + i, w, mask=i < end)
+
+
+@dataclass
+class _Work:
+    """What the programs of each launch do: rows of int64 on the device."""
+
+    runs: Tensor  # (runs, 3): block, tile row in it, first column of up to RUN tiles
+    tile_rows: Tensor  # (tile rows, 3): block, tile row in it, first of its runs
+    first_tile_rows: Tensor  # (L,): of each block
+
+
+# By layout tensor, device included, for as long as that tensor lives: a layout is made with its covariance and never
+# changes in place. Only making an entry waits for the device, so only the first step of a filter does.
+_work_of_layout = WeakTensorKeyDictionary()
+
+
+def _work(layout: Tensor) -> _Work:
+    if layout not in _work_of_layout:
+        sizes = layout[:, 1].cpu().numpy()
+        rows = -(-sizes // TILE_SIZE)
+        first_tile_rows = np.cumsum(rows) - rows
+        block = np.repeat(np.arange(len(sizes)), rows)
+        row = np.arange(len(block)) - first_tile_rows[block]
+        num_runs = row // RUN.value + 1
+        first_run = np.cumsum(num_runs) - num_runs
+        tile_row = np.repeat(np.arange(len(row)), num_runs)
+        col = (np.arange(len(tile_row)) - first_run[tile_row]) * RUN.value
+        tables = (
+            np.stack([block[tile_row], row[tile_row], col], 1),
+            np.stack([block, row, first_run], 1),
+            first_tile_rows,
+        )
+        _work_of_layout[layout] = _Work(*(torch.from_numpy(table).to(layout.device) for table in tables))
+    return _work_of_layout[layout]
+
+
+def project(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:
+    capacity, num_weights = _check_covariance(pending, state, layout)
+    count = _check_measurements(jacobian, capacity, num_weights)
+    num_tiles, num_blocks = len(tiles), len(layout)
+    _check(tiles, "tiles", (num_tiles, TILE_SIZE, TILE_SIZE), *STORAGE_DTYPES)
+    work, padded = _work(layout), triton.next_power_of_2(count)
+    num_products = num_blocks * triton.cdiv(capacity, VECTORS.value)
+    sums = _empty(tiles, num_tiles + len(work.runs), count, TILE_SIZE)
+    products = _empty(tiles, num_blocks, capacity, count)
+    cross = _empty(tiles, count, num_weights)
+    gram_parts = _empty(tiles, len(work.tile_rows), 2, count, count)
+    gram = _empty(tiles, 2, num_blocks, count, count)
+    with torch.cuda.device_of(tiles):
+        _visit[(num_products + len(work.runs),)](
+            tiles,
+            pending,
+            state,
+            layout,
+            work.runs,
+            jacobian,
+            sums,
+            products,
+            num_weights,
+            num_tiles,
+            num_products,
+            capacity,
+            count=count,
+            padded=padded,
+            num_warps=8 if count == 1 else 16,  # the sums along a run take 16 registers a measurement at 8 warps
+        )
+        _reduce[(len(work.tile_rows),)](
+            pending,
+            state,
+            layout,
+            work.tile_rows,
+            jacobian,
+            sums,
+            products,
+            cross,
+            gram_parts,
+            num_weights,
+            num_tiles,
+            capacity,
+            count=count,
+            padded=padded,
+            num_warps=8,
+        )
+        entries = triton.next_power_of_2(2 * count * count)
+        _gather[(num_blocks,)](
+            state,
+            layout,
+            work.first_tile_rows,
+            gram_parts,
+            gram,
+            num_blocks,
+            capacity,
+            count=count,
+            entries=entries,
+            num_warps=8,
+        )
+    increment_version([tiles, pending, state])
+    return cross, gram
+
+
+def correct(
+    weights: Tensor,
+    pending: Tensor,
+    state: Tensor,
+    layout: Tensor,
+    cross: Tensor,
+    gram: Tensor,
+    jacobian: Tensor,
+    innovation: Tensor,
+) -> None:
+    capacity, num_weights = _check_covariance(pending, state, layout)
+    count = _check_measurements(jacobian, capacity, num_weights)
+    num_blocks = len(layout)
+    _check(weights, "weights", (num_weights,))
+    _check(cross, "cross", (count, num_weights))
+    _check(gram, "gram", (2, num_blocks, count, count))
+    _check(innovation, "innovation", (count,))
+    work, padded = _work(layout), triton.next_power_of_2(count)
+    products = _empty(weights, num_blocks, count, count)
+    updates = _empty(weights, count, UPDATE.value)
+    with torch.cuda.device_of(weights):
+        _update[(1,)](state, gram, innovation, products, updates, num_blocks, count=count, padded=padded)
+        _apply[(len(work.tile_rows),)](
+            weights,
+            pending,
+            layout,
+            work.tile_rows,
+            cross,
+            jacobian,
+            products,
+            updates,
+            num_weights,
+            count=count,
+            padded=padded,
+            num_warps=2,
+        )
+    increment_version([weights, pending, state])
+
+
+def step(
+    weights: Tensor,
+    tiles: Tensor,
+    pending: Tensor,
+    state: Tensor,
+    layout: Tensor,
+    jacobian: Tensor,
+    innovation: Tensor,
+) -> None:
+    cross, gram = project(tiles, pending, state, layout, jacobian)
+    correct(weights, pending, state, layout, cross, gram, jacobian, innovation)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=like.device)
+
+
+def _check_covariance(pending: Tensor, state: Tensor, layout: Tensor) -> tuple[int, int]:
+    capacity, num_weights = pending.shape
+    _check(pending, "pending", (capacity, num_weights))
+    _check(state, "state", (len(STATE),))
+    _check(layout, "layout", (len(layout), 3), torch.int64)
+    return capacity, num_weights
+
+
+def _check_measurements(jacobian: Tensor, capacity: int, num_weights: int) -> int:
+    count = len(jacobian)
+    _check(jacobian, "jacobian", (count, num_weights))
+    if not 1 <= count <= MAX_MEASUREMENTS:
+        raise RuntimeError(
+            f"rlekf: a pass takes 1 to {MAX_MEASUREMENTS} measurements but jacobian has {count} rows; split them into "
+            "several passes."
+        )
+    if count > capacity:
+        raise RuntimeError(
+            f"rlekf: {count} measurements need at least as many rows in pending but it has {capacity}; raise `pending`."
+        )
+    return count
+
+
+def _check(tensor: Tensor, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """A RuntimeError, as of the compiled ops, for what a kernel would read wrongly or out of bounds."""
+    dtypes = dtypes or (torch.float64,)
+    if tensor.shape != shape:
+        raise RuntimeError(f"rlekf: {name} should have shape {shape} but has {tuple(tensor.shape)}.")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise RuntimeError(f"rlekf: {name} should be {wanted} but is {tensor.dtype}; convert it with .to(dtype).")
+    if not tensor.is_contiguous():
+        raise RuntimeError(f"rlekf: {name} should be contiguous; call .contiguous() on it.")
