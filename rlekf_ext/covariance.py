@@ -56,6 +56,13 @@ class Covariance:
             blocks.append(scale * torch.tril(block) + scale * torch.tril(block, -1).T)
         return blocks
 
+    def diagonal(self) -> Tensor:
+        """The diagonal of P, (N,) float64."""
+        count = int(self.scalar("num_pending"))
+        row, col = _places(self.plan)
+        own = self.tiles.view(-1)[(row + col).to(self.tiles.device)].to(torch.float64) + self.state[STATE["shift"]]
+        return self.state[STATE["scale"]] * (own - self.pending[:count].square().sum(0))
+
     def state_dict(self) -> dict[str, Tensor]:
         """What must be saved; the tensors are not copied."""
         sizes = torch.tensor(self.plan.sizes, dtype=torch.int64)
@@ -188,7 +195,7 @@ def identity(
     """
     device = torch.device(device)
     if dtype not in STORAGE_DTYPES:
-        raise ValueError(f"covariance_dtype should be torch.float64 or torch.float32 but is {dtype}.")
+        raise ValueError(f"covariance_dtype should be torch.float64, torch.float32 or \"auto\" but is {dtype}.")
     if pending < 1:
         raise ValueError(f"pending should be at least 1 but is {pending}.")
     needed, available = required_bytes(plan, dtype=dtype, pending=pending), available_bytes(device)

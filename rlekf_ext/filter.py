@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlekf_ext import ops
-from rlekf_ext.covariance import MAX_MEASUREMENTS, STATE, identity
+from rlekf_ext.covariance import MAX_MEASUREMENTS, STATE, Covariance, identity
+from rlekf_ext.diagnostics import FLOAT32_CONDITION, Diagnostics, ritz_values
 from rlekf_ext.partition import BlockPlan
 
 
@@ -18,8 +21,9 @@ class KalmanFilter:
 
     `plan` gives the blocks. λ starts at `memory_factor` and goes to 1 as λ <- ν λ + 1 - ν with ν =
     `forgetting_rate`. P starts as `initial_covariance` I. `measurement_noise` is α²R of the paper, by default the
-    number of blocks L. S is stored in `covariance_dtype`; up to `pending` rank-1 updates wait before they are written
-    into it. `backend` is "auto", "native", "triton" or "reference".
+    number of blocks L. S is stored in `covariance_dtype`, float64 or float32; "auto" is float32 until `guard_storage`
+    finds that too coarse. Up to `pending` rank-1 updates wait before they are written into S. `backend` is "auto",
+    "native", "triton" or "reference".
 
     `process_noise` q is added to the diagonal of P after every update; q then goes to `least_process_noise` by a
     factor of `process_noise_decay` an update. Two options keep P from winding up in directions that nothing excites,
@@ -43,7 +47,7 @@ class KalmanFilter:
         least_process_noise: float = 0.0,
         diagonal_ceiling: float = inf,
         least_excitation: float = 0.0,
-        covariance_dtype: torch.dtype = torch.float64,
+        covariance_dtype: torch.dtype | str = torch.float64,
         pending: int = 32,
         backend: str = "auto",
         device: torch.device | str = "cpu",
@@ -75,9 +79,12 @@ class KalmanFilter:
             raise ValueError(f"least_excitation should be at least 0 but is {least_excitation}.")
         ops.backend(backend, torch.device(device))  # an absent one is an error before P is allocated
         self.backend = backend
+        self._promotes = covariance_dtype == "auto"
+        dtype: Any = torch.float32 if covariance_dtype == "auto" else covariance_dtype
         self.covariance = identity(
-            plan, initial_covariance=initial_covariance, dtype=covariance_dtype, pending=pending, device=device
+            plan, initial_covariance=initial_covariance, dtype=dtype, pending=pending, device=device
         )
+        self._last_jacobian: Tensor | None = None
         for name, value in (
             ("forgetting", 1 - memory_factor),
             ("forgetting_rate", forgetting_rate),
@@ -115,6 +122,7 @@ class KalmanFilter:
             raise ValueError(
                 f"There should be an innovation for each of the {len(h)} rows of the jacobian but there are {len(e)}."
             )
+        self._last_jacobian = h[-1]
         start = weights.clone() if len(h) > self._most_at_once else weights
         for first in range(0, len(h), self._most_at_once):
             batch = slice(first, first + self._most_at_once)
@@ -125,19 +133,74 @@ class KalmanFilter:
     @torch.no_grad()
     def variance(self, jacobian: Tensor) -> Tensor:
         """HᵀPH, without the measurement noise: () for a jacobian (N,), (M,) for (M, N). Changes neither w nor P."""
-        p = self.covariance
-        h = self._rows(jacobian)
-        sums = []
-        for batch in h.split(self._most_at_once):
-            _, gram = self._ops.project(p.tiles, p.pending, p.state, p.layout, batch)
-            sums.append(gram[0].sum(0).diagonal())
-        return (p.state[STATE["scale"]] * torch.cat(sums)).reshape(jacobian.shape[:-1])
+        h, project = self._rows(jacobian), self._projector()
+        sums = [project(batch)[1][0].sum(0).diagonal() for batch in h.split(MAX_MEASUREMENTS)]
+        return (self.covariance.state[STATE["scale"]] * torch.cat(sums)).reshape(jacobian.shape[:-1])
 
     def health(self) -> dict[str, int]:
         """How many measurements were used, and how many skipped, by cause. Waits for the device."""
-        return {
-            name: int(self.covariance.scalar(name)) for name in STATE if name.startswith(("num_updates", "skipped"))
-        }
+        state = self.covariance.state.tolist()
+        return {name: int(state[i]) for name, i in STATE.items() if name.startswith(("num_updates", "skipped"))}
+
+    @torch.no_grad()
+    def diagnostics(self, lanczos_steps: int = 10) -> Diagnostics:
+        """P in a few numbers, for the price of so many reads of it. Changes nothing, and waits for the device."""
+        p = self.covariance
+        now = dict(zip(STATE, p.state.tolist(), strict=True))
+        diagonal, project = p.diagonal(), self._projector()
+        # P is smallest where measurements excite it, so the search begins at the last one.
+        start = self._last_jacobian
+        if start is None or not float(start.norm()) > 0 or not bool(start.isfinite().all()):
+            start = torch.zeros_like(diagonal)
+            start[diagonal.argmin()] = 1
+        noise = torch.randn(len(start), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        start = start / start.norm() + 1e-3 * (noise / noise.norm()).to(start.device)
+        values = now["scale"] * ritz_values(lambda x: project(x[None])[0][0], start, lanczos_steps)
+        last = p.pending[max(int(now["num_pending"]) - 1, 0)]  # sqrt(a β) y of the last measurement used
+        return Diagnostics(
+            memory_factor=1 - now["forgetting"],
+            scale=now["scale"],
+            shift=now["shift"],
+            trace=float(diagonal.sum()),
+            smallest_diagonal=float(diagonal.min()),
+            largest_diagonal=float(diagonal.max()),
+            smallest_eigenvalue=min(float(values[0]), float(diagonal.min())),
+            largest_eigenvalue=max(float(values[-1]), float(diagonal.max())),
+            variance=now["variance"],
+            gain_norm=now["rank_one"] ** 0.5 * float(last.norm()),
+        )
+
+    def guard_storage(self) -> str:
+        """A sentence if float32 is about to be too coarse a storage for P, else "".
+
+        With covariance_dtype = "auto" S is then float64 from now on. Raises MemoryError when that will not fit.
+        """
+        if self.covariance.tiles.dtype != torch.float32:
+            return ""
+        condition = self.diagnostics().condition
+        if condition < FLOAT32_CONDITION:
+            return ""
+        found = f"The condition number of P is beyond {min(condition, 1e99):.1e}, too much for its storage in float32"
+        if not self._promotes:
+            return f"{found}: it is about to lose positive definiteness. Use covariance_dtype float64 or auto."
+        self.covariance = self.covariance.reblock(self.plan, dtype=torch.float64)
+        return f"{found}: it is stored in float64 from now on."
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Copy a saved covariance into this filter's; "auto" takes over its dtype too. Raises ValueError as there."""
+        if self._promotes and saved.get("tiles", self.covariance.tiles).dtype != self.covariance.tiles.dtype:
+            other = Covariance.from_state_dict(saved)
+            if other.plan == self.plan and len(other.pending) == len(self.covariance.pending):
+                self.covariance = other.reblock(self.plan, device=self.covariance.tiles.device)
+                return
+        self.covariance.load_state_dict(saved)
+
+    def _projector(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """`project` for up to 8 rows, with room for them among copies of what waits: so nothing is ever folded."""
+        p = self.covariance
+        room = p.pending.new_zeros(MAX_MEASUREMENTS, self.plan.num_weights)
+        pending, state = torch.cat([p.pending, room]), p.state.clone()
+        return lambda h: self._ops.project(p.tiles, pending, state, p.layout, h)
 
     def _rows(self, jacobian: Tensor) -> Tensor:
         n = self.plan.num_weights

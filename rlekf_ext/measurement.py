@@ -164,7 +164,7 @@ class FrameUpdater:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self._generator.set_state(saved["generator"])
-        self._means = dict(saved["means"])
+        self._means = {kind: mean.clone() for kind, mean in saved["means"].items()}
 
     def _error(self, kind: str, frame: Any, groups: list[Tensor]) -> Callable[[], Tensor]:
         if kind == "energy":

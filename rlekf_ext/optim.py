@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlekf_ext.diagnostics import Diagnostics
 from rlekf_ext.filter import KalmanFilter
 from rlekf_ext.partition import partition
 
@@ -22,8 +23,10 @@ class RLEKF(torch.optim.Optimizer):
     that the weights of a neuron stay adjacent. With named parameters the strategy "lekf" takes the tensors of one
     module as a layer.
 
-    `block_size`, `strategy`: see `partition`. `memory_factor` to `backend`: see `KalmanFilter`. `lr` scales the
-    weight increment; it is 1 in the paper, and is there for schedulers.
+    `block_size`, `strategy`: see `partition`. `lr` scales the weight increment; it is 1 in the paper, and is there for
+    schedulers. All other keywords are those of `KalmanFilter`: memory_factor (λ_1 = 0.98), forgetting_rate (ν =
+    0.9987), initial_covariance, measurement_noise, process_noise, covariance_dtype, pending, backend, and the options
+    that keep P healthy.
 
     Raises ValueError for settings out of range, for parameters on several devices, complex, sparse or given twice, and
     MemoryError when P will not fit.
@@ -35,16 +38,9 @@ class RLEKF(torch.optim.Optimizer):
         *,
         block_size: int = 5120,  # N_b in the paper
         strategy: str = "rlekf",
-        memory_factor: float = 0.98,  # λ_1
-        forgetting_rate: float = 0.9987,  # ν
-        initial_covariance: float = 1.0,  # p_0
-        measurement_noise: float | None = None,  # α²R = L, the number of blocks
-        process_noise: float = 0.0,
-        covariance_dtype: torch.dtype = torch.float64,
-        pending: int = 32,
-        backend: str = "auto",
         transpose: bool = False,
         lr: float = 1.0,
+        **filter_settings: Any,
     ):
         if not lr > 0:
             raise ValueError(f"lr should be above 0 but is {lr}.")
@@ -55,18 +51,7 @@ class RLEKF(torch.optim.Optimizer):
         layers = self._layers() or range(len(parameters))
         sized = [(p.numel(), layer) for p, layer in zip(parameters, layers, strict=True) if p.numel()]
         plan = partition([size for size, _ in sized], block_size, strategy, [layer for _, layer in sized])
-        self.filter = KalmanFilter(
-            plan,
-            memory_factor=memory_factor,
-            forgetting_rate=forgetting_rate,
-            initial_covariance=initial_covariance,
-            measurement_noise=measurement_noise,
-            process_noise=process_noise,
-            covariance_dtype=covariance_dtype,
-            pending=pending,
-            backend=backend,
-            device=parameters[0].device,
-        )
+        self.filter = KalmanFilter(plan, device=parameters[0].device, **filter_settings)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from a closure that returns the error ε >= 0 and leaves its gradient in `.grad`. Returns ε.
@@ -118,6 +103,14 @@ class RLEKF(torch.optim.Optimizer):
         """How many measurements were used, and how many skipped, by cause. Waits for the device."""
         return self.filter.health()
 
+    def diagnostics(self) -> Diagnostics:
+        """P in a few numbers, for the price of some ten reads of it. Waits for the device."""
+        return self.filter.diagnostics()
+
+    def guard_storage(self) -> str:
+        """See `KalmanFilter.guard_storage`; worth a call every few hundred updates when S is stored in float32."""
+        return self.filter.guard_storage()
+
     def state_dict(self) -> dict[str, Any]:
         """The parameter groups and, as the state of parameter 0, the whole covariance. Tensors are not copied."""
         return {**super().state_dict(), "state": {0: self.filter.covariance.state_dict()}}
@@ -127,7 +120,7 @@ class RLEKF(torch.optim.Optimizer):
 
         Raises ValueError for another model, plan or dtype of P; `Covariance.reblock` tells how to take over its P.
         """
-        self.filter.covariance.load_state_dict(state_dict["state"].get(0, {}))
+        self.filter.load_state_dict(state_dict["state"].get(0, {}))
         # The base class would cast the covariance to the parameters' dtype.
         super().load_state_dict({**state_dict, "state": {}})
 

@@ -55,6 +55,11 @@ RLEKF_DEVICE T* shared_at(int64_t offset) {
 /// The worker's own copy of the filter's scalars: it holds while the first worker changes those in memory.
 RLEKF_DEVICE double* own_state() { return shared_at<double>(0); }
 
+RLEKF_DEVICE void load_state(const Task& task) {
+  for (int n = thread(); n < kNumState; n += kThreads) own_state()[n] = task.p.state[n];
+  sync_threads();
+}
+
 RLEKF_DEVICE double warp_sum(double value) {
   RLEKF_UNROLL
   for (int mask = 16; mask >= 1; mask /= 2) value += shuffle_xor(value, mask);
@@ -127,10 +132,20 @@ RLEKF_PHASE void dot_pending(const Task& task, int num_pending) {
     const int64_t behind = begin + (1 << kDotLog2), end = behind < block.size ? behind : block.size;
     const double* u = p.pending + i * p.num_weights + block.first_weight;
     double sums[kM] = {};
-    for (int64_t w = begin + lane(); w < end; w += 32) {
+    constexpr int kEach = (1 << kDotLog2) / 32;
+    double entries[kEach];
+    RLEKF_UNROLL
+    for (int n = 0; n < kEach; ++n) {
+      const int64_t w = begin + lane() + 32 * n;
+      entries[n] = w < end ? u[w] : 0.0;
+    }
+    RLEKF_UNROLL
+    for (int k = 0; k < kM; ++k) {
+      const double* h = task.m.jacobian + (k < task.m.count ? k : 0) * p.num_weights + block.first_weight;
       RLEKF_UNROLL
-      for (int k = 0; k < kM; ++k) {
-        if (k < task.m.count) sums[k] += u[w] * task.m.jacobian[k * p.num_weights + block.first_weight + w];
+      for (int n = 0; n < kEach; ++n) {
+        const int64_t w = begin + lane() + 32 * n;
+        sums[k] += entries[n] * (w < end ? h[w] : 0.0);
       }
     }
     double* out = task.workspace + task.places.dots + (place * p.capacity + i) * kM;
@@ -162,9 +177,9 @@ RLEKF_DEVICE void fold_tile(const Task& task, const Fold& due, const Walk& at, b
     if (first_of_unit || due.num_vectors > kFoldAtOnce) {
       sync_warp();
       RLEKF_NO_UNROLL
-      for (int n = lane(); n < count * kRowsPerThread; n += 32) {
+      for (int n = lane(); n < kFoldAtOnce * kRowsPerThread; n += 32) {
         const int k = n / kRowsPerThread, i = n % kRowsPerThread;
-        u_rows[n] = row + i < block.size ? u[k * p.num_weights + row + i] : 0.0;
+        u_rows[n] = k < count && row + i < block.size ? u[k * p.num_weights + row + i] : 0.0;
       }
       sync_warp();
     }
@@ -209,10 +224,10 @@ RLEKF_DEVICE double sum_of_eight(const double (&v)[kRowsPerThread]) {
   return sum + shuffle_xor(sum, 1);
 }
 
-/// This worker's run: each tile is folded if due, then multiplied by every Jacobian.
+/// This worker's run: each tile is folded if due, then multiplied by every Jacobian. Returns the fold.
 template <typename Scalar, int kM>
-RLEKF_PHASE void visit(const Task& task, const Fold& due) {
-  constexpr int kAtOnce = kM == 1 || kM == 8 ? 1 : 2;  // measurements whose operands are in registers
+RLEKF_PHASE Fold visit(const Task& task) {
+  constexpr int kAtOnce = kM == 1 ? 1 : 2;  // measurements whose operands are in registers
   const Covariance& p = task.p;
   const Width width = task.launch.width;
   const Shared at_shared = shared_layout(kM, width.columns(), task.launch.stages, sizeof(Scalar));
@@ -223,6 +238,8 @@ RLEKF_PHASE void visit(const Task& task, const Fold& due) {
 
   Walk at = run_of(p.blocks, p.num_blocks, width, task.launch.tiles, worker());
   Ring<Scalar> ring(task, at_shared.ring, at);
+  load_state(task);  // while the first tiles are on their way
+  const Fold due = fold_due(own_state(), task.m.count, p.capacity);
   if (due.num_vectors == 0) dot_pending<kM>(task, static_cast<int>(own_state()[kNumPending]));
 
   while (at.left > 0) {
@@ -267,9 +284,6 @@ RLEKF_PHASE void visit(const Task& task, const Fold& due) {
           RLEKF_UNROLL
           for (int i = 0; i < kRowsPerThread; ++i) {
             const double a = entries[i * kThreads].x, b = entries[i * kThreads].y;
-            if (first + kAtOnce == kM && from) {
-              copy_async<sizeof(Pair<Scalar>)>(entries + i * kThreads, from + i * kTile);  // its place is free again
-            }
             RLEKF_UNROLL
             for (int k = 0; k < kAtOnce; ++k) {
               const double x_row = x_rows[(first + k) * kRowsPerThread + i];
@@ -284,6 +298,10 @@ RLEKF_PHASE void visit(const Task& task, const Fold& due) {
             // A diagonal tile holds both halves.
             if (at.col != row) columns[(((first + k) << width.log2) + col) * kThreads] = sums[k];
           }
+        }
+        RLEKF_UNROLL
+        for (int i = 0; i < kRowsPerThread; ++i) {
+          if (from) copy_async<sizeof(Pair<Scalar>)>(entries + i * kThreads, from + i * kTile);
         }
         copy_commit();
         ends = at.ends_unit(width);
@@ -311,6 +329,7 @@ RLEKF_PHASE void visit(const Task& task, const Fold& due) {
       out[n] = sum;
     }
   }
+  return due;
 }
 
 /// The rows of tiles that this worker reduces and applies: places [first, last) of kTile weights.
@@ -366,18 +385,21 @@ RLEKF_PHASE void reduce(const Task& task) {
     const bool inside = weight < block.size;
     double sums[kM] = {};
     const double* from = task.workspace + task.places.row_sums + row_place(block, index, width, row, 0) * kM * kTile;
+    const int strips = (static_cast<int>(strip) - group + kGroups) / kGroups;  // of this thread
+    from += group * kM * kTile + column;
     RLEKF_UNROLL_BY_4
-    for (int64_t s = group; s <= strip; s += kGroups) {
+    for (int n = 0; n < strips; ++n) {
       RLEKF_UNROLL
-      for (int k = 0; k < kM; ++k) sums[k] += from[(s * kM + k) * kTile + column];
+      for (int k = 0; k < kM; ++k) sums[k] += from[(n * kGroups * kM + k) * kTile];
     }
     const Workers workers = workers_of_strip(block, width, task.launch.tiles, strip);
     from = task.workspace + task.places.column_sums + (row - (strip << width.log2)) * kTile;
+    const int parts_here = (workers.last - workers.first - group + kGroups) / kGroups;
+    from += (column_place(block, index, width, strip, workers.first + group) * kM << width.log2) * kTile + column;
     RLEKF_UNROLL_BY_4
-    for (int w = workers.first + group; w <= workers.last; w += kGroups) {
-      const int64_t column_sum = column_place(block, index, width, strip, w);
+    for (int n = 0; n < parts_here; ++n) {
       RLEKF_UNROLL
-      for (int k = 0; k < kM; ++k) sums[k] += from[(((column_sum * kM + k) << width.log2) * kTile) + column];
+      for (int k = 0; k < kM; ++k) sums[k] += from[((n * kGroups * kM + k) << width.log2) * kTile];
     }
     for (int64_t first = 0; first < num_pending; first += kFoldAtOnce) {
       const int now = static_cast<int>(num_pending - first < kFoldAtOnce ? num_pending - first : kFoldAtOnce);
@@ -395,11 +417,17 @@ RLEKF_PHASE void reduce(const Task& task) {
         sync_threads();
       }
       const double* u = p.pending + first * num_weights + block.first_weight + weight;
-      RLEKF_UNROLL_BY_4
-      for (int i = group; inside && i < now; i += kGroups) {
-        const double entry = u[i * num_weights];
+      double entries[kFoldAtOnce / kGroups];
+      RLEKF_UNROLL
+      for (int n = 0; n < kFoldAtOnce / kGroups; ++n) {
+        const int i = group + n * kGroups;
+        entries[n] = inside && i < now ? u[i * num_weights] : 0.0;
+      }
+      RLEKF_UNROLL
+      for (int n = 0; n < kFoldAtOnce / kGroups; ++n) {
+        const int i = group + n * kGroups;
         RLEKF_UNROLL
-        for (int k = 0; k < kM; ++k) sums[k] -= entry * dots[i * kM + k];
+        for (int k = 0; k < kM; ++k) sums[k] -= entries[n] * (i < now ? dots[i * kM + k] : 0.0);
       }
     }
     RLEKF_UNROLL
@@ -449,10 +477,10 @@ RLEKF_PHASE void gather_gram(const Task& task) {
       const auto begin = static_cast<int>(first_place(block, index, kTileLog2));
       const int last = rows.owner(begin + static_cast<int>(tile_rows(block.size)) - 1);
       const double* from = task.workspace + task.places.gram_parts + (which * kM + j) * kM + k;
+      const int part = rows.owner(begin) + thread() % together, parts = (last - part + together) / together;
+      from += static_cast<int64_t>(part + index) * 2 * kM * kM;
       RLEKF_UNROLL_BY_4
-      for (int w = rows.owner(begin) + thread() % together; w <= last; w += together) {
-        sum += from[static_cast<int64_t>(w + index) * 2 * kM * kM];
-      }
+      for (int w = 0; w < parts; ++w) sum += from[static_cast<int64_t>(w) * together * 2 * kM * kM];
     }
     for (int mask = 1; mask < together; mask *= 2) sum += shuffle_xor(sum, mask);
     if (n < sums && thread() % together == 0) task.projection.gram[n] = sum;
@@ -551,25 +579,20 @@ RLEKF_PHASE void apply(const Task& task) {
 
 template <typename Scalar, int kM>
 RLEKF_DEVICE void filter_step(const Task& task) {
-  const Covariance& p = task.p;
-  double* state = own_state();
-  if ((task.phases & kProject) || worker() == 0) {
-    for (int n = thread(); n < kNumState; n += kThreads) state[n] = p.state[n];
-  }
-  sync_threads();
   if (task.phases & kProject) {
-    const Fold due = fold_due(state, task.m.count, p.capacity);
-    visit<Scalar, kM>(task, due);
+    const Fold due = visit<Scalar, kM>(task);
     sync_threads();
-    if (thread() == 0) note_fold(state, due);
+    if (thread() == 0) note_fold(own_state(), due);
     sync_grid();
     reduce<kM>(task);
     sync_grid();
     if (worker() == 0) gather_gram<kM>(task);
+  } else if (worker() == 0) {
+    load_state(task);
   }
   if (worker() == 0) {
     if (task.phases & kCorrect) plan_updates<kM>(task);
-    for (int n = thread(); n < kNumState; n += kThreads) p.state[n] = state[n];
+    for (int n = thread(); n < kNumState; n += kThreads) task.p.state[n] = own_state()[n];
   }
   if (task.phases & kCorrect) {
     sync_grid();

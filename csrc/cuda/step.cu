@@ -1,8 +1,12 @@
 // The filter step on a GPU: from the pointers of step.h to one cooperative launch.
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <sstream>
 #include <stdexcept>
+#include <string>
+#include <tuple>
 
 #include "device.cuh"
 #include "kernels.cuh"
@@ -30,20 +34,24 @@ class Current {
  public:
   explicit Current(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    changed_ = device != before_;
+    if (changed_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
   }
-  ~Current() { cudaSetDevice(before_); }
+  ~Current() {
+    if (changed_) cudaSetDevice(before_);
+  }
   Current(const Current&) = delete;
   Current& operator=(const Current&) = delete;
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 Device limits(int device) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, device), "asking for the limits of GPU " + std::to_string(device));
+    check(cudaDeviceGetAttribute(&value, which, device), "asking GPU " + std::to_string(device) + " for its limits");
     return value;
   };
   return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
@@ -77,29 +85,46 @@ std::string sizes_text(const Covariance& p, const Measurements& m, const Launch&
   return text.str();
 }
 
+/// What a GPU can hold of a kernel. Asked for once: it depends on nothing else, and a step has no time for questions.
+struct Fit {
+  Device limits;
+  int resident;  // thread blocks on a processor at once
+};
+
+Fit fit_of(const Covariance& p, const Measurements& m, const Launch& launch, const Device& own) {
+  const void* kernel = kernel_for(p.storage, launch.num_measurements);
+  int resident = 0;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.shared_bytes));
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads,
+                                                          static_cast<size_t>(launch.shared_bytes));
+  }
+  if (error != cudaSuccess) check(error, "planning " + sizes_text(p, m, launch));
+  if (resident == 0) {
+    throw std::runtime_error("rlekf: no thread block fits on GPU " + std::to_string(p.device) + " for " +
+                             sizes_text(p, m, launch) + ".");
+  }
+  return {own, resident};
+}
+
 /// The plan for this GPU. No more thread blocks than can be resident at once: a grid barrier waits for all.
 Launch plan_for(const Covariance& p, const Measurements& m) {
   const int64_t bytes_each = p.storage == Storage::kFloat64 ? 8 : 4;
-  const Device own = limits(p.device);
+  static std::mutex mutex;
+  static std::map<std::tuple<int, Storage, int>, Fit> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(p.device, p.storage, rounded_up(m.count));
+  const auto place = known.find(key);
+  const Device own = place == known.end() ? limits(p.device) : place->second.limits;
   Launch launch = plan_launch(own, m.count, bytes_each, p.num_tiles, p.num_weights, p.num_blocks);
   if (launch.stages == 0) {
     throw std::runtime_error("rlekf: GPU " + std::to_string(p.device) + " gives a thread block " +
                              std::to_string(own.shared_per_block) + " bytes of shared memory, too little for " +
                              std::to_string(m.count) + " measurements a pass; pass fewer at once.");
   }
-  const void* kernel = kernel_for(p.storage, launch.num_measurements);
-  int resident = 0;
-  check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.shared_bytes)),
-      "asking for shared memory for " + sizes_text(p, m, launch));
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads,
-                                                      static_cast<size_t>(launch.shared_bytes)),
-        "planning " + sizes_text(p, m, launch));
-  if (resident == 0) {
-    throw std::runtime_error("rlekf: no thread block fits on GPU " + std::to_string(p.device) + " for " +
-                             sizes_text(p, m, launch) + ".");
-  }
-  deal(launch, std::min(launch.workers, resident * own.processors), p.num_tiles, p.num_weights, p.num_blocks);
+  const Fit fit = place == known.end() ? known.emplace(key, fit_of(p, m, launch, own)).first->second : place->second;
+  deal(launch, std::min(launch.workers, fit.resident * own.processors), p.num_tiles, p.num_weights, p.num_blocks);
   return launch;
 }
 
@@ -111,10 +136,10 @@ void run(int phases, double* weights, const Covariance& p, const Measurements& m
   const Projection own{scratch + places.cross, scratch + places.gram};
   Task task{phases, p, m, projection ? *projection : own, weights, scratch, launch, places};
   void* arguments[] = {&task};
-  check(cudaLaunchCooperativeKernel(kernel_for(p.storage, launch.num_measurements),
-                                    dim3(static_cast<unsigned>(launch.workers)), dim3(kThreads), arguments,
-                                    static_cast<size_t>(launch.shared_bytes), static_cast<cudaStream_t>(stream)),
-        "the launch of " + sizes_text(p, m, launch));
+  const cudaError_t error = cudaLaunchCooperativeKernel(
+      kernel_for(p.storage, launch.num_measurements), dim3(static_cast<unsigned>(launch.workers)), dim3(kThreads),
+      arguments, static_cast<size_t>(launch.shared_bytes), static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) check(error, "the launch of " + sizes_text(p, m, launch));
 }
 
 }  // namespace

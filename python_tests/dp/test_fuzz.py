@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import arrays
-from test_input import RLEKF, SMALL, WATER
+from test_input import RLEKF, SMALL, WATER, changed
 
 from rlekf_ext.dp.data import DataError, frames, load_systems
 from rlekf_ext.dp.input import Config, InputError, read_input
@@ -171,6 +171,39 @@ def test_what_is_hardly_an_input_file(data, tmp_path):
     assert_readable(caught.value)
 
 
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model/descriptor/rcut", 10**400, "must be a number but is: 1000"),
+        ("model/descriptor/rcut", 1e6, "must be <= 100 but is: 1000000"),
+        ("model/descriptor/rcut", nested(5000), "must be a number but is: nested too deeply to be shown"),
+        ("model/descriptor/sel", "auto:" + "9" * 400, "The factor in model/descriptor/sel must be <= 100 but is: inf"),
+        ("training/training_data/batch_size", "auto:" + "9" * 5000, '"auto" or "auto:N"'),
+        ("training/seed", 2**63, "must be a whole number of 64 bits but is: 9223372036854775808"),
+        ("training/a\nb" + "x" * 5000, 1, r"training/a\nbxxx"),
+    ],
+)
+def test_values_out_of_all_proportion_are_named(path, value, message):
+    with bounds(), pytest.raises(InputError) as caught:
+        read_input(changed(path, value))
+    assert message in str(caught.value)
+    assert_readable(caught.value)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a/" * 3000, "\0", "\ud800"])
+def test_paths_that_cannot_exist_are_left_to_the_reader_of_data(path, tmp_path):
+    file = tmp_path / "input.json"
+    file.write_text(json.dumps(changed("training/training_data/systems", path)))
+    assert read_input(file).training.training_data.systems == (path,)
+
+
 def test_a_byte_order_mark_is_read_over(tmp_path):
     (tmp_path / "input.json").write_text(json.dumps(SMALL), encoding="utf-8-sig")
     assert read_input(tmp_path / "input.json") == read_input(SMALL)
@@ -210,6 +243,7 @@ def header(descr="'<f8'", order="False", shape="(2, 4)"):
 
 def with_header(text):
     """A .npy file of 8 numbers with this header."""
+    text = text.ljust(100) + "\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(64)
 
 
@@ -364,11 +398,21 @@ def test_many_spoilt_folders(folder, form, type_map):
     assert_folder_is_read_or_named(folder, form, type_map)
 
 
-@pytest.mark.parametrize("data", [TOO_LARGE, npz(PART["force"]), *PICKLED])
-def test_arrays_that_are_pickled_zipped_or_announce_too_much_are_refused(data, tmp_path):
+@pytest.mark.parametrize(
+    "data",
+    [
+        TOO_LARGE,
+        npz(PART["force"]),
+        npy(PART["force"] + 1j),
+        *PICKLED,
+        *map(with_header, ("(", "(" * 5000, "\0", "-1")),
+    ],
+)
+def test_files_that_hold_no_plain_array_are_refused(data, tmp_path):
     write(tmp_path, {**FOLDER, "set.001/force.npy": data})
     with bounds(), pytest.raises(DataError, match=r"set.001/force.npy is not a readable array: ") as caught:
         load_systems(tmp_path, ["Na", "Cl"])
+    assert not isinstance(caught.value.__cause__, MemoryError | AttributeError)
     assert_readable(caught.value)
     assert not EXPLODED
 
@@ -378,6 +422,38 @@ def test_paths_that_are_no_data(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with bounds(), pytest.raises(DataError) as caught:
         load_systems(path, ["Na"])
+    assert_readable(caught.value)
+
+
+HUGE_BOX = 1.7e308 * np.array([1, 1, 1, -1, 1, 1, -1, -1, 1])
+
+
+def stray_atom(part):
+    part["coord"][0, 0] = 7e5
+    del part["box"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (stray_atom, "7e+05 × 1 × 1 Å cannot be searched for neighbours within 4.0 Å"),  # vesin would divide by zero
+        (lambda part: part["box"].__imul__([1e3, 1, 1, 1, 1e3, 1, 1, 1, 1]), "5e+03 × 5e+03 × 5 Å cannot be searched"),
+        (lambda part: part["box"].__imul__([1e3, 1, 1, 1, 0.002, 1, 1, 1, 0.002]), "5e+03 × 0.01 × 0.01 Å cannot be"),
+        (lambda part: part["box"].__imul__(0.007), "2 atoms in 0.035 × 0.035 × 0.035 Å cannot be searched"),
+        (lambda part: part["coord"].__iadd__(1e300), "must stay within 1e+06 Å, but reach 1e+300 Å"),
+        (lambda part: part["box"].__imul__(1e160), "must stay within 1e+06 Å, but reach 5e+160 Å"),
+        (lambda part: part["box"].fill(0) or part["box"].__iadd__(HUGE_BOX), "has volume nan Å^3; it must be > 0"),
+    ],
+)
+def test_boxes_and_coordinates_that_no_search_ends_with_are_refused(spoil, message, tmp_path):
+    part = {label: array.copy() for label, array in PART.items()}
+    spoil(part)
+    nopbc = {} if "box" in part else {"nopbc": b""}
+    folder = {"type.raw": b"0\n1\n", **nopbc, **{f"set.0/{label}.npy": npy(array) for label, array in part.items()}}
+    write(tmp_path, folder)
+    with bounds(), pytest.raises(DataError) as caught:
+        frames(load_systems(tmp_path, ["Na", "Cl"]), 4.0, 2)
+    assert message in str(caught.value)
     assert_readable(caught.value)
 
 

@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+import rlekf_ext.measurement
 from rlekf_ext.cli import main
+from rlekf_ext.covariance import STATE
 from rlekf_ext.dp import train as trainer
 from rlekf_ext.dp.checkpoint import load_checkpoint, restored_model, save_checkpoint
 from rlekf_ext.dp.data import DataError, frames, load_systems
 from rlekf_ext.dp.evaluate import compare
 from rlekf_ext.dp.input import InputError, TrainingData, read_input
 from rlekf_ext.dp.neighbors import make_frame
-from rlekf_ext.dp.steps import build_optimizer
+from rlekf_ext.dp.steps import StoppedError, build_optimizer
 from rlekf_ext.dp.train import Batches, build_model, interruption, load_frames, train
 
 NACL = Path(__file__).resolve().parents[2] / "examples" / "nacl" / "gpaw_pbe_8"
@@ -604,9 +606,61 @@ def test_virial_updates_alone_need_virials(tmp_path):
         run(input_of(tmp_path, {"type": "RLEKF", "block_size": 40, "order": ["virial"]}, numb_steps=1))
 
 
+def spoil(monkeypatch, from_update):
+    """Energies that are not finite from the update of this number on."""
+    original, calls = rlekf_ext.measurement.energy_error, []
+
+    def spoilt(model, frame):
+        calls.append(1)
+        return original(model, frame) * (np.nan if len(calls) > from_update else 1.0)
+
+    monkeypatch.setattr("rlekf_ext.measurement.energy_error", spoilt)
+
+
 def test_skipped_measurements_are_told(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rlekf_ext.measurement.energy_error", lambda model, frame: model(frame).energy.sum() * np.nan)
+    spoil(monkeypatch, 0)
     train(read_input(input_of(tmp_path, {"type": "RLEKF", "block_size": 40, "preset": "paper"}, numb_steps=2)))
-    assert (
-        "skipped so far, because a number was not finite or a variance negative: {'skipped_" in capsys.readouterr().out
-    )
+    assert "skipped so far: error not finite: 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("max_skipped", [1, 3])
+def test_training_stops_when_everything_is_skipped_and_can_go_on(tmp_path, monkeypatch, max_skipped):
+    options = {"type": "RLEKF", "block_size": 40, "order": ["energy"], "max_skipped": max_skipped}
+    given = input_of(tmp_path, options, numb_steps=20)
+    with monkeypatch.context() as patched:
+        spoil(patched, 4)
+        with pytest.raises(StoppedError, match=f"last {max_skipped} .* all skipped.* error not finite: {max_skipped}"):
+            train(read_input(given), quiet=True)
+    saved = load_checkpoint(tmp_path / "out" / "model.ckpt.pt")
+    assert saved["progress"]["step"] == 4 + max_skipped - 1  # the batches that were finished
+    assert saved["optimizer"]["filter"]["state"][0]["state"][STATE["num_updates"]] == 4
+    summary = train(read_input(given), restart=True, quiet=True)
+    assert summary["step"] == 20
+
+
+def test_a_few_skipped_measurements_do_not_stop_training(tmp_path, monkeypatch):
+    """Every second update is bad: never two in a row."""
+    original, calls = rlekf_ext.measurement.energy_error, []
+
+    def every_second(model, frame):
+        calls.append(1)
+        return original(model, frame) * (np.nan if len(calls) % 2 else 1.0)
+
+    monkeypatch.setattr("rlekf_ext.measurement.energy_error", every_second)
+    options = {"type": "RLEKF", "block_size": 40, "order": ["energy"], "max_skipped": 2}
+    assert train(read_input(input_of(tmp_path, options, numb_steps=10)), quiet=True)["step"] == 10
+
+
+def test_float32_storage_is_guarded_while_training(tmp_path, monkeypatch, capsys):
+    """With a limit that any P is beyond: a warning, or with "auto" float64 from then on, also after a restart."""
+    monkeypatch.setattr("rlekf_ext.filter.FLOAT32_CONDITION", 1.0)
+    monkeypatch.setattr("rlekf_ext.dp.steps.UPDATES_PER_GUARD", 10)
+    for dtype, said in (("float32", "about to lose positive definiteness"), ("auto", "stored in float64 from now on")):
+        options = {"type": "RLEKF", "block_size": 40, "covariance_dtype": dtype}
+        given = input_of(tmp_path, options, numb_steps=6, save_ckpt=str(tmp_path / dtype))
+        train(read_input(given))
+        assert said in capsys.readouterr().out
+    saved = load_checkpoint(tmp_path / "auto.pt")["optimizer"]["filter"]["state"][0]
+    assert saved["tiles"].dtype == torch.float64
+    given["training"]["numb_steps"] = 8
+    assert "torch.float64" in train(read_input(given), restart=True, quiet=True)["optimizer"]

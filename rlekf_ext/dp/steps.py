@@ -12,10 +12,18 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rlekf_ext import RLEKF
+from rlekf_ext.dp.data import OneLineError
 from rlekf_ext.dp.input import Config, InputError, Loss
 from rlekf_ext.dp.model import DeepPotential
 from rlekf_ext.dp.neighbors import Frame
 from rlekf_ext.measurement import PRESETS, FrameUpdater, Measurement
+
+MAX_SKIPPED = 20  # measurements in a row: more are no accident
+UPDATES_PER_GUARD = 250  # one look costs ten reads of P; in trials the last 500 updates before float32 fails are told
+
+
+class StoppedError(OneLineError):
+    """Training that cannot go on; the message is one sentence."""
 
 
 class KalmanSteps:
@@ -31,8 +39,9 @@ class KalmanSteps:
         measurement = replace(measurement, **changed)
         if set(measurement.order) == {"virial"} and any(frame.virial is None for frame in training):
             raise InputError("optimizer/order asks for virial updates alone, but the training data have no virials.")
-        if "covariance_dtype" in options:
+        if options.get("covariance_dtype", "auto") != "auto":
             options["covariance_dtype"] = getattr(torch, options["covariance_dtype"])
+        self._max_skipped = options.pop("max_skipped", MAX_SKIPPED)
         if fresh and measurement.warm_start:
             model.fit_energy_bias(training, with_network=True)
         self.optimizer = RLEKF(
@@ -40,6 +49,7 @@ class KalmanSteps:
         )
         self._updater = FrameUpdater(self.optimizer, model, measurement, config.training.seed or 0)
         self._num_steps, self._is_lkf = num_steps, config.optimizer.type == "LKF"
+        self._unguarded = 0  # updates since the last look at how S is stored
         # Each update fits the frame at hand, and leaves the energies of the others off by a common amount that changes
         # its sign from frame to frame: the mean over a few frames is without it.
         decay = 1 - 1 / measurement.average_frames
@@ -53,7 +63,26 @@ class KalmanSteps:
         updates = len(self._updater(batch))
         if self._mean:
             self._mean.update_parameters(self._model)
+        self._check()
+        self._unguarded += updates
         return updates
+
+    def _check(self) -> None:
+        """Raise StoppedError when nothing but skipped measurements comes any more."""
+        health = self.optimizer.health()
+        if health["skipped_in_a_row"] >= self._max_skipped:
+            raise StoppedError(
+                f"The last {health['skipped_in_a_row']} measurements were all skipped, as many as max_skipped = "
+                f"{self._max_skipped} allows or more: {_causes(health)}. Look for labels that are not finite and for "
+                "atoms that nearly coincide, or lower the scales; --restart goes on from the checkpoint."
+            )
+
+    def remarks(self) -> list[str]:
+        """What the filter has to say from time to time, a sentence each."""
+        if self._unguarded < UPDATES_PER_GUARD:
+            return []
+        self._unguarded = 0
+        return [sentence] if (sentence := self.optimizer.guard_storage()) else []
 
     def _as_deepmd(self, measurement: Measurement, batch: Frame, step: int) -> Measurement:
         """LKF's scales: prefactors that change geometrically, and forces divided by the number of atoms once more."""
@@ -75,9 +104,9 @@ class KalmanSteps:
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def skipped(self) -> dict[str, int]:
-        """Measurements that the filter's guard left out, by cause; empty when there are none."""
-        return {name: count for name, count in self.optimizer.health().items() if count and name.startswith("skipped")}
+    def skipped(self) -> str:
+        """Measurements that the filter's guard left out, by cause; "" when there are none."""
+        return _causes(self.optimizer.health())
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"filter": self.optimizer.state_dict(), "updater": self._updater.state_dict()}
@@ -128,8 +157,11 @@ class AdamSteps:
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def skipped(self) -> dict[str, int]:
-        return {}
+    def remarks(self) -> list[str]:
+        return []
+
+    def skipped(self) -> str:
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -140,6 +172,15 @@ class AdamSteps:
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self._model.parameters())
         return f"Adam({count} weights, lr {self._rate.start_lr:g} to {self._rate.stop_lr:g})"
+
+
+def _causes(health: dict[str, int]) -> str:
+    names = {
+        "skipped_innovation": "error not finite",
+        "skipped_jacobian": "gradient not finite, or too large",
+        "skipped_variance": "variance negative",
+    }
+    return ", ".join(f"{text}: {health[name]}" for name, text in names.items() if health[name])
 
 
 def build_optimizer(

@@ -20,7 +20,7 @@ from rlekf_ext.dp.evaluate import compare
 from rlekf_ext.dp.input import Config, InputError, TrainingData
 from rlekf_ext.dp.model import DeepPotential
 from rlekf_ext.dp.neighbors import Frame, collate
-from rlekf_ext.dp.steps import build_optimizer, prefactors
+from rlekf_ext.dp.steps import StoppedError, build_optimizer, prefactors
 from rlekf_ext.machine import this_machine
 
 Systems = list[list[Frame]]  # the frames of each system
@@ -33,7 +33,8 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
     every epoch. Ctrl-C writes the checkpoint and ends after the batch at hand. `restart` goes on from the
     checkpoint, bit for bit.
 
-    Raises InputError and DataError before anything is written.
+    Raises InputError and DataError before anything is written, and StoppedError, with the checkpoint written, when the
+    filter has skipped `max_skipped` measurements in a row.
     """
     settings = config.training
     curve_file, checkpoint_file = Path(settings.disp_file), Path(f"{settings.save_ckpt}.pt")
@@ -60,6 +61,7 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
             ) from error
         batches.load_state_dict(checkpoint["batches"])
         progress = checkpoint["progress"]
+        del checkpoint  # its tensors are parts of the file, which is about to be replaced
     say = (lambda *_: None) if quiet else tqdm.write
     num_held_out = sum(map(len, validation))
     say(f"{len(everything)} frames train, {num_held_out} are held out; {len(batches)} batches an epoch")
@@ -79,11 +81,17 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
         while progress["step"] < num_steps and not interrupted():
             started = time.perf_counter()
             batch = next(batches)
-            progress["updates"] += optimize(batch, progress["step"])
+            try:
+                progress["updates"] += optimize(batch, progress["step"])
+            except StoppedError:
+                save()
+                raise
             progress["seconds"] += time.perf_counter() - started
             progress["step"] += 1
             bar.update()
             last = progress["step"] == num_steps
+            for remark in optimize.remarks():
+                say(remark)
             if progress["step"] % settings.disp_freq == 0 or last:
                 errors = curve.write(progress["step"], optimize.result, batch, optimize.learning_rate)
                 bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")
@@ -91,7 +99,7 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
                 progress["epochs"].append(end_of_epoch(progress, len(batches), optimize.result, held_out))
                 say(EPOCH_LINE.format(**progress["epochs"][-1]))
                 if skipped := optimize.skipped():
-                    say(f"skipped so far, because a number was not finite or a variance negative: {skipped}")
+                    say(f"skipped so far: {skipped}")
             if progress["step"] % settings.save_freq == 0:
                 save()
     save()
