@@ -33,7 +33,7 @@ test-cpp: setup
 	@$(BIN)/cmake -S . -B build/cpp -G Ninja -DRLEKF_TESTS=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DTORCH_DIR=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') > .venv/cpp.log 2>&1 || (cat .venv/cpp.log; false)
-	@$(BIN)/cmake --build build/cpp --target test_step test_cuda_kernels
+	@$(BIN)/cmake --build build/cpp --target all_tests
 	@$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
 
 test-install:  ## pip install . with and without build isolation, and without torch, each in a fresh environment
@@ -56,8 +56,10 @@ bench: .venv/.bench  ## the filter step against naive torch and BLAS (15 minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 
-soak: setup  ## drift over 20 000 steps against a long double filter (5 minutes): rows
+soak: setup  ## what takes long (30 minutes): fuzzing, 200 kills, drift over 20 000 and 100 000 steps against long double: rows
+	$(BIN)/python -m pytest -m soak
 	$(BIN)/python benchmarks/bench_accuracy.py
+	$(BIN)/python benchmarks/bench_accuracy.py --size 48 --steps 100000
 
 check: lint test  ## what CI runs first: ruff, mypy, clang-format, tests
 

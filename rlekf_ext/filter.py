@@ -122,7 +122,7 @@ class KalmanFilter:
             raise ValueError(
                 f"There should be an innovation for each of the {len(h)} rows of the jacobian but there are {len(e)}."
             )
-        self._last_jacobian = h[-1]
+        self._last_jacobian = h[-1] if len(h) else self._last_jacobian
         start = weights.clone() if len(h) > self._most_at_once else weights
         for first in range(0, len(h), self._most_at_once):
             batch = slice(first, first + self._most_at_once)
@@ -134,6 +134,8 @@ class KalmanFilter:
     def variance(self, jacobian: Tensor) -> Tensor:
         """HᵀPH, without the measurement noise: () for a jacobian (N,), (M,) for (M, N). Changes neither w nor P."""
         h, project = self._rows(jacobian), self._projector()
+        if not len(h):
+            return h.new_zeros(0)
         sums = [project(batch)[1][0].sum(0).diagonal() for batch in h.split(MAX_MEASUREMENTS)]
         return (self.covariance.state[STATE["scale"]] * torch.cat(sums)).reshape(jacobian.shape[:-1])
 
