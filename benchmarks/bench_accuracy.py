@@ -37,16 +37,17 @@ class LongDoubleFilter:
 
     def __init__(self, size: int):
         self.p, self.w = np.eye(size, dtype=np.longdouble), np.zeros(size, dtype=np.longdouble)
-        self.memory_factor = np.longdouble(LAMBDA)
+        self.forgetting = 1 - np.longdouble(LAMBDA)  # λ itself, near 1, is off by 4e-17: 4e-12 of P in 1e5 steps
 
     def step(self, h: np.ndarray, innovation: float) -> None:
         k = (self.p * h).sum(1)
-        a = 1 / (self.memory_factor + h @ k)
+        memory_factor = 1 - self.forgetting
+        a = 1 / (memory_factor + h @ k)
         self.w += a * innovation * k
         u = np.sqrt(a) * k  # (a k) kᵀ would not round symmetrically, and an asymmetry of P grows for ever
         self.p -= u[:, None] * u
-        self.p *= 1 / self.memory_factor
-        self.memory_factor = np.longdouble(NU) * self.memory_factor + 1 - np.longdouble(NU)
+        self.p *= 1 / memory_factor
+        self.forgetting *= np.longdouble(NU)
 
 
 def drift(kind: str, size: int, steps: int) -> dict[torch.dtype, dict[str, float]]:
