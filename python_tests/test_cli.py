@@ -131,6 +131,30 @@ def test_test_prints_and_writes_what_the_summary_says(in_trained, capsys):
     assert "frames       4\n" in capsys.readouterr().out
 
 
+def test_test_compares_errors_with_predicted_deviations(in_trained, capsys):
+    assert main(["test", "-s", "data", "--uncertainty", "u"]) == 0
+    output = capsys.readouterr().out
+    for kind in ("energy", "force"):
+        pattern = rf"^{kind} +error against predicted deviation: Spearman -?\d\.\d{{3}}, RMS ratio \d\S*$"
+        assert re.search(pattern, output, re.M), output
+    assert output.endswith("wrote        u.uncertainty.out, u.uncertainty.png\n")
+    columns = np.loadtxt("u.uncertainty.out")
+    assert columns.shape == (3, 5)
+    rmse = np.sqrt(np.mean(columns[:, [1, 3]] ** 2, axis=0))
+    assert f"energy RMSE  {1e3 * rmse[0]:.4g} meV/atom\nforce RMSE   {1e3 * rmse[1]:.4g} meV/Å\n" in output
+    assert (columns[:, [2, 4]] > 0).all()
+    assert Path("u.uncertainty.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_uncertainty_needs_a_filter(folder, capsys):
+    write_input(folder, {"optimizer": {"type": "Adam"}})
+    assert main(["train", "input.json"]) == 0
+    capsys.readouterr()
+    said = complaint(capsys, ["test", "-s", "data", "-u", "u"])
+    assert said.startswith("The predicted uncertainty needs the covariance P of a Kalman filter")
+    assert not list(folder.glob("u.*"))
+
+
 def test_plot_draws_the_curve(in_trained, capsys):
     assert main(["plot"]) == 0
     assert capsys.readouterr().out == "wrote lcurve.png\n"

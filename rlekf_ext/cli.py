@@ -28,6 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     test.add_argument("-m", "--model", default="model.ckpt.pt", help="checkpoint of `rlekf train` (%(default)s)")
     test.add_argument("-s", "--system", required=True, nargs="+", help="folders or files, as training_data/systems")
     test.add_argument("-d", "--detail", metavar="PREFIX", help="write PREFIX.e_peratom.out, PREFIX.f.out, PREFIX.png")
+    test.add_argument(
+        "-u",
+        "--uncertainty",
+        metavar="PREFIX",
+        help="compare the error of each frame with the deviation that the filter predicts, sqrt(HᵀPH). Its scale is "
+        "relative: it orders frames, and is no error bar. Writes PREFIX.uncertainty.out, PREFIX.uncertainty.png",
+    )
     test.set_defaults(run=run_test)
 
     plot = commands.add_parser("plot", help="draw lcurve.out")
@@ -64,11 +71,15 @@ def run_test(arguments: argparse.Namespace) -> int:
     from rlekf_ext.dp.checkpoint import load_checkpoint, restored_model
     from rlekf_ext.dp.data import frames, load_systems
     from rlekf_ext.dp.evaluate import compare
+    from rlekf_ext.dp.uncertainty import filter_of, uncertainty
 
-    model = restored_model(load_checkpoint(arguments.model))
+    checkpoint = load_checkpoint(arguments.model)
+    model = restored_model(checkpoint)
+    optimizer = filter_of(checkpoint, model) if arguments.uncertainty else None
     systems = load_systems(arguments.system, model.type_map)
     rcut = model.config()["rcut"]
-    comparison = compare(model, frames(systems, rcut, len(model.type_map), model.dtype))
+    labelled = frames(systems, rcut, len(model.type_map), model.dtype)
+    comparison = compare(model, labelled)
     print(f"frames       {len(comparison.energy)}")
     print(f"energy RMSE  {1e3 * comparison.energy_rmse:.4g} meV/atom")
     print(f"force RMSE   {1e3 * comparison.force_rmse:.4g} meV/Å")
@@ -77,6 +88,14 @@ def run_test(arguments: argparse.Namespace) -> int:
 
         files = [*comparison.save(arguments.detail), plot_parity({"model": comparison}, f"{arguments.detail}.png")]
         print("wrote        " + ", ".join(map(str, files)))
+    if optimizer:
+        from rlekf_ext.dp.plot import plot_uncertainty
+
+        found = uncertainty(optimizer, model, labelled)
+        for kind, rank, factor in zip(("energy", "force"), found.spearman, found.factors, strict=True):
+            print(f"{kind:<13}error against predicted deviation: Spearman {rank:.3f}, RMS ratio {factor:.4g}")
+        picture = plot_uncertainty({"model": found}, f"{arguments.uncertainty}.uncertainty.png")
+        print(f"wrote        {found.save(arguments.uncertainty)}, {picture}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Pictures of training: learning curves and parity. Reads what the trainer wrote, computes nothing itself."""
+"""Pictures of training: learning curves, parity, errors against predicted deviations. Computes nothing itself."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from rlekf_ext.dp.evaluate import Comparison
+from rlekf_ext.dp.uncertainty import Uncertainty
 
 COLORS = ["#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#525252"]
 
@@ -81,6 +82,28 @@ def plot_parity(comparisons: Mapping[str, Comparison], output: str | Path) -> Pa
         axes.axline((0, 0), slope=1, color="black", linewidth=0.8, zorder=0)
         axes.set(xlabel=f"DFT {what}", ylabel=f"predicted {what}")
         axes.legend(title="RMSE", fontsize="small")
+    return _save(figure, output)
+
+
+def plot_uncertainty(found: Mapping[str, Uncertainty], output: str | Path) -> Path:
+    """Errors against the filter's predicted deviations, a point for each frame, one colour a set of frames.
+
+    A dashed line is error = factor × deviation, the factor that of `Uncertainty.factors`.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), constrained_layout=True)
+    for axes, (kind, ylabel) in zip(
+        panels, (("energy", "|energy error| (meV/atom)"), ("force", "force RMSE (meV/Å)")), strict=True
+    ):
+        which = ("energy", "force").index(kind)
+        for color, (label, one) in zip(COLORS, found.items(), strict=False):
+            error, deviation = abs(getattr(one, kind).T)
+            shown = f"{label}: {one.spearman[which]:.2f}"
+            axes.scatter(deviation, 1e3 * error, s=12, color=color, alpha=0.7, label=shown)
+            ends = np.array([deviation.min(), deviation.max()])
+            axes.plot(ends, 1e3 * one.factors[which] * ends, "--", color=color, linewidth=0.8)
+        axes.set(xlabel=f"predicted {kind} deviation (relative)", ylabel=ylabel, xscale="log", yscale="log")
+        axes.grid(True, which="both", alpha=0.25)
+        axes.legend(title="Spearman", fontsize="small")
     return _save(figure, output)
 
 
