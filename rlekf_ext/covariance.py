@@ -195,7 +195,7 @@ def identity(
     """
     device = torch.device(device)
     if dtype not in STORAGE_DTYPES:
-        raise ValueError(f"covariance_dtype should be torch.float64, torch.float32 or \"auto\" but is {dtype}.")
+        raise ValueError(f'covariance_dtype should be torch.float64, torch.float32 or "auto" but is {dtype}.')
     if pending < 1:
         raise ValueError(f"pending should be at least 1 but is {pending}.")
     needed, available = required_bytes(plan, dtype=dtype, pending=pending), available_bytes(device)
