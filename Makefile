@@ -60,6 +60,7 @@ soak: setup  ## what takes long (30 minutes): fuzzing, 200 kills, drift over 20 
 	$(BIN)/python -m pytest -m soak
 	$(BIN)/python benchmarks/bench_accuracy.py
 	$(BIN)/python benchmarks/bench_accuracy.py --size 48 --steps 100000
+	$(BIN)/python benchmarks/bench_storage.py
 
 check: lint test  ## what CI runs first: ruff, mypy, clang-format, tests
 

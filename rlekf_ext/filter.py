@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from math import inf
 from types import ModuleType
@@ -84,7 +85,7 @@ class KalmanFilter:
         self.covariance = identity(
             plan, initial_covariance=initial_covariance, dtype=dtype, pending=pending, device=device
         )
-        self._last_jacobian: Tensor | None = None
+        self._recent: deque[Tensor] = deque(maxlen=MAX_MEASUREMENTS)  # Jacobians, for diagnostics
         for name, value in (
             ("forgetting", 1 - memory_factor),
             ("forgetting_rate", forgetting_rate),
@@ -122,7 +123,7 @@ class KalmanFilter:
             raise ValueError(
                 f"There should be an innovation for each of the {len(h)} rows of the jacobian but there are {len(e)}."
             )
-        self._last_jacobian = h[-1] if len(h) else self._last_jacobian
+        self._recent.extend(h[-MAX_MEASUREMENTS:])
         start = weights.clone() if len(h) > self._most_at_once else weights
         for first in range(0, len(h), self._most_at_once):
             batch = slice(first, first + self._most_at_once)
@@ -150,9 +151,8 @@ class KalmanFilter:
         p = self.covariance
         now = dict(zip(STATE, p.state.tolist(), strict=True))
         diagonal, project = p.diagonal(), self._projector()
-        # P is smallest where measurements excite it, so the search begins at the last one.
-        start = self._last_jacobian
-        if start is None or not float(start.norm()) > 0 or not bool(start.isfinite().all()):
+        start = self._most_certain_of_recent(project)
+        if start is None:
             start = torch.zeros_like(diagonal)
             start[diagonal.argmin()] = 1
         noise = torch.randn(len(start), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -171,6 +171,17 @@ class KalmanFilter:
             variance=now["variance"],
             gain_norm=now["rank_one"] ** 0.5 * float(last.norm()),
         )
+
+    def _most_certain_of_recent(self, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor | None:
+        """The one of the last Jacobians in whose direction P is smallest: there measurements have excited it most."""
+        if not self._recent:
+            return None
+        h = torch.stack(list(self._recent))
+        inner, plain = project(h)[1].sum(1).diagonal(dim1=1, dim2=2)
+        quotient = inner / plain
+        quotient[~((quotient.abs() < inf) & (plain > 0))] = inf
+        best = int(quotient.argmin())
+        return h[best] if float(quotient[best]) < inf else None
 
     def guard_storage(self) -> str:
         """A sentence if float32 is about to be too coarse a storage for P, else "".
