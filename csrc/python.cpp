@@ -76,6 +76,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "What this build is, and the packed layout of the covariance (csrc/covariance.h).";
   m.attr("TILE") = kTile;
   m.attr("MAX_MEASUREMENTS") = kMaxMeasurements;
+  m.attr("LARGEST_SCALE") = kLargestScale;
   m.attr("STATE") = state_indices();
   m.def("build_info", &build_info, "Versions, compiler and CUDA architectures of this build.");
   m.def("cpu_isa", &cpu_isa, "The instruction set that the CPU kernels use on this machine.");

@@ -1,5 +1,6 @@
 TILE: int
 MAX_MEASUREMENTS: int
+LARGEST_SCALE: float
 STATE: dict[str, int]
 
 def build_info() -> dict[str, str]: ...

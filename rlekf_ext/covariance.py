@@ -17,6 +17,7 @@ from rlekf_ext.partition import BlockPlan
 
 TILE: int = _C.TILE
 MAX_MEASUREMENTS: int = _C.MAX_MEASUREMENTS
+LARGEST_SCALE: float = _C.LARGEST_SCALE  # at a fold, what is beyond goes from the scale into S
 STATE: dict[str, int] = _C.STATE  # name of a scalar -> its place in `state`
 STORAGE_DTYPES = {torch.float64, torch.float32}
 

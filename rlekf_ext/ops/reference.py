@@ -7,10 +7,8 @@ from math import floor, isfinite, log2
 import torch
 from torch import Tensor
 
-from rlekf_ext.covariance import STATE, pack, unpack
+from rlekf_ext.covariance import LARGEST_SCALE, STATE, pack, unpack
 from rlekf_ext.partition import BlockPlan
-
-LARGEST_SCALE = 2.0**40
 
 
 def project(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:

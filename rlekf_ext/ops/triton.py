@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from rlekf_ext.covariance import LARGEST_SCALE as _LARGEST_SCALE
 from rlekf_ext.covariance import MAX_MEASUREMENTS, STATE, STORAGE_DTYPES
 from rlekf_ext.covariance import TILE as TILE_SIZE
 
@@ -52,7 +53,7 @@ SKIPPED_JACOBIAN = tl.constexpr(STATE["skipped_jacobian"])
 SKIPPED_VARIANCE = tl.constexpr(STATE["skipped_variance"])
 SKIPPED_IN_A_ROW = tl.constexpr(STATE["skipped_in_a_row"])
 
-LARGEST_SCALE = tl.constexpr(2.0**40)  # exact in float32 too
+LARGEST_SCALE = tl.constexpr(_LARGEST_SCALE)  # 2^40: exact in float32 too
 EXPONENT_BITS = tl.constexpr(0x7FF0000000000000)
 INFINITY = tl.constexpr(float("inf"))
 
