@@ -57,7 +57,7 @@ bench: .venv/.bench  ## the filter step against naive torch and BLAS (15 minutes
 	@touch $@
 
 soak: setup  ## what takes long (30 minutes): fuzzing, 200 kills, drift over 20 000 and 100 000 steps against long double: rows
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak -s
 	$(BIN)/python benchmarks/bench_accuracy.py
 	$(BIN)/python benchmarks/bench_accuracy.py --size 48 --steps 100000
 	$(BIN)/python benchmarks/bench_storage.py

@@ -164,6 +164,7 @@ def test_kill_9_leaves_the_old_checkpoint_or_the_new_one(tmp_path, tries):
     assert in_the_middle >= tries // 4  # or the kills did not fall where it matters
     check_writable(file)  # what a new run does first
     assert os.listdir(tmp_path) == ["model.pt"]
+    print(f"{tries} kills, {in_the_middle} in the middle of a save: every checkpoint whole")
 
 
 def same(one, other):
@@ -206,6 +207,7 @@ def test_an_altered_byte_is_noticed(tmp_path, trained, tries):
         assert same(loaded, checkpoint), place
         unnoticed += 1
     assert unnoticed < tries / 3
+    print(f"{tries} altered bytes: {tries - unnoticed} refused, {unnoticed} without meaning")
 
 
 def test_an_altered_number_is_noticed(tmp_path, trained):
