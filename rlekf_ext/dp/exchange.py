@@ -1,4 +1,4 @@
-"""Models in DeePMD-kit's `.dp` format: what `dp convert-backend` turns into .pth, .pb and .savedmodel, and back.
+"""Models in DeePMD-kit's `.dp` format: what `dp convert-backend` makes .pth and .pb files of, and back.
 
 A `.dp` file is HDF5: one data set an array, and in the attribute `json` of the root a tree that names them: the
 `serialize()` of DeePMD-kit's standard model. `_tree` is that tree of a model of ours; exporting writes it, and
@@ -422,11 +422,11 @@ def _same(expected: Any, found: Any) -> bool:
 
 
 def _neutral(value: Any) -> bool:
-    """Whether a setting asks for nothing: none, zero, switched off, or a list or section of such."""
+    """Whether a setting asks for nothing: none, zero, switched off, an empty list, or a section of such."""
     if isinstance(value, dict):
         return all(map(_neutral, value.values()))
     if isinstance(value, list):
-        return all(map(_neutral, value))
+        return all(item is None for item in value)  # [0] would be a list of the first element
     return value is None or value is False or (type(value) in (int, float) and value == 0)
 
 
