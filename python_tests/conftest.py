@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+collect_ignore = ["deepmd"]  # needs deepmd-kit; named to pytest, it runs all the same
+
 # Where there is no GPU, the triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

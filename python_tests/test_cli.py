@@ -155,6 +155,24 @@ def test_uncertainty_needs_a_filter(folder, capsys):
     assert not list(folder.glob("u.*"))
 
 
+def test_a_model_to_deepmd_and_back(in_trained, capsys):
+    assert main(["export", "-o", "out/trained.dp"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "wrote out/trained.dp; `dp convert-backend out/trained.dp model.pth` makes a file for LAMMPS"
+    )
+    assert main(["import", "out/trained.dp", "-o", "back/model.pt"]) == 0
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"wrote back/model.pt: \d+ weights for Na, Cl; no state of a training, so no --restart\n", said)
+    results = []
+    for model in ("model.ckpt.pt", "back/model.pt"):
+        assert main(["test", "-m", model, "-s", "data"]) == 0
+        results.append(capsys.readouterr().out)
+    assert results[0] == results[1]
+    assert main(["export", "back/model.pt"]) == 0
+    assert Path("model.dp").read_bytes() == Path("out/trained.dp").read_bytes()
+
+
 def test_plot_draws_the_curve(in_trained, capsys):
     assert main(["plot"]) == 0
     assert capsys.readouterr().out == "wrote lcurve.png\n"
@@ -185,7 +203,9 @@ def test_info_of_this_build(capsys):
     assert re.search(r"^             architectures: \w", output, re.M)
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["test"], ["train", "input.json", "--resart"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["train"], ["test"], ["import", "model.dp"], ["train", "input.json", "--resart"]]
+)
 def test_wrong_arguments_are_exit_code_2_with_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -293,6 +313,31 @@ def test_test_on_elements_the_model_does_not_know(in_trained, capsys):
     assert "data has the element K, which is not in type_map" in complaint(capsys, ["test", "-s", "data"])
 
 
+def test_export_and_import_need_files_that_fit(in_trained, capsys):
+    said = complaint(capsys, ["export", "none.pt"])
+    assert said == "The checkpoint none.pt does not exist; `rlekf train` without --restart makes one."
+    assert "files that end in .dp, but this one is called model.pth" in complaint(capsys, ["export", "-o", "model.pth"])
+    said = complaint(capsys, ["export", "-o", "input.json/model.dp"])
+    assert said.startswith("input.json/model.dp cannot be written: ")
+    assert (
+        complaint(capsys, ["import", "none.dp", "-o", "new.pt"]) == "none.dp cannot be read: No such file or directory."
+    )
+    Path("text.dp").write_text("hello\n" * 100)
+    said = complaint(capsys, ["import", "text.dp", "-o", "new.pt"])
+    assert said.startswith("text.dp is not a whole .dp file of DeePMD-kit: ")
+    assert main(["export"]) == 0
+    said = complaint(capsys, ["import", "model.dp", "-o", "input.json/model.pt"])
+    assert said.startswith("input.json/model.pt cannot be written: ")
+    assert not Path("new.pt").exists()
+
+
+def test_an_imported_model_is_no_place_to_restart_from(in_trained, capsys):
+    assert main(["export"]) == 0
+    assert main(["import", "model.dp", "-o", "model.ckpt.pt"]) == 0
+    said = complaint(capsys, ["train", "input.json", "--restart"])
+    assert "model.ckpt.pt is not of the optimizer RLEKF that the input file asks for; start without --restart" in said
+
+
 def test_plot_needs_a_curve(folder, capsys):
     assert complaint(capsys, ["plot"]) == "lcurve.out: No such file or directory."
     assert "input.json has no columns step" in complaint(capsys, ["plot", "input.json"])
@@ -308,6 +353,7 @@ def test_an_absent_package_names_its_extra(folder, capsys, monkeypatch):
     for package, arguments, extra in (
         ("vesin", ["train", "input.json"], "dp"),
         ("matplotlib", ["plot"], "plot"),
+        ("h5py", ["import", "model.dp", "-o", "model.pt"], "dp"),
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)

@@ -1,10 +1,14 @@
-"""The command `rlekf`: train | test | plot | info. Exit code 2: the input was wrong, and the message says where."""
+"""The command `rlekf`: train | test | plot | export | import | info.
+
+Exit code 2: the input was wrong, and the message says where.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -41,6 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot.add_argument("curve", nargs="?", default="lcurve.out", help="file to draw (%(default)s)")
     plot.add_argument("-o", "--output", default="lcurve.png", help="picture to write (%(default)s)")
     plot.set_defaults(run=run_plot)
+
+    export = commands.add_parser("export", help="write a model for DeePMD-kit, and through it for LAMMPS")
+    export.add_argument("model", nargs="?", default="model.ckpt.pt", help="checkpoint of `rlekf train` (%(default)s)")
+    export.add_argument("-o", "--output", default="model.dp", help="DeePMD-kit's .dp file to write (%(default)s)")
+    export.set_defaults(run=run_export)
+
+    import_ = commands.add_parser("import", help="read a se_e2_a model of DeePMD-kit")
+    import_.add_argument("model", help=".dp file; `dp convert-backend` makes one of a .pth or .pb file")
+    import_.add_argument("-o", "--output", required=True, help="checkpoint to write, for `rlekf test -m`")
+    import_.set_defaults(run=run_import)
 
     info = commands.add_parser("info", help="versions, backends and what was compiled")
     info.set_defaults(run=run_info)
@@ -103,6 +117,27 @@ def run_plot(arguments: argparse.Namespace) -> int:
     from rlekf_ext.dp.plot import plot_lcurve
 
     print(f"wrote {plot_lcurve(arguments.curve, arguments.output)}")
+    return 0
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    from rlekf_ext.dp.checkpoint import load_checkpoint, restored_model
+    from rlekf_ext.dp.exchange import export_model
+
+    export_model(restored_model(load_checkpoint(arguments.model)), arguments.output)
+    print(f"wrote {arguments.output}; `dp convert-backend {arguments.output} model.pth` makes a file for LAMMPS of it")
+    return 0
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    from rlekf_ext.dp.checkpoint import check_writable, save_checkpoint
+    from rlekf_ext.dp.exchange import import_model
+
+    model, output = import_model(arguments.model), Path(arguments.output)
+    check_writable(output)
+    save_checkpoint(output, model)
+    number = sum(parameter.numel() for parameter in model.parameters())
+    print(f"wrote {output}: {number} weights for {', '.join(model.type_map)}; no state of a training, so no --restart")
     return 0
 
 
