@@ -27,6 +27,7 @@ OPTIONAL = {
     "matplotlib": "dp/plot.py",
     "tqdm": "dp/train.py",
     "triton": "ops/triton.py",
+    "deepmd": "integrations/deepmd.py",
 }
 
 
