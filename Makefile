@@ -5,7 +5,7 @@ BIN := .venv/bin
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gpu bench soak demo test test-cpp test-install lint check format clean
+.PHONY: help setup gpu bench soak demo test test-cpp test-install test-deepmd lint check format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -39,6 +39,21 @@ test-cpp: setup
 test-install:  ## pip install . with and without build isolation, and without torch, each in a fresh environment
 	.ci/test_install $(PYTHON)
 
+test-deepmd: .venv-deepmd/.built  ## the plugin in the real dp: train, restart, LKF parity (makes .venv-deepmd: 6 GB of disk; 10 minutes)
+	.venv-deepmd/bin/pytest -m deepmd python_tests/integrations
+
+.venv-deepmd/.installed:
+	@echo "test-deepmd: .venv-deepmd will take about 6 GB of disk and a download of 3 GB (deepmd-kit 3.2.0, torch 2.11.0)."
+	$(PYTHON) -m venv .venv-deepmd
+	.venv-deepmd/bin/python -m pip install --quiet --disable-pip-version-check 'deepmd-kit[torch]==3.2.0' torch==2.11.0 pytest \
+	    $$(grep -E '^(cmake|ninja|pybind11)==' requirements-dev.txt) 'setuptools>=77,<82'
+	@touch $@
+
+.venv-deepmd/.built: .venv-deepmd/.installed pyproject.toml setup.py CMakeLists.txt rlekf_ext_deepmd.py $(CSRC) $(wildcard rlekf_ext/*.py rlekf_ext/*/*.py)
+	PATH=$(CURDIR)/.venv-deepmd/bin:$$PATH .venv-deepmd/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --no-build-isolation --no-deps .
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,4 +84,4 @@ format: setup  ## rewrite sources in the project's format
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
 clean:  ## remove what make made
-	rm -rf .venv build demo rlekf_ext/*.so *.egg-info
+	rm -rf .venv .venv-deepmd build demo rlekf_ext/*.so *.egg-info

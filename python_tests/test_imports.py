@@ -29,6 +29,7 @@ OPTIONAL = {
     "ase": "dp/calculator.py",
     "tqdm": "dp/train.py",
     "triton": "ops/triton.py",
+    "deepmd": "integrations/deepmd.py",
 }
 
 

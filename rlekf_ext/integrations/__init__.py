@@ -1,0 +1,1 @@
+"""RLEKF inside other people's trainers."""

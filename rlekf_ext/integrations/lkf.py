@@ -1,0 +1,89 @@
+"""RLEKF with the constructor and the methods of LKFOptimizer, for trainers written for DeePMD-kit's, PWMLFF's or
+MatPL's: change the import, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlekf_ext.covariance import STATE, from_lkf
+from rlekf_ext.optim import RLEKF
+
+
+class LKFOptimizer(RLEKF):
+    """The updates of LKF, with the packed P and the guard of RLEKF.
+
+    The same blocks (strategy "deepmd"), the same order of the weights (matrices stored [in, out]), the same numbers up
+    to rounding. `p0_weight` and `kalman_lambda_weight` are PWMLFF's: P starts as p0_weight I, the measurement noise is
+    kalman_lambda_weight times the number of blocks. Further keywords are RLEKF's: covariance_dtype, process_noise, ...
+
+    `param_groups[0]["lr"]` is 1 and scales the weight increment (LKF's 0.1 has no effect). `state_dict()` holds P and
+    λ, and `load_state_dict` puts them in use. Parameters that need no gradient have no place in P.
+
+    Raises ValueError for PWMLFF's `q0` and `qmin`, and as RLEKF does.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        kalman_lambda: float = 0.98,
+        kalman_nue: float = 0.9987,
+        block_size: int = 5120,
+        q0: float | None = None,
+        qmin: float | None = None,
+        p0_weight: float | None = None,
+        kalman_lambda_weight: float | None = None,
+        **settings: Any,
+    ):
+        if q0 is not None or qmin is not None:
+            raise ValueError(
+                f"q0 and qmin should be None but are {q0} and {qmin}: pass process_noise, process_noise_decay (a "
+                "factor an update) and least_process_noise."
+            )
+        super().__init__(
+            params,
+            block_size=block_size,
+            memory_factor=kalman_lambda,
+            forgetting_rate=kalman_nue,
+            initial_covariance=1.0 if p0_weight is None else p0_weight,
+            **{"strategy": "deepmd", "transpose": True, **settings},
+        )
+        if kalman_lambda_weight is not None:
+            noise = kalman_lambda_weight * self.filter.plan.num_blocks
+            if not noise > 0:
+                raise ValueError(f"kalman_lambda_weight should be above 0 but is {kalman_lambda_weight}.")
+            self.filter.covariance.state[STATE["measurement_noise"]] = noise
+        self._grad_prefactor = 1.0
+
+    def set_grad_prefactor(self, grad_prefactor: float) -> None:
+        """What `.grad` is divided by to give H, from now on."""
+        self._grad_prefactor = grad_prefactor
+
+    def step(self, error: Any, iters: Any = None, cur_iter: Any = None) -> None:  # type: ignore[override]
+        """One update; `.grad` holds +H times the prefactor, `error` is ε. `iters` and `cur_iter`, which PWMLFF passes
+        for its process noise, are not used."""
+        gradients = [p.grad for p in self._parameters()]
+        self._apply(self.flatten(gradients) / self._grad_prefactor, error)
+
+    @torch.no_grad()
+    def set_kalman_P(self, P: Sequence[Tensor], kalman_lambda: float = 0.999999999999872) -> None:  # noqa: N802, N803
+        """Take over the dense blocks of P (n_l, n_l) of an LKFOptimizer, and its λ.
+
+        Raises ValueError for blocks of other sizes.
+        """
+        p = self.filter.covariance
+        sizes = [len(block) for block in P]
+        if sizes != list(p.plan.sizes):
+            raise ValueError(
+                f"P should have blocks of sizes {list(p.plan.sizes)} but has {sizes}; use the block_size "
+                "that it was made with."
+            )
+        state = {"P": P, "kalman_lambda": kalman_lambda, "params_packed_index": sizes}
+        rate = p.scalar("forgetting_rate")
+        new = from_lkf({"state": {0: state}, "param_groups": [{"kalman_nue": rate}]})
+        p.tiles.copy_(new.tiles)
+        for name in ("num_pending", "scale", "shift", "forgetting", "largest_diagonal"):
+            p.state[STATE[name]] = new.state[STATE[name]].to(p.state.device)

@@ -1,0 +1,41 @@
+"""RLEKF for any trainer that can say what it predicts: predictions and labels in, one update out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from rlekf_ext.optim import RLEKF
+
+
+class Stepper:
+    """An update of `optimizer` on a measured quantity: Algorithm 2 of the paper, lines 1 to 14.
+
+    `backward` is how the trainer wants a gradient taken, by default `loss.backward()`; PyTorch Lightning's is
+    `self.manual_backward`.
+    """
+
+    def __init__(self, optimizer: RLEKF, backward: Callable[[Tensor], None] = Tensor.backward):
+        self.optimizer, self._backward = optimizer, backward
+
+    def __call__(self, prediction: Tensor, label: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """One update from a prediction with its graph and a label of the same shape, both in the unit of the quantity
+        measured (energies an atom, say). ε and H are multiplied by `scale`. Returns ε = mean |label - prediction|.
+
+        Predict anew before each call: the weights have moved. Raises ValueError where the shapes differ.
+        """
+        if prediction.shape != label.shape:
+            raise ValueError(
+                f"label should have the shape of the prediction {tuple(prediction.shape)} but has {tuple(label.shape)}."
+            )
+        error = (prediction - label).abs().mean()
+        self.optimizer.zero_grad()
+
+        def closure() -> Tensor:
+            loss = scale * error
+            self._backward(loss)
+            return loss
+
+        self.optimizer.step(closure)
+        return error.detach()

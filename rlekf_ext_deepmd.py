@@ -1,0 +1,17 @@
+"""DeePMD-kit's plugin: entry point of the group `deepmd.pt`, loaded by every `dp --pt` command. It never raises.
+
+It stands outside the package so that even a package that does not import leaves dp alone. See docs/deepmd.md.
+"""
+
+import logging
+import os
+
+log = logging.getLogger("deepmd.rlekf_ext")
+
+if os.environ.get("RLEKF_DEEPMD") != "0":
+    try:
+        from rlekf_ext.integrations.deepmd import register
+
+        register()
+    except Exception as error:
+        log.warning("rlekf_ext: optimizer type RLEKF is not there, all else is as without it (%r).", error)
