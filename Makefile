@@ -41,12 +41,13 @@ test-install:  ## pip install . with and without build isolation, and without to
 
 test-deepmd: .venv-deepmd/.built  ## the plugin in the real dp: train, restart, LKF parity (makes .venv-deepmd: 6 GB of disk; 10 minutes)
 	.venv-deepmd/bin/pytest -m deepmd python_tests/integrations
+	.venv-deepmd/bin/pytest python_tests/deepmd/test_models.py
 
 .venv-deepmd/.installed:
 	@echo "test-deepmd: .venv-deepmd will take about 6 GB of disk and a download of 3 GB (deepmd-kit 3.2.0, torch 2.11.0)."
 	$(PYTHON) -m venv .venv-deepmd
 	.venv-deepmd/bin/python -m pip install --quiet --disable-pip-version-check 'deepmd-kit[torch]==3.2.0' torch==2.11.0 pytest \
-	    $$(grep -E '^(cmake|ninja|pybind11)==' requirements-dev.txt) 'setuptools>=77,<82'
+	    $$(grep -E '^(cmake|ninja|pybind11|vesin|tqdm|h5py)==' requirements-dev.txt) 'setuptools>=77,<82'
 	@touch $@
 
 .venv-deepmd/.built: .venv-deepmd/.installed pyproject.toml setup.py CMakeLists.txt rlekf_ext_deepmd.py $(CSRC) $(wildcard rlekf_ext/*.py rlekf_ext/*/*.py)
