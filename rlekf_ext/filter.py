@@ -134,9 +134,10 @@ class KalmanFilter:
     @torch.no_grad()
     def variance(self, jacobian: Tensor) -> Tensor:
         """HᵀPH, without the measurement noise: () for a jacobian (N,), (M,) for (M, N). Changes neither w nor P."""
-        h, project = self._rows(jacobian), self._projector()
+        h = self._rows(jacobian)
         if not len(h):
             return h.new_zeros(0)
+        project = self._projector()
         sums = [project(batch)[1][0].sum(0).diagonal() for batch in h.split(MAX_MEASUREMENTS)]
         return (self.covariance.state[STATE["scale"]] * torch.cat(sums)).reshape(jacobian.shape[:-1])
 

@@ -26,6 +26,17 @@ class StoppedError(OneLineError):
     """Training that cannot go on; the message is one sentence."""
 
 
+def measurement_and_filter(options: dict[str, Any]) -> tuple[Measurement, dict[str, Any]]:
+    """The preset that options name, changed by those that are the measurement's; the others as keywords of RLEKF."""
+    rest = dict(options)
+    measurement = PRESETS[rest.pop("preset", "robust")]
+    changed = {name: rest.pop(name) for name in options if name in asdict(measurement)}
+    measurement = replace(measurement, **changed)
+    if rest.get("covariance_dtype", "auto") != "auto":
+        rest["covariance_dtype"] = getattr(torch, rest["covariance_dtype"])
+    return measurement, {"memory_factor": measurement.memory_factor, **rest}
+
+
 class KalmanSteps:
     """RLEKF, or LKF in DeePMD-kit's form: the updates of a batch."""
 
@@ -34,19 +45,13 @@ class KalmanSteps:
         self._lkf = {name: options.pop(name) for name in list(options) if name.startswith("kf_")}
         if config.optimizer.type == "LKF":
             options = {"preset": "paper", "strategy": "deepmd", "block_size": self._lkf.get("kf_blocksize", 5120)}
-        measurement = PRESETS[options.pop("preset", "robust")]
-        changed = {name: options.pop(name) for name in list(options) if name in asdict(measurement)}
-        measurement = replace(measurement, **changed)
+        self._max_skipped = options.pop("max_skipped", MAX_SKIPPED)
+        measurement, settings = measurement_and_filter(options)
         if set(measurement.order) == {"virial"} and any(frame.virial is None for frame in training):
             raise InputError("optimizer/order asks for virial updates alone, but the training data have no virials.")
-        if options.get("covariance_dtype", "auto") != "auto":
-            options["covariance_dtype"] = getattr(torch, options["covariance_dtype"])
-        self._max_skipped = options.pop("max_skipped", MAX_SKIPPED)
         if fresh and measurement.warm_start:
             model.fit_energy_bias(training, with_network=True)
-        self.optimizer = RLEKF(
-            model.named_parameters(), transpose=True, memory_factor=measurement.memory_factor, **options
-        )
+        self.optimizer = RLEKF(model.named_parameters(), transpose=True, **settings)
         self._updater = FrameUpdater(self.optimizer, model, measurement, config.training.seed or 0)
         self._num_steps, self._is_lkf = num_steps, config.optimizer.type == "LKF"
         self._unguarded = 0  # updates since the last look at how S is stored

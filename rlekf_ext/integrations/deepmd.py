@@ -28,8 +28,8 @@ from torch import Tensor
 
 from rlekf_ext.covariance import from_lkf
 from rlekf_ext.dp.input import RLEKFKeys
-from rlekf_ext.dp.steps import MAX_SKIPPED, UPDATES_PER_GUARD, StoppedError
-from rlekf_ext.measurement import PRESETS, FrameUpdater, Measurement
+from rlekf_ext.dp.steps import MAX_SKIPPED, UPDATES_PER_GUARD, StoppedError, measurement_and_filter
+from rlekf_ext.measurement import FrameUpdater, Measurement
 from rlekf_ext.optim import RLEKF
 
 KNOWN = ("3.2",)  # versions of DeePMD-kit that this was written for and is tested with: make test-deepmd
@@ -148,22 +148,16 @@ class Settings:
         elif kind != "RLEKF":
             return None
         max_skipped = options.pop("max_skipped", MAX_SKIPPED)
-        preset = options.pop("preset", "robust")
-        measurement = PRESETS["paper" if preset == "lkf" else preset]
-        changed = {field.name for field in fields(Measurement)} & set(options)
-        orders_virial = "order" in changed
-        measurement = replace(measurement, **{name: options.pop(name) for name in changed})
-        options = {"memory_factor": measurement.memory_factor, **options}
-        if preset == "lkf":
-            options = {"strategy": "deepmd", **options}
-        if options.get("covariance_dtype", "auto") != "auto":
-            options["covariance_dtype"] = getattr(torch, options["covariance_dtype"])
+        like_lkf, orders_virial = options.get("preset") == "lkf", "order" in options
+        if like_lkf:
+            options = {"strategy": "deepmd", **options, "preset": "paper"}
+        measurement, settings = measurement_and_filter(options)
         return cls(
             replace(measurement, order=tuple(measurement.order)),
-            filter=options,
+            filter=settings,
             seed=config["training"].get("seed") or 0,
             max_skipped=max_skipped,
-            like_lkf=preset == "lkf",
+            like_lkf=like_lkf,
             prefactors=prefactors,
             orders_virial=orders_virial,
         )
