@@ -484,6 +484,7 @@ def test_saved_and_loaded_it_goes_on_exactly(relinearize, kept):
         ({"order": (E, "stress", "dipole")}, "order should hold only energy, force, virial but holds dipole, stress"),
         ({"group_size": 0}, "group_size should be at least 1, or null for all atoms, but is 0"),
         ({"num_groups": 0}, "num_groups should be at least 1 but is 0"),
+        ({"batch": "joint"}, "batch should be one of mean, sum but is joint"),
         ({"average_frames": 0}, "average_frames should be at least 1 but is 0"),
         ({"energy_scale": 0.0}, "energy_scale should be above 0 but is 0.0"),
         ({"force_scale": -1.0}, "force_scale should be above 0 but is -1.0"),

@@ -8,6 +8,7 @@ the same names, and `num_atoms` (B,). The optimizer is an RLEKF, or anything wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("energy", "force", "virial")
+BATCHES = ("mean", "sum")
 EMA_DECAY = 0.95
 
 
@@ -26,6 +28,8 @@ class Measurement:
     `order` lists the updates of a frame and is gone through again until no force group is left: ("energy", "force")
     is an energy update before every group, ("force",) * 4 + ("energy",) one at the end. Virial updates are left out
     for frames without that label. With `adaptive_scale` a scale is divided by the running mean of ε of its kind.
+    `batch` is how B frames make one measurement: "mean", ε and H are those of the mean error; "sum", as DeePMD-kit's
+    LKF does it, H is summed over the frames and ε is √B times their mean.
 
     Raises ValueError for a setting outside its range.
     """
@@ -41,6 +45,7 @@ class Measurement:
     relinearize: bool = True  # the model evaluated anew before each update; else all updates of a frame in one pass
     warm_start: bool = False  # before the first update, the mean energy error is moved into the output bias
     average_frames: int = 1  # what is evaluated and saved: a running mean of the weights over about so many frames
+    batch: str = "mean"
 
     def __post_init__(self) -> None:
         if unknown := set(self.order) - set(KINDS):
@@ -53,12 +58,18 @@ class Measurement:
             raise ValueError(f"average_frames should be at least 1 but is {self.average_frames}.")
         if self.num_groups < 1:
             raise ValueError(f"num_groups should be at least 1 but is {self.num_groups}.")
+        if self.batch not in BATCHES:
+            raise ValueError(f"batch should be one of {', '.join(BATCHES)} but is {self.batch}.")
         for kind in KINDS:
             if not self.scale(kind) > 0:
                 raise ValueError(f"{kind}_scale should be above 0 but is {self.scale(kind)}.")
 
     def scale(self, kind: str) -> float:
         return getattr(self, f"{kind}_scale")
+
+    def batch_factors(self, num_frames: int) -> tuple[float, float]:
+        """What H and ε of the mean error of so many frames are multiplied by."""
+        return (num_frames, math.sqrt(num_frames)) if self.batch == "sum" else (1.0, 1.0)
 
     def schedule(self, num_groups: int) -> list[str]:
         """The kinds of update of a frame that has this many force groups, in order."""
@@ -153,10 +164,11 @@ class FrameUpdater:
         groups = force_groups(len(frame.forces), m.group_size, m.num_groups, self._generator)
         kinds = [k for k in m.schedule(len(groups)) if k != "virial" or frame.virial is not None]
         errors = [self._error(kind, frame, groups) for kind in kinds]
+        factors = m.batch_factors(len(frame.num_atoms))
         if m.relinearize:
-            found = [self._step(kind, error) for kind, error in zip(kinds, errors, strict=True)]
+            found = [self._step(kind, error, factors) for kind, error in zip(kinds, errors, strict=True)]
         else:
-            found = self._one_pass(kinds, errors)
+            found = self._one_pass(kinds, errors, factors)
         return list(zip(kinds, found, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,19 +186,21 @@ class FrameUpdater:
         group = groups.pop(0)
         return lambda: force_error(self.model, frame, group)
 
-    def _step(self, kind: str, error: Callable[[], Tensor]) -> Tensor:
-        return _update(self.optimizer, error, lambda found: self._scale(kind, found))
+    def _step(self, kind: str, error: Callable[[], Tensor], factors: tuple[float, float]) -> Tensor:
+        return _update(self.optimizer, error, lambda found: self._scale(kind, found), factors)
 
-    def _one_pass(self, kinds: Sequence[str], errors: Iterable[Callable[[], Tensor]]) -> list[Tensor]:
+    def _one_pass(
+        self, kinds: Sequence[str], errors: Iterable[Callable[[], Tensor]], factors: tuple[float, float]
+    ) -> list[Tensor]:
         """All measurements at one w: M Jacobians, used one after another by the filter itself."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
         found, jacobian, innovation = [], [], []
         for kind, error in zip(kinds, errors, strict=True):
             value = error()
             scale = self._scale(kind, value.detach())
-            gradients = torch.autograd.grad(-scale * value, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(-factors[0] * scale * value, parameters, allow_unused=True)
             jacobian.append(self.optimizer.flatten(gradients))
-            innovation.append(scale * value.detach())
+            innovation.append(factors[1] * scale * value.detach())
             found.append(value.detach())
         if found:
             self.optimizer.update(torch.stack(innovation), torch.stack(jacobian))
@@ -203,17 +217,23 @@ class FrameUpdater:
         return scale / mean.clamp_min(torch.finfo(mean.dtype).tiny)
 
 
-def _update(optimizer: Any, error: Callable[[], Tensor], scale: Callable[[Tensor], float | Tensor]) -> Tensor:
-    """One step of the optimizer on scale * ε; returns ε without its graph."""
+def _update(
+    optimizer: Any,
+    error: Callable[[], Tensor],
+    scale: Callable[[Tensor], float | Tensor],
+    factors: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
+    """One step of the optimizer on scale * ε, with H and ε multiplied by `factors`; returns ε without its graph."""
     found: list[Tensor] = []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         value = error()
         found.append(value.detach())
+        of_jacobian, of_innovation = factors
         loss = scale(found[0]) * value
-        loss.backward()
-        return loss
+        (of_jacobian * loss).backward()
+        return of_innovation * loss
 
     optimizer.step(closure)
     return found[0]

@@ -56,15 +56,15 @@ def in_filter(steps, model):
 # LKF: KFWrapper.py and LKF.py of DeePMD-kit, as shared/peers.md tells of them
 
 
-def deepmd_lkf(model, optimizer, dense, weights, frame, groups, energy_pref, force_pref, root_of_batch):
+def deepmd_lkf(model, optimizer, dense, weights, frame, groups, energy_pref, force_pref):
     """An energy update and a force update for each group, on a copy of the model that follows `weights`."""
     model = copy.deepcopy(model)
     parameters = list(model.parameters())
-    num_atoms = float(frame.num_atoms[0])
+    num_atoms, num_frames = float(frame.num_atoms[0]), len(frame.num_atoms)
 
     def update(error, flipped):
-        gradients = torch.autograd.grad(flipped * root_of_batch, parameters, allow_unused=True)
-        dense.step(weights, optimizer.flatten(gradients)[None], [error * root_of_batch])
+        gradients = torch.autograd.grad(flipped, parameters, allow_unused=True)
+        dense.step(weights, optimizer.flatten(gradients)[None], [error * math.sqrt(num_frames)])
         parts = weights.split([p.numel() for p in parameters])
         for p, part in zip(parameters, parts, strict=True):
             p.data.copy_(part.view(p.shape[::-1]).T if p.dim() == 2 else part)
@@ -72,19 +72,19 @@ def deepmd_lkf(model, optimizer, dense, weights, frame, groups, energy_pref, for
     energy = model(frame).energy
     sign = torch.where(frame.energy - energy < 0, -1.0, 1.0)
     error = energy_pref * (frame.energy - energy).abs().mean() / num_atoms
-    update(float(error.detach()), energy_pref * (sign * energy).sum() / len(sign) / num_atoms)
+    update(float(error.detach()), energy_pref * (sign * energy).sum() / num_atoms)
     for group in groups:
         forces = model(frame).forces[group]
         sign = torch.where(frame.forces[group] - forces < 0, -1.0, 1.0)
         error = force_pref * (frame.forces[group] - forces).abs().mean() / num_atoms
-        update(float(error.detach()), force_pref * (sign * forces).sum() / (num_atoms * sign.numel()))
+        update(float(error.detach()), force_pref * num_frames * (sign * forces).sum() / (num_atoms * sign.numel()))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_lkf_is_deepmd_kits(model, batch_size):
     """With its blocks, its division of forces by the number of atoms, and prefactors that change geometrically.
 
-    Of a batch, ε and H are means times √batch. DeePMD-kit's H is a sum over frames, √batch larger still.
+    Of B frames, H is a sum over frames and ε the mean times √B; a group has six atoms of a frame in the mean.
     """
     keys = {"kf_start_pref_e": 2.0, "kf_limit_pref_e": 8.0, "kf_start_pref_f": 3.0, "kf_limit_pref_f": 0.5}
     config = config_of({"type": "LKF", "kf_blocksize": 60, **keys})
@@ -96,13 +96,12 @@ def test_lkf_is_deepmd_kits(model, batch_size):
     source = torch.Generator().manual_seed(3)
     for step in (0, 3, 7):
         batch = frames[0] if batch_size == 1 else collate(frames[:2])
-        groups = force_groups(12 * batch_size, 6, 4, source)
+        groups = force_groups(12 * batch_size, 6 * batch_size, 4, source)
         energy_pref = 2.0 * (8.0 / 2.0) ** (step / NUM_STEPS)
         force_pref = 3.0 * (0.5 / 3.0) ** (step / NUM_STEPS)
         before = copy.deepcopy(model)
         assert steps(batch, step) == 1 + len(groups)
-        root = math.sqrt(batch_size)
-        deepmd_lkf(before, steps.optimizer, dense, weights, batch, groups, energy_pref, force_pref, root)
+        deepmd_lkf(before, steps.optimizer, dense, weights, batch, groups, energy_pref, force_pref)
         assert relative(in_filter(steps, model), weights) < 1e-10
     assert not torch.equal(flat(before), flat(model))
 
@@ -116,7 +115,7 @@ def test_lkf_defaults_are_deepmd_kits(model):
     weights, dense = in_filter(steps, model), DenseFilter(steps.optimizer.filter.plan.sizes, 0.98, 0.9987)
     groups, before = force_groups(12, 6, 4, torch.Generator().manual_seed(3)), copy.deepcopy(model)
     steps(frame, 5)
-    deepmd_lkf(before, steps.optimizer, dense, weights, frame, groups, 1.0, 1.0, 1.0)
+    deepmd_lkf(before, steps.optimizer, dense, weights, frame, groups, 1.0, 1.0)
     assert relative(in_filter(steps, model), weights) < 1e-10
 
 
@@ -163,6 +162,20 @@ def test_rlekf_settings_reach_the_filter(model):
         steps(frame, 0)
     assert relative(in_filter(steps, model), weights) < 1e-6
     assert kalman.memory_factor == pytest.approx(dense.lam)
+
+
+@pytest.mark.parametrize(("batch", "of_jacobian", "of_innovation"), [("mean", 1, 1), ("sum", 3, math.sqrt(3))])
+@pytest.mark.parametrize("relinearize", [True, False])
+def test_frames_of_a_batch(model, batch, of_jacobian, of_innovation, relinearize):
+    frames = collate([labelled(model, seed) for seed in range(3)])
+    asked = {"type": "RLEKF", "preset": "paper", "order": ["energy"], "batch": batch, "relinearize": relinearize}
+    steps = build_optimizer(config_of(asked), model, [frames], NUM_STEPS, fresh=True)
+    weights, dense = in_filter(steps, model), DenseFilter(steps.optimizer.filter.plan.sizes, 0.98, 0.9987)
+    error = ((frames.energy - model(frames).energy).abs() / 12).mean()
+    jacobian = steps.optimizer.flatten(torch.autograd.grad(-error, list(model.parameters())))
+    dense.step(weights, of_jacobian * jacobian[None], [of_innovation * float(error.detach())])
+    assert steps(frames, 0) == 1
+    assert relative(in_filter(steps, model), weights) < 1e-10
 
 
 def test_warm_start_moves_the_mean_energy_error_into_the_bias(model):

@@ -185,6 +185,7 @@ class RLEKFKeys:
     relinearize: bool = key()
     warm_start: bool = key()
     average_frames: int = key(low=1)
+    batch: str = key(choices=("mean", "sum"))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -37,6 +36,42 @@ def measurement_and_filter(options: dict[str, Any]) -> tuple[Measurement, dict[s
     return measurement, {"memory_factor": measurement.memory_factor, **rest}
 
 
+class Watch:
+    """What is looked after in a filter while it trains."""
+
+    def __init__(self, optimizer: RLEKF, max_skipped: int):
+        self._optimizer, self._max_skipped = optimizer, max_skipped
+        self._unguarded = 0  # updates since the last look at how S is stored
+
+    def __call__(self, updates: int) -> None:
+        """After so many more updates. Raises StoppedError when nothing but skipped measurements comes any more."""
+        self._unguarded += updates
+        in_a_row = self._optimizer.health()["skipped_in_a_row"]
+        if in_a_row >= self._max_skipped:
+            raise StoppedError(
+                f"The last {in_a_row} measurements were all skipped, as many as max_skipped = {self._max_skipped} "
+                f"allows or more: {self.skipped()}. Look for labels that are not finite and for atoms that nearly "
+                "coincide, or lower the scales, and restart from the checkpoint."
+            )
+
+    def skipped(self) -> str:
+        """Measurements that the filter's guard left out, by cause; "" when there are none."""
+        health = self._optimizer.health()
+        causes = {
+            "skipped_innovation": "error not finite",
+            "skipped_jacobian": "gradient not finite, or too large",
+            "skipped_variance": "variance negative",
+        }
+        return ", ".join(f"{text}: {health[name]}" for name, text in causes.items() if health[name])
+
+    def remark(self) -> str | None:
+        """What the filter has to say of its own numbers; looked at once in UPDATES_PER_GUARD updates."""
+        if self._unguarded < UPDATES_PER_GUARD:
+            return None
+        self._unguarded = 0
+        return self._optimizer.guard_storage()
+
+
 class KalmanSteps:
     """RLEKF, or LKF in DeePMD-kit's form: the updates of a batch."""
 
@@ -45,7 +80,7 @@ class KalmanSteps:
         self._lkf = {name: options.pop(name) for name in list(options) if name.startswith("kf_")}
         if config.optimizer.type == "LKF":
             options = {"preset": "paper", "strategy": "deepmd", "block_size": self._lkf.get("kf_blocksize", 5120)}
-        self._max_skipped = options.pop("max_skipped", MAX_SKIPPED)
+        max_skipped = options.pop("max_skipped", MAX_SKIPPED)
         measurement, settings = measurement_and_filter(options)
         if set(measurement.order) == {"virial"} and any(frame.virial is None for frame in training):
             raise InputError("optimizer/order asks for virial updates alone, but the training data have no virials.")
@@ -54,7 +89,7 @@ class KalmanSteps:
         self.optimizer = RLEKF(model.named_parameters(), transpose=True, **settings)
         self._updater = FrameUpdater(self.optimizer, model, measurement, config.training.seed or 0)
         self._num_steps, self._is_lkf = num_steps, config.optimizer.type == "LKF"
-        self._unguarded = 0  # updates since the last look at how S is stored
+        self._watch = Watch(self.optimizer, max_skipped)
         # Each update fits the frame at hand, and leaves the energies of the others off by a common amount that changes
         # its sign from frame to frame: the mean over a few frames is without it.
         decay = 1 - 1 / measurement.average_frames
@@ -68,26 +103,12 @@ class KalmanSteps:
         updates = len(self._updater(batch))
         if self._mean:
             self._mean.update_parameters(self._model)
-        self._check()
-        self._unguarded += updates
+        self._watch(updates)
         return updates
-
-    def _check(self) -> None:
-        """Raise StoppedError when nothing but skipped measurements comes any more."""
-        health = self.optimizer.health()
-        if health["skipped_in_a_row"] >= self._max_skipped:
-            raise StoppedError(
-                f"The last {health['skipped_in_a_row']} measurements were all skipped, as many as max_skipped = "
-                f"{self._max_skipped} allows or more: {_causes(health)}. Look for labels that are not finite and for "
-                "atoms that nearly coincide, or lower the scales; --restart goes on from the checkpoint."
-            )
 
     def remarks(self) -> list[str]:
         """What the filter has to say from time to time, a sentence each."""
-        if self._unguarded < UPDATES_PER_GUARD:
-            return []
-        self._unguarded = 0
-        return [sentence] if (sentence := self.optimizer.guard_storage()) else []
+        return [sentence] if (sentence := self._watch.remark()) else []
 
     def _as_deepmd(self, measurement: Measurement, batch: Frame, step: int) -> Measurement:
         """LKF's scales: prefactors that change geometrically, and forces divided by the number of atoms once more."""
@@ -95,10 +116,15 @@ class KalmanSteps:
         energy, force = (
             self._lkf.get(f"kf_start_pref_{kind}", 1.0) ** (1 - fraction)
             * self._lkf.get(f"kf_limit_pref_{kind}", 1.0) ** fraction
-            * math.sqrt(len(batch.num_atoms))
             for kind in "ef"
         )
-        return replace(measurement, energy_scale=energy, force_scale=force / float(batch.num_atoms.mean()))
+        return replace(
+            measurement,
+            energy_scale=energy,
+            force_scale=force / float(batch.num_atoms.mean()),
+            group_size=6 * len(batch.num_atoms),
+            batch="sum",
+        )
 
     @property
     def result(self) -> DeepPotential:
@@ -110,8 +136,7 @@ class KalmanSteps:
         return self.optimizer.param_groups[0]["lr"]
 
     def skipped(self) -> str:
-        """Measurements that the filter's guard left out, by cause; "" when there are none."""
-        return _causes(self.optimizer.health())
+        return self._watch.skipped()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"filter": self.optimizer.state_dict(), "updater": self._updater.state_dict()}
@@ -177,15 +202,6 @@ class AdamSteps:
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self._model.parameters())
         return f"Adam({count} weights, lr {self._rate.start_lr:g} to {self._rate.stop_lr:g})"
-
-
-def _causes(health: dict[str, int]) -> str:
-    names = {
-        "skipped_innovation": "error not finite",
-        "skipped_jacobian": "gradient not finite, or too large",
-        "skipped_variance": "variance negative",
-    }
-    return ", ".join(f"{text}: {health[name]}" for name, text in names.items() if health[name])
 
 
 def build_optimizer(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rlekf_ext.covariance import from_lkf
 from rlekf_ext.dp.input import RLEKFKeys
-from rlekf_ext.dp.steps import MAX_SKIPPED, UPDATES_PER_GUARD, StoppedError, measurement_and_filter
+from rlekf_ext.dp.steps import MAX_SKIPPED, StoppedError, Watch, measurement_and_filter
 from rlekf_ext.measurement import FrameUpdater, Measurement
 from rlekf_ext.optim import RLEKF
 
@@ -63,6 +63,8 @@ HELP = {
     "virial_scale": "Multiplies H and ε of virial updates.",
     "adaptive_scale": "Whether scales are divided by the running mean of ε of their kind.",
     "relinearize": "Whether the model is evaluated anew before each update of a batch.",
+    "batch": "How the frames of a batch make one measurement: `mean`, or `sum` (H summed, ε times √B), which is LKF's. "
+    "Default: `mean`, with the preset `lkf`: `sum`.",
     "warm_start": "Whether the energy bias is fitted to the untrained network first.",
 }
 LKF_TYPE = {"type": "LKF"} | {f"kf_{end}_pref_{kind}": 1.0 for end in ("start", "limit") for kind in "ef"}
@@ -132,7 +134,7 @@ class Settings:
     filter: dict[str, Any]
     seed: int
     max_skipped: int
-    like_lkf: bool  # H summed and ε times √B over the B frames of a batch; forces divided by the number of atoms again
+    like_lkf: bool  # forces divided by the number of atoms once more
     prefactors: dict[str, float]  # kf_start_pref_e, ..., of type LKF
     orders_virial: bool
 
@@ -150,7 +152,7 @@ class Settings:
         max_skipped = options.pop("max_skipped", MAX_SKIPPED)
         like_lkf, orders_virial = options.get("preset") == "lkf", "order" in options
         if like_lkf:
-            options = {"strategy": "deepmd", **options, "preset": "paper"}
+            options = {"strategy": "deepmd", "batch": "sum", **options, "preset": "paper"}
         measurement, settings = measurement_and_filter(options)
         return cls(
             replace(measurement, order=tuple(measurement.order)),
@@ -175,8 +177,7 @@ class DeepmdRLEKF(RLEKF):
         self.settings = settings
         self.labels: dict[str, Any] = {}  # of the batch at hand
         self.updater = FrameUpdater(self, lambda frame, forces: frame.predict(), settings.measurement, settings.seed)
-        self._batch_factors = (1.0, 1.0)  # of H and of ε
-        self._skipped = self._unguarded = 0
+        self._watch, self._said = Watch(self, settings.max_skipped), ""
         dense = sum(8 * size**2 for size in self.filter.plan.sizes)
         log.info("%r; dense in float64, as in LKF, P would take %.1f MB.", self, dense / 1e6)
 
@@ -189,10 +190,12 @@ class DeepmdRLEKF(RLEKF):
         kinds = self._order(frame.kinds)
         scales: dict[str, Any] = {f"{kind}_scale": base.scale(kind) * factor for kind, factor in factors.items()}
         self.updater.measurement = replace(base, order=kinds, **scales)
-        frames = len(frame.num_atoms)
-        self._batch_factors = (frames, math.sqrt(frames)) if self.settings.like_lkf else (1.0, 1.0)
-        self._unguarded += len(self.updater(frame))
-        self._report()
+        self._watch(len(self.updater(frame)))
+        if (skipped := self._watch.skipped()) != self._said:
+            self._said = skipped
+            log.warning("RLEKF has skipped measurements so far: %s.", skipped)
+        if sentence := self._watch.remark():
+            log.warning("RLEKF: %s", sentence)
 
     def _order(self, labelled: set[str]) -> tuple[str, ...]:
         order = list(self.settings.measurement.order)
@@ -202,27 +205,6 @@ class DeepmdRLEKF(RLEKF):
         if not kinds:
             raise StoppedError(f"The data should have labels for some of {', '.join(order)} but have none; see order.")
         return kinds
-
-    def _report(self) -> None:
-        health = self.health()
-        skipped = {name: n for name, n in health.items() if name.startswith("skipped_") and n and "row" not in name}
-        if sum(skipped.values()) > self._skipped:
-            self._skipped = sum(skipped.values())
-            log.warning("RLEKF has skipped measurements so far: %s.", skipped)
-        if health["skipped_in_a_row"] >= self.settings.max_skipped:
-            raise StoppedError(
-                f"RLEKF skipped the last {health['skipped_in_a_row']} measurements ({skipped}), as many as "
-                f"max_skipped = {self.settings.max_skipped} allows or more: look for labels that are not finite and "
-                "for atoms that nearly coincide, or lower the scales, and restart from a checkpoint."
-            )
-        if self._unguarded >= UPDATES_PER_GUARD:
-            self._unguarded = 0
-            if sentence := self.guard_storage():
-                log.warning("RLEKF: %s", sentence)
-
-    def _apply(self, jacobian: Tensor, innovation: Tensor | float) -> None:
-        of_jacobian, of_innovation = self._batch_factors
-        super()._apply(of_jacobian * jacobian, of_innovation * innovation)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "updater": self.updater.state_dict()}
