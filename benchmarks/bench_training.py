@@ -1,125 +1,182 @@
-"""Learning curves on DFT data, as rows: the default settings of `rlekf train`, or others given by --set.
+"""Learning curves on DFT data, as rows: one system of study.toml, one network, one optimizer, some seeds.
 
-    python benchmarks/bench_training.py --case cu --seeds 1 2 3 [--data DIR] [--epochs 3] [--set
-    optimizer/preset=paper]
+    python benchmarks/bench_training.py --system Cu --method RLEKF --seeds 1 2 3 [--network paper] [--epochs 3]
+    [--data DIR] [--set optimizer/preset='"paper"' --label paper]
 
-A row is one epoch of one run; rows are appended to benchmarks/results/training.csv. DIR holds the data sets under
-the names of CASES (docs/study.md will name their public sources); NaCl is embedded in examples/.
+The first 70 % of the frames of every folder train, the next 10 % are for choosing settings (`validation`), the last
+20 % are for judging (`test`). A row is one look at one run: where it stands, the seconds and CPU seconds that training
+took (looks left out), and the RMSE on all three parts, in meV/atom and meV/Å; of the training frames, on SHOWN of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import tempfile
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from rows import MACHINE, append, machine
 
-from rlekf_ext.dp.input import read_input
-from rlekf_ext.dp.train import train
+from rlekf_ext.dp.data import System, frames, load_systems
+from rlekf_ext.dp.evaluate import compare
+from rlekf_ext.dp.input import Config, TrainingData, read_input
+from rlekf_ext.dp.model import DeepPotential
+from rlekf_ext.dp.neighbors import Frame
+from rlekf_ext.dp.steps import build_optimizer
+from rlekf_ext.dp.train import Batches, build_model
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
+STUDY = tomllib.loads((ROOT / "benchmarks/study.toml").read_text())
 RESULTS = ROOT / "benchmarks/results/training.csv"
-SMALL = {"neuron": [10, 10, 10], "axis_neuron": 6}, {"neuron": [20, 20, 20]}
-PAPER = {"neuron": [25, 25, 25], "axis_neuron": 16}, {"neuron": [50, 50, 50]}
-# folder, type map, cutoff in Å, network, frames that train and that are held out (None: all; else evenly spread)
-CASES = {
-    "nacl": ("NaCl/gpaw_pbe_8", ["Na", "Cl"], 6.0, SMALL, None, None),
-    "cu": ("Cu/pwmlff_aimd_72", ["Cu"], 6.0, PAPER, None, None),
-    "water": ("H2O/deepmd_water_192", ["O", "H"], 4.5, SMALL, 96, 24),
-    "li": ("Li/mlearn_54", ["Li"], 6.0, PAPER, None, None),
-    "si": ("Si/mlearn_64", ["Si"], 6.0, PAPER, None, None),
-}
-COLUMNS = [
-    *("case", "label", "seed", "epoch", "updates", "seconds", "energy_meV_per_atom", "force_meV_per_A"),
-    *MACHINE,
-]
+PARTS = {"train": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
+SHOWN = 32
+KEY = ("system", "network", "method", "seed", "frames", "epochs")  # what names a run
+ERRORS = tuple(f"{part}_{kind}" for part in PARTS for kind in ("E", "F"))
+COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS, *MACHINE)
+Change = Callable[[DeepPotential, int], None]  # of a fresh model, by seed
 
 
-def thinned(source: Path, target: Path, first: int, last: int, count: int) -> str:
-    """A copy of a deepmd/npy folder with `count` of the frames first ... last - 1, evenly spread."""
-    (target / "set.000").mkdir(parents=True)
-    for name in ("type.raw", "type_map.raw"):
-        shutil.copy(source / name, target)
-    for file in (source / "set.000").glob("*.npy"):
-        frames = np.linspace(first, last - 1, count).round().astype(int)
-        np.save(target / "set.000" / file.name, np.load(file)[frames])
-    return str(target)
+def folder(data: Path, name: str) -> Path:
+    """A data set below `data`; NaCl is in the project, too."""
+    own = ROOT / "examples/nacl" / Path(name).name
+    return data / name if (data / name).is_dir() or not own.is_dir() else own
 
 
-def input_of(case: str, data: Path, seed: int, epochs: float, folder: Path) -> dict:
-    name, type_map, cutoff, (descriptor, fitting), num_train, num_test = CASES[case]
-    source = data / name
-    num_frames = len(np.load(source / "set.000/energy.npy"))
-    cut = round(0.8 * num_frames)
-    parts = ("train", 0, cut, num_train or cut), ("test", cut, num_frames, num_test or num_frames - cut)
-    training, held_out = (thinned(source, folder / part, *rest) for part, *rest in parts)
-    return {
-        "model": {
-            "type_map": type_map,
-            "descriptor": {"type": "se_e2_a", "rcut": cutoff, "rcut_smth": 0.5, "seed": seed, **descriptor},
-            "fitting_net": {"seed": seed, **fitting},
-        },
-        "optimizer": {"type": "RLEKF", "block_size": 1024},
-        "training": {
-            "training_data": {"systems": training, "batch_size": 1},
-            "validation_data": {"systems": held_out},
-            "num_epochs": epochs,
-            "seed": seed,
-            "disp_freq": 1000000,
-            "save_freq": 1000000,
-        },
-    }
+def load(name: str, data: Path, most: int | None) -> dict[str, list[Frame]]:
+    """The frames of each part; when there are more than `most` to train on, evenly chosen ones, of all parts alike."""
+    asked = STUDY["system"][name]
+    systems = [s for f in asked["folders"] for s in load_systems(folder(data, f), asked["elements"])]
+    total = sum(int(0.7 * len(s)) for s in systems)
+    share = min(1.0, (most or total) / total)
+    found = {}
+    for part, (first, last) in PARTS.items():
+        chosen = [thinned(s, int(first * len(s)), int(last * len(s)), share) for s in systems]
+        found[part] = frames(chosen, asked["cutoff"], len(asked["elements"]))
+    return found
 
 
-def run(case: str, data: Path, seed: int, epochs: float, changes: dict, label: str) -> list[dict]:
-    with tempfile.TemporaryDirectory() as name:
-        given = input_of(case, data, seed, epochs, Path(name))
-        for path, value in changes.items():
-            *sections, key = path.split("/")
-            place = given
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[key] = value
-        os.chdir(name)
-        summary = train(read_input(given))
-        os.chdir(ROOT)
+def thinned(system: System, first: int, last: int, share: float) -> System:
+    count = max(1, round(share * (last - first)))
+    return system[np.linspace(first, last - 1, count).round().astype(int)]
+
+
+def config_of(name: str, network: str, method: Mapping[str, Any], seed: int) -> Config:
+    """The input file of a run; its data are handed over apart."""
+    asked, net = STUDY["system"][name], STUDY["network"][network]
+    descriptor = {"type": "se_e2_a", "rcut": asked["cutoff"], "rcut_smth": 0.5, "sel": "auto:1.5", "seed": seed}
+    descriptor |= {"neuron": net["neuron"], "axis_neuron": net["axis_neuron"], **method.get("descriptor", {})}
+    fitting = {"neuron": net["fitting"], "seed": seed, **method.get("fitting_net", {})}
+    return read_input(
+        {
+            "model": {"type_map": asked["elements"], "descriptor": descriptor, "fitting_net": fitting},
+            **{key: value for key, value in method.items() if key not in ("descriptor", "fitting_net", "batch_size")},
+            "training": {
+                "training_data": {"systems": "in memory", "batch_size": method.get("batch_size", 1)},
+                "num_epochs": 1,
+                "seed": seed,
+            },
+        }
+    )
+
+
+def curve(
+    config: Config, parts: Mapping[str, list[Frame]], epochs: float, looks: int, change: Change | None = None
+) -> Iterator[dict[str, float]]:
+    """Train, and stop `looks` times at even distances to evaluate."""
+    training, data = parts["train"], config.training.training_data
+    model = build_model(config, training, None)
+    seed = config.training.seed or 0
+    if change:
+        change(model, seed)
+    batches = Batches(by_composition(training), TrainingData(data.systems, data.batch_size), seed)
+    steps = round(epochs * len(batches))
+    optimize = build_optimizer(config, model, training, steps, fresh=True)
+    shown = {**parts, "train": training[:: -(-len(training) // SHOWN)]}
+    stops = {round((i + 1) * steps / looks) for i in range(looks)}
+    updates, seconds, cpu = 0, 0.0, 0.0
+    for step in range(steps):
+        started = time.perf_counter(), time.process_time()
+        updates += optimize(next(batches), step)
+        seconds += time.perf_counter() - started[0]
+        cpu += time.process_time() - started[1]
+        optimize.remarks()
+        if step + 1 in stops:
+            row = {"epoch": round((step + 1) / len(batches), 4), "updates": updates}
+            row |= {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2)}
+            for part, some in shown.items():
+                found = compare(optimize.result, some)
+                row[f"{part}_E"], row[f"{part}_F"] = significant(found.energy_rmse), significant(found.force_rmse)
+            yield row
+
+
+def by_composition(training: list[Frame]) -> list[list[Frame]]:
+    """Frames of the same atoms together: a batch holds one composition."""
+    found: dict[tuple[int, ...], list[Frame]] = {}
+    for frame in training:
+        found.setdefault(tuple(frame.types.tolist()), []).append(frame)
+    return list(found.values())
+
+
+def significant(error: float) -> float:
+    """eV to meV, five digits."""
+    return float(f"{1e3 * error:.5g}")
+
+
+def run(
+    key: Mapping[str, Any], method: Mapping[str, Any], data: Path, looks: int, change: Change | None = None
+) -> list[dict[str, Any]]:
+    """The rows of one run, named by KEY."""
+    torch.set_num_threads(1)
+    parts = load(key["system"], data, key["frames"])
+    config = config_of(key["system"], key["network"], method, key["seed"])
     where = machine()
     return [
-        {
-            "case": case,
-            "label": label,
-            "seed": seed,
-            "epoch": round(row["epoch"], 4),
-            "updates": row["updates"],
-            "seconds": round(row["seconds"], 2),
-            "energy_meV_per_atom": round(1e3 * row["energy_rmse"], 4),
-            "force_meV_per_A": round(1e3 * row["force_rmse"], 3),
-            **{key: where[key] for key in MACHINE},
-        }
-        for row in summary["epochs"]
+        {**key, **row, **{name: where[name] for name in MACHINE}}
+        for row in curve(config, parts, key["epochs"], looks, change)
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=sorted(CASES), required=True)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
+    parser.add_argument("--system", choices=[n for n, s in STUDY["system"].items() if "folders" in s], required=True)
+    parser.add_argument("--method", choices=list(STUDY["method"]), default="RLEKF")
+    parser.add_argument("--network", choices=list(STUDY["network"]), default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--frames", type=int, default=None, help="training frames (default: all of the first 70 %%)")
+    parser.add_argument("--looks", type=int, default=None, help="evaluations (default: one an epoch)")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="changes to the input file")
-    parser.add_argument("--label", default="default", help="what these settings are called in the rows")
+    parser.add_argument("--label", help="what a method changed by --set is called in the rows")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    changes = {key: json.loads(value) for key, value in (item.split("=", 1) for item in arguments.set)}
-    output = arguments.output.resolve()
-    for seed in arguments.seeds:
-        rows = run(arguments.case, arguments.data.resolve(), seed, arguments.epochs, changes, arguments.label)
-        append(output, COLUMNS, rows)
+    given = parser.parse_args()
+    if given.set and not given.label:
+        parser.error("--set needs --label: rows of changed settings should not carry the name of unchanged ones.")
+    method = json.loads(json.dumps(STUDY["method"][given.method]))
+    for item in given.set:
+        path, value = item.split("=", 1)
+        *sections, last = path.split("/")
+        place = method
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = json.loads(value)
+    for seed in given.seeds:
+        key = dict(zip(KEY, (given.system, given.network, given.label or given.method, seed), strict=False))
+        key |= {"frames": given.frames, "epochs": given.epochs}
+        found = run(key, method, given.data, given.looks or round(given.epochs))
+        append(given.output, COLUMNS, found)
+        for row in found:
+            print(*(f"{name} {row[name]}" for name in COLUMNS[: -len(MACHINE)]), flush=True)
 
 
 if __name__ == "__main__":
