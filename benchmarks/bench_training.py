@@ -11,10 +11,12 @@ took (looks left out), and the RMSE on all three parts, in meV/atom and meV/Å; 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch
 from rows import MACHINE, append, machine
 
 from rlekf_ext.dp.data import System, frames, load_systems
-from rlekf_ext.dp.evaluate import compare
+from rlekf_ext.dp.evaluate import Comparison, compare
 from rlekf_ext.dp.input import Config, TrainingData, read_input
 from rlekf_ext.dp.model import DeepPotential
 from rlekf_ext.dp.neighbors import Frame
@@ -43,7 +45,21 @@ SHOWN = 32
 KEY = ("system", "network", "method", "seed", "frames", "epochs")  # what names a run
 ERRORS = tuple(f"{part}_{kind}" for part in PARTS for kind in ("E", "F"))
 COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS, *MACHINE)
-Change = Callable[[DeepPotential, int], None]  # of a fresh model, by seed
+
+
+def method_of(label: str) -> dict[str, Any]:
+    """The sections of the input file that a method of study.toml stands for, and `skip` for its skip connections."""
+    if label in STUDY["method"]:
+        return STUDY["method"][label]
+    base = STUDY["method"]["RLEKF"]
+    if label in STUDY["skip"]:
+        return {**base, "skip": STUDY["skip"][label]}
+    changes = dict(STUDY["variant"][label])
+    batch_size = changes.pop("batch_size", 1)
+    return {"optimizer": {**base["optimizer"], **changes}, "batch_size": batch_size}
+
+
+LABELS = [label for section in ("method", "variant", "skip") for label in STUDY[section]]
 
 
 def folder(data: Path, name: str) -> Path:
@@ -52,17 +68,33 @@ def folder(data: Path, name: str) -> Path:
     return data / name if (data / name).is_dir() or not own.is_dir() else own
 
 
+def available(name: str, data: Path) -> bool:
+    folders = STUDY["system"][name].get("folders", [])
+    return bool(folders) and all(folder(data, path).is_dir() for path in folders)
+
+
 def load(name: str, data: Path, most: int | None) -> dict[str, list[Frame]]:
     """The frames of each part; when there are more than `most` to train on, evenly chosen ones, of all parts alike."""
+    asked, found = STUDY["system"][name], {}
+    for part, systems in chosen(name, data, most).items():
+        found[part] = frames(systems, asked["cutoff"], len(asked["elements"]))
+    return found
+
+
+def num_training(name: str, data: Path, most: int | None) -> int:
+    return sum(map(len, chosen(name, data, most)["train"]))
+
+
+@functools.cache
+def chosen(name: str, data: Path, most: int | None) -> dict[str, list[System]]:
     asked = STUDY["system"][name]
     systems = [s for f in asked["folders"] for s in load_systems(folder(data, f), asked["elements"])]
     total = sum(int(0.7 * len(s)) for s in systems)
     share = min(1.0, (most or total) / total)
-    found = {}
-    for part, (first, last) in PARTS.items():
-        chosen = [thinned(s, int(first * len(s)), int(last * len(s)), share) for s in systems]
-        found[part] = frames(chosen, asked["cutoff"], len(asked["elements"]))
-    return found
+    return {
+        part: [thinned(s, int(first * len(s)), int(last * len(s)), share) for s in systems]
+        for part, (first, last) in PARTS.items()
+    }
 
 
 def thinned(system: System, first: int, last: int, share: float) -> System:
@@ -74,12 +106,12 @@ def config_of(name: str, network: str, method: Mapping[str, Any], seed: int) -> 
     """The input file of a run; its data are handed over apart."""
     asked, net = STUDY["system"][name], STUDY["network"][network]
     descriptor = {"type": "se_e2_a", "rcut": asked["cutoff"], "rcut_smth": 0.5, "sel": "auto:1.5", "seed": seed}
-    descriptor |= {"neuron": net["neuron"], "axis_neuron": net["axis_neuron"], **method.get("descriptor", {})}
-    fitting = {"neuron": net["fitting"], "seed": seed, **method.get("fitting_net", {})}
+    descriptor |= {"neuron": net["neuron"], "axis_neuron": net["axis_neuron"], "resnet_dt": "skip" in method}
+    fitting = {"neuron": net["fitting"], "seed": seed, "resnet_dt": "skip" in method}
     return read_input(
         {
             "model": {"type_map": asked["elements"], "descriptor": descriptor, "fitting_net": fitting},
-            **{key: value for key, value in method.items() if key not in ("descriptor", "fitting_net", "batch_size")},
+            **{key: value for key, value in method.items() if key not in ("skip", "batch_size")},
             "training": {
                 "training_data": {"systems": "in memory", "batch_size": method.get("batch_size", 1)},
                 "num_epochs": 1,
@@ -90,14 +122,17 @@ def config_of(name: str, network: str, method: Mapping[str, Any], seed: int) -> 
 
 
 def curve(
-    config: Config, parts: Mapping[str, list[Frame]], epochs: float, looks: int, change: Change | None = None
-) -> Iterator[dict[str, float]]:
-    """Train, and stop `looks` times at even distances to evaluate."""
+    config: Config, parts: Mapping[str, list[Frame]], epochs: float, looks: int, skip: tuple[float, float] | None = None
+) -> Iterator[tuple[dict[str, float], Comparison]]:
+    """Train, and stop `looks` times at even distances to evaluate: errors of all parts, and the test frames' points.
+
+    `skip`: μ and σ of the skip connections' factors.
+    """
     training, data = parts["train"], config.training.training_data
     model = build_model(config, training, None)
     seed = config.training.seed or 0
-    if change:
-        change(model, seed)
+    if skip:
+        draw_skip_connections(model, *skip, seed)
     batches = Batches(by_composition(training), TrainingData(data.systems, data.batch_size), seed)
     steps = round(epochs * len(batches))
     optimize = build_optimizer(config, model, training, steps, fresh=True)
@@ -116,7 +151,15 @@ def curve(
             for part, some in shown.items():
                 found = compare(optimize.result, some)
                 row[f"{part}_E"], row[f"{part}_F"] = significant(found.energy_rmse), significant(found.force_rmse)
-            yield row
+            yield row, found
+
+
+@torch.no_grad()
+def draw_skip_connections(model: DeepPotential, mean: float, deviation: float, seed: int) -> None:
+    source = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "idt" in name:
+            parameter.normal_(mean, deviation, generator=source)
 
 
 def by_composition(training: list[Frame]) -> list[list[Frame]]:
@@ -133,23 +176,22 @@ def significant(error: float) -> float:
 
 
 def run(
-    key: Mapping[str, Any], method: Mapping[str, Any], data: Path, looks: int, change: Change | None = None
-) -> list[dict[str, Any]]:
-    """The rows of one run, named by KEY."""
+    key: Mapping[str, Any], method: Mapping[str, Any], data: Path, looks: int
+) -> tuple[list[dict[str, Any]], Comparison]:
+    """The rows of one run, named by KEY, and labels and predictions of the test frames at its end."""
     torch.set_num_threads(1)
     parts = load(key["system"], data, key["frames"])
     config = config_of(key["system"], key["network"], method, key["seed"])
     where = machine()
-    return [
-        {**key, **row, **{name: where[name] for name in MACHINE}}
-        for row in curve(config, parts, key["epochs"], looks, change)
-    ]
+    found = list(curve(config, parts, key["epochs"], looks, method.get("skip")))
+    rows = [{**key, **row, **{name: where[name] for name in MACHINE}} for row, _ in found]
+    return rows, found[-1][1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", choices=[n for n, s in STUDY["system"].items() if "folders" in s], required=True)
-    parser.add_argument("--method", choices=list(STUDY["method"]), default="RLEKF")
+    parser.add_argument("--method", choices=LABELS, default="RLEKF")
     parser.add_argument("--network", choices=list(STUDY["network"]), default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--epochs", type=float, default=3)
@@ -162,7 +204,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.set and not given.label:
         parser.error("--set needs --label: rows of changed settings should not carry the name of unchanged ones.")
-    method = json.loads(json.dumps(STUDY["method"][given.method]))
+    method = copy.deepcopy(method_of(given.method))
     for item in given.set:
         path, value = item.split("=", 1)
         *sections, last = path.split("/")
@@ -173,7 +215,7 @@ def main() -> None:
     for seed in given.seeds:
         key = dict(zip(KEY, (given.system, given.network, given.label or given.method, seed), strict=False))
         key |= {"frames": given.frames, "epochs": given.epochs}
-        found = run(key, method, given.data, given.looks or round(given.epochs))
+        found, _ = run(key, method, given.data, given.looks or round(given.epochs))
         append(given.output, COLUMNS, found)
         for row in found:
             print(*(f"{name} {row[name]}" for name in COLUMNS[: -len(MACHINE)]), flush=True)

@@ -1,0 +1,288 @@
+"""Pictures and tables of the study, from its rows; trains nothing.
+
+    python benchmarks/plot_study.py [--rows benchmarks/results/study.csv] [--docs docs]
+
+Pictures are docs/study_*.png. Tables go into docs/study.md, each between the two comments that name it. A number is the
+median over seeds; errors are those of the test frames at the end of the run unless a table says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import geometric_mean, median
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from bench_training import ROOT, STUDY
+
+MARK = 1.2  # times the lower final RMSE of RLEKF and Adam counts as reached: the paper's rule
+KINDS = {"E": "energy, meV/atom", "F": "force, meV/Å"}
+COLORS = {"RLEKF": "#c2410c", "paper's settings": "#a3a3a3", "Adam": "#1d4ed8"}
+COSTS = {"epoch": "epochs", "updates": "updates", "cpu_seconds": "CPU seconds"}
+SPLITTINGS = ["RLEKF", "GEKF", "LEKF", "SEKF", "DeePMD-kit's blocks"]
+Look = dict[str, float]
+Curve = list[Look]
+
+
+class Study:
+    """The rows: of every system, network and method a curve a seed."""
+
+    def __init__(self, path: Path):
+        self._runs: dict[tuple[str, str, str], dict[str, Curve]] = defaultdict(lambda: defaultdict(list))
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                look = {k: float(v) for k, v in row.items() if k in COSTS or k.endswith(("_E", "_F"))}
+                self._runs[row["system"], row["network"], row["method"]][row["seed"]].append(look)
+
+    def method(self, system: str, method: str, network: str = "small") -> str:
+        """ "Adam" is the learning rate that was chosen: the one with the most seeds."""
+        if method != "Adam":
+            return method
+        rates = [m for s, n, m in self._runs if (s, n) == (system, network) and m.startswith("Adam ")]
+        return max(rates, key=lambda m: len(self._runs[system, network, m]), default=method)
+
+    def curves(self, system: str, method: str, network: str = "small") -> list[Curve]:
+        return list(self._runs.get((system, network, self.method(system, method, network)), {}).values())
+
+    def systems(self, *methods: str, network: str = "small") -> list[str]:
+        """Those that have runs of all these methods."""
+        return [s for s in STUDY["system"] if all(self.curves(s, m, network) for m in methods)]
+
+    def error(self, system: str, method: str, column: str, network: str = "small", epoch: float = math.inf) -> float:
+        """The median over seeds at the last look up to an epoch; NaN where there is none."""
+        curves = self.curves(system, method, network)
+        ends = [[look for look in curve if look["epoch"] <= epoch + 1e-6][-1][column] for curve in curves]
+        return median(ends) if ends else math.nan
+
+    def mark(self, system: str, column: str, network: str) -> float:
+        return MARK * min(self.error(system, method, column, network) for method in ("RLEKF", "Adam"))
+
+    def cost(self, system: str, method: str, column: str, cost: str, network: str) -> float:
+        """What it takes until a curve is at the mark for the first time; infinite where half of the seeds never are."""
+        mark = self.mark(system, column, network)
+        first = [
+            next((look[cost] for look in curve if look[column] <= mark), math.inf)
+            for curve in self.curves(system, method, network)
+        ]
+        return median(first) if first else math.nan
+
+
+def short(value: float) -> str:
+    """Three digits; a dash for what is not there, > for what was not reached."""
+    if math.isnan(value):
+        return "–"
+    return "never" if math.isinf(value) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table_1(study: Study) -> str:
+    methods = ["RLEKF", "Adam", "paper's settings"]
+    header = ["system", *(f"{kind} {m}" for kind in KINDS for m in methods), "paper: E", "paper: F"]
+    rows = []
+    for system, asked in STUDY["system"].items():
+        found = [study.error(system, m, f"test_{kind}") for kind in KINDS for m in methods]
+        cells = [short(value) for value in found] if "folders" in asked else ["no data"] + ["–"] * (len(found) - 1)
+        papers = [" / ".join(short(v) for v in asked["paper"][kind]) for kind in KINDS]
+        rows.append([system, *cells, *papers])
+    return table(header, rows)
+
+
+def training_errors(study: Study) -> str:
+    header = ["system", *(f"{kind} {m}" for kind in KINDS for m in ("RLEKF", "Adam"))]
+    rows = [
+        [
+            s,
+            *(
+                f"{short(study.error(s, m, f'train_{k}'))} / {short(study.error(s, m, f'test_{k}'))}"
+                for k in KINDS
+                for m in ("RLEKF", "Adam")
+            ),
+        ]
+        for s in study.systems("RLEKF", "Adam")
+    ]
+    return table(header, rows)
+
+
+def splittings(study: Study) -> str:
+    systems = study.systems(*SPLITTINGS)
+    rows = [
+        [m, *(f"{short(study.error(s, m, 'test_E'))} / {short(study.error(s, m, 'test_F'))}" for s in systems)]
+        for m in SPLITTINGS
+    ]
+    return table(["blocks", *systems], rows)
+
+
+def costs(study: Study, network: str = "small") -> str:
+    header = ["system", "Adam's rate", *(f"{kind}: {name}" for kind in KINDS for name in COSTS.values())]
+    rows = []
+    for system in study.systems("RLEKF", "Adam", network=network):
+        cells = []
+        for kind in KINDS:
+            for cost in COSTS:
+                ours, adams = (study.cost(system, m, f"test_{kind}", cost, network) for m in ("RLEKF", "Adam"))
+                ratio = "" if math.isinf(ours + adams) else f" ({short(adams / ours)})"
+                cells.append(f"{short(ours)} : {short(adams)}{ratio}")
+        rows.append([system, study.method(system, "Adam", network).removeprefix("Adam "), *cells])
+    return table(header, rows)
+
+
+def variants(study: Study) -> str:
+    """Validation errors relative to the default's at the same epoch."""
+    systems = study.systems(*STUDY["variant"])
+    rows = []
+    for label in ["RLEKF", *STUDY["variant"]]:
+        ratios, cells = {kind: [] for kind in KINDS}, []
+        for system in systems:
+            errors = [study.error(system, label, f"validation_{kind}", epoch=4) for kind in KINDS]
+            for kind, error in zip(KINDS, errors, strict=True):
+                ratios[kind].append(error / study.error(system, "RLEKF", f"validation_{kind}", epoch=4))
+            cells.append(" / ".join(short(e) for e in errors))
+        means = " / ".join(short(geometric_mean(r)) for r in ratios.values())
+        rows.append(["default" if label == "RLEKF" else label, *cells, means])
+    return table(["setting", *systems, "times the default's"], rows)
+
+
+def skip_connections(study: Study) -> str:
+    rows = [
+        [label.removeprefix("skip "), *(short(study.error("Cu", label, f"test_{kind}")) for kind in KINDS)]
+        for label in STUDY["skip"]
+    ]
+    return table(["factors drawn from", *KINDS.values()], rows)
+
+
+TABLES: dict[str, Callable[[Study], str]] = {
+    "table 1": table_1,
+    "training errors": training_errors,
+    "splittings": splittings,
+    "costs": costs,
+    "costs, paper's network": lambda study: costs(study, "paper"),
+    "variants": variants,
+    "skip connections": skip_connections,
+}
+
+
+def write_tables(text: str, study: Study) -> str:
+    """The document with every table anew."""
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+        if begin not in text:
+            raise ValueError(
+                f"The document should have a place for the table {name!r}: {begin.strip()} ... {end.strip()}."
+            )
+        before, rest = text.split(begin, 1)
+        text = before + begin + make(study) + end + rest.split(end, 1)[1]
+    return text
+
+
+def convergence(study: Study, path: Path) -> None:
+    """Fig. 5: test errors against CPU seconds, a line a seed."""
+    systems = study.systems("RLEKF", "Adam")
+    figure, axes = plt.subplots(len(KINDS), len(systems), figsize=(2.3 * len(systems), 5), squeeze=False)
+    for row, (kind, title) in zip(axes, KINDS.items(), strict=True):
+        for axis, system in zip(row, systems, strict=True):
+            for method, color in COLORS.items():
+                for i, curve in enumerate(study.curves(system, method)):
+                    x, y = ([look[c] for look in curve] for c in ("cpu_seconds", f"test_{kind}"))
+                    axis.loglog(x, y, color=color, linewidth=1, label=None if i else method)
+            axis.set_title(system)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(f"test RMSE, {title}")
+    figure.supxlabel("CPU seconds of training")
+    axes[0][0].legend(fontsize=7)
+    save(figure, path)
+
+
+def splitting_picture(study: Study, path: Path) -> None:
+    """Fig. 2: a point a seed."""
+    systems = study.systems(*SPLITTINGS)
+    figure, axes = plt.subplots(len(KINDS), len(systems), figsize=(2.3 * len(systems), 5), squeeze=False)
+    for row, (kind, title) in zip(axes, KINDS.items(), strict=True):
+        for axis, system in zip(row, systems, strict=True):
+            for i, method in enumerate(SPLITTINGS):
+                ends = [curve[-1][f"test_{kind}"] for curve in study.curves(system, method)]
+                axis.plot([i] * len(ends), ends, "o", color=COLORS["RLEKF"] if method == "RLEKF" else "#525252")
+            axis.set_xticks(range(len(SPLITTINGS)), [m.split()[0] for m in SPLITTINGS], rotation=60, fontsize=7)
+            axis.set_title(system)
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(f"test RMSE, {title}")
+    save(figure, path)
+
+
+def speed_picture(study: Study, path: Path) -> None:
+    """Fig. 4: how many times less RLEKF takes than Adam; a bar to the edge where Adam never gets there."""
+    systems = study.systems("RLEKF", "Adam")
+    figure, axes = plt.subplots(1, len(KINDS), figsize=(11, 3.5), sharey=True)
+    for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):
+        for i, (cost, name) in enumerate(COSTS.items()):
+            ratios = []
+            for system in systems:
+                ours, adams = (study.cost(system, m, f"test_{kind}", cost, "small") for m in ("RLEKF", "Adam"))
+                ratios.append(1000.0 if math.isinf(adams) else adams / ours)
+            axis.bar([k + 0.27 * (i - 1) for k in range(len(systems))], ratios, 0.27, label=name)
+        axis.set_xticks(range(len(systems)), systems, rotation=60)
+        axis.set_yscale("log")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_title(title)
+        axis.grid(alpha=0.3, axis="y")
+    axes[0].set_ylabel("Adam's cost / RLEKF's (1000: never)")
+    axes[0].legend(fontsize=8)
+    save(figure, path)
+
+
+def parity_picture(points: Path, path: Path) -> None:
+    """Fig. 3: predictions against labels of test frames, RLEKF, first seed."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    with points.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["method"] == "RLEKF":
+                found[row["kind"], row["system"]].append((float(row["label"]), float(row["prediction"])))
+    systems = [s for s in STUDY["system"] if ("E", s) in found]
+    figure, axes = plt.subplots(len(KINDS), len(systems), figsize=(2.3 * len(systems), 5), squeeze=False)
+    for row, (kind, title) in zip(axes, KINDS.items(), strict=True):
+        for axis, system in zip(row, systems, strict=True):
+            labels, predictions = zip(*found[kind, system], strict=True)
+            ends = [min(labels), max(labels)]
+            axis.plot(ends, ends, color="black", linewidth=0.6)
+            axis.plot(labels, predictions, ".", markersize=3, color=COLORS["RLEKF"])
+            axis.set_title(system)
+        row[0].set_ylabel(f"RLEKF: {title}")
+    figure.supxlabel("DFT")
+    save(figure, path)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PICTURES = {"convergence": convergence, "splitting": splitting_picture, "speed": speed_picture}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=ROOT / "benchmarks/results/study.csv")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    given = parser.parse_args()
+    study = Study(given.rows)
+    for name, draw in PICTURES.items():
+        draw(study, given.docs / f"study_{name}.png")
+    parity_picture(given.rows.with_name(f"{given.rows.stem}_parity.csv"), given.docs / "study_parity.png")
+    page = given.docs / "study.md"
+    page.write_text(write_tables(page.read_text(), study))
+
+
+if __name__ == "__main__":
+    main()

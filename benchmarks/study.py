@@ -1,0 +1,173 @@
+"""The study of the paper on real data: all runs of study.toml that have no rows yet.
+
+    python benchmarks/study.py [--data DIR] [--full] [--estimate] [--workers 2]
+
+Rows go to benchmarks/results/study.csv as each run ends, so an interrupted study goes on where it stopped; systems
+without a folder in DIR are left out. `--full` is the study at the size of the paper, with rows in study_full.csv. Both
+begin with what they will take, from three batches of each kind of run; `--estimate` stops there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench_training import COLUMNS, KEY, ROOT, STUDY, available, method_of, num_training, run
+from rows import append
+
+from rlekf_ext.dp.evaluate import Comparison
+
+PARITY = ("system", "network", "method", "seed", "kind", "label", "prediction")
+POINTS = 200
+Rows = dict[tuple[str, ...], dict[str, str]]  # the last row of each run that is done
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what names it, as in its rows, and how often it is looked at."""
+
+    key: tuple[Any, ...]
+    looks: int
+    parity: bool = False  # whether predictions are kept
+
+    @property
+    def name(self) -> tuple[str, ...]:
+        return tuple("" if part is None else str(part) for part in self.key)
+
+    @property
+    def kind(self) -> tuple[str, str, str]:
+        """System, network and a method that takes as long a batch."""
+        system, network, label = self.key[:3]
+        if label.startswith("Adam"):
+            label = "Adam 2e-3"
+        return system, network, label if label in STUDY["method"] else "RLEKF"
+
+    def num_batches(self, data: Path) -> float:
+        system, _, _, _, most, epochs = self.key
+        return num_training(system, data, most) * epochs
+
+
+def read_rows(path: Path) -> Rows:
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {
+            tuple(row[name] for name in KEY): row
+            for row in csv.DictReader(file)
+            if float(row["epoch"]) > float(row["epochs"]) - 1e-3
+        }
+
+
+def jobs(plan: list[dict[str, Any]], data: Path, rows: Rows, guess: bool = False) -> Iterator[Job]:
+    """The runs of a plan, those that are done included.
+
+    Of a tuned group, the seeds after the first come once it is known which method is best; `guess`: any will do.
+    """
+    for group in plan:
+        labels = group["methods"] if isinstance(group["methods"], list) else list(STUDY[group["methods"]])
+        systems = list(STUDY["system"]) if group["systems"] == "all" else group["systems"]
+        first, *others = group["seeds"]
+        for system in systems:
+            if not available(system, data):
+                continue
+            ends = group.get("frames"), group["epochs"]
+            keep = group.get("parity", False)
+            trials = {
+                label: Job((system, group["network"], label, first, *ends), group["looks"], keep) for label in labels
+            }
+            yield from trials.values()
+            chosen = labels
+            if group.get("tuned"):
+                known = all(trial.name in rows for trial in trials.values())
+                best = min(labels, key=lambda label: validation(rows[trials[label].name])) if known else labels[0]
+                chosen = [best] if known or guess else []
+            for seed in others:
+                yield from (Job((system, group["network"], label, seed, *ends), group["looks"]) for label in chosen)
+
+
+def validation(row: dict[str, str]) -> float:
+    """What settings are chosen by: energy and force error on the validation frames, equally."""
+    return float(row["validation_E"]) * float(row["validation_F"])
+
+
+def do(job: Job, data: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the run, and of its predictions."""
+    key = dict(zip(KEY, job.key, strict=True))
+    rows, found = run(key, method_of(key["method"]), data, job.looks)
+    return rows, list(parity(key, found)) if job.parity else []
+
+
+def parity(key: dict[str, Any], found: Comparison) -> Iterator[dict[str, Any]]:
+    """At most POINTS labels and predictions of a kind, evenly chosen: meV/atom about the mean label, and meV/Å."""
+    mean = found.energy[:, 0].mean()
+    for kind, points in (("E", found.energy - mean), ("F", found.force)):
+        for label, prediction in 1e3 * points[:: -(-len(points) // POINTS)]:
+            named = {name: key[name] for name in PARITY[:4]}
+            yield {**named, "kind": kind, "label": f"{label:.5g}", "prediction": f"{prediction:.5g}"}
+
+
+def pace(kind: tuple[str, str, str], data: Path) -> float:
+    """Seconds a batch, from three."""
+    trial = Job((*kind, 1, 3, 1), looks=1)
+    return do(trial, data)[0][-1]["seconds"] / trial.num_batches(data)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
+    parser.add_argument("--full", action="store_true", help="at the size of the paper")
+    parser.add_argument("--estimate", action="store_true", help="say what it would take, and stop")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once, each on one core")
+    parser.add_argument("--output", type=Path, help="rows (default: benchmarks/results/study[_full].csv)")
+    given = parser.parse_args()
+    data, plan = given.data.resolve(), STUDY["full" if given.full else "small"]
+    output = given.output or ROOT / f"benchmarks/results/study{'_full' if given.full else ''}.csv"
+
+    rows = read_rows(output)
+    todo = [job for job in jobs(plan, data, rows, guess=True) if job.name not in rows]
+    if not todo:
+        print(f"All runs that {data} has data for have their rows in {output}.")
+        return
+    failed: dict[tuple[str, ...], str] = {}
+    with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
+        kinds = sorted({job.kind for job in todo})
+        print(f"{len(todo)} runs to do; three batches of {len(kinds)} kinds of them tell how long:", flush=True)
+        paces = dict(zip(kinds, pool.map(pace, kinds, [data] * len(kinds)), strict=True))
+        left = sum(paces[job.kind] * job.num_batches(data) for job in todo) / given.workers
+        print(f"about {left / 3600:.1f} hours, {given.workers} runs at once", flush=True)
+        if given.estimate:
+            return
+        running: dict[Future[Any], Job] = {}
+        while True:
+            taken = {*rows, *failed, *(job.name for job in running.values())}
+            waiting = (job for job in jobs(plan, data, rows) if job.name not in taken)
+            while len(running) < given.workers and (job := next(waiting, None)):
+                running[pool.submit(do, job, data)] = job
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                left -= paces[job.kind] * job.num_batches(data) / given.workers
+                try:
+                    found, points = future.result()
+                except Exception as error:  # one run that cannot be done is no reason to lose the others
+                    failed[job.name] = str(error)
+                    print(f"{' '.join(job.name)}: left out: {error}", file=sys.stderr, flush=True)
+                    continue
+                append(output, COLUMNS, found)
+                append(output.with_name(f"{output.stem}_parity.csv"), PARITY, points)
+                rows[job.name] = {name: str(value) for name, value in found[-1].items()}
+                errors = "E {test_E} meV/atom, F {test_F} meV/Å after {cpu_seconds} s".format(**found[-1])
+                print(f"{' '.join(job.name)}: {errors}; {max(left, 0) / 60:.0f} minutes left", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
