@@ -94,6 +94,7 @@ def dp(tmp_path):
             "OMP_NUM_THREADS": "1",
             "DP_INTRA_OP_PARALLELISM_THREADS": "1",
             "DP_INTER_OP_PARALLELISM_THREADS": "1",
+            "NUM_WORKERS": "0",  # threads of dp's data loader, which in Python 3.11 sometimes fail
         }
         done = subprocess.run(
             [sys.executable, *program, "--pt", "train", "input.json", "--skip-neighbor-stat", *options],
