@@ -14,9 +14,13 @@ MACHINE = ("threads", "cpu", "cpu_isa", "torch", "version", "commit")
 
 def machine() -> dict[str, object]:
     """The columns of MACHINE, now."""
-    root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return {**this_machine(), "commit": commit.stdout.strip()}
+
+    def git(*words: str) -> str:
+        root = Path(__file__).resolve().parents[1]
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ":!benchmarks/results", ":!docs")
+    return {**this_machine(), "commit": git("describe", "--always") + ("-dirty" if changed else "")}
 
 
 def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
