@@ -19,6 +19,7 @@ from torch import Tensor
 KINDS = ("energy", "force", "virial")
 BATCHES = ("mean", "sum")
 EMA_DECAY = 0.95
+EARLY_DECAY = 0.9987  # an update: as fast as 1 - λ falls with the forgetting rate of the paper
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Measurement:
     force_scale: float = 1.0
     virial_scale: float = 1.0
     adaptive_scale: bool = False
+    early_scale: float = 1.0  # multiplies every scale at the first update, and goes to 1 by EARLY_DECAY an update
     relinearize: bool = True  # the model evaluated anew before each update; else all updates of a frame in one pass
     warm_start: bool = False  # before the first update, the mean energy error is moved into the output bias
     average_frames: int = 1  # what is evaluated and saved: a running mean of the weights over about so many frames
@@ -60,6 +62,8 @@ class Measurement:
             raise ValueError(f"num_groups should be at least 1 but is {self.num_groups}.")
         if self.batch not in BATCHES:
             raise ValueError(f"batch should be one of {', '.join(BATCHES)} but is {self.batch}.")
+        if not self.early_scale > 0:
+            raise ValueError(f"early_scale should be above 0 but is {self.early_scale}.")
         for kind in KINDS:
             if not self.scale(kind) > 0:
                 raise ValueError(f"{kind}_scale should be above 0 but is {self.scale(kind)}.")
@@ -94,6 +98,7 @@ PRESETS = {
         energy_scale=3.0,
         force_scale=1.0,
         adaptive_scale=True,
+        early_scale=5.0,
         warm_start=True,
         average_frames=8,
     ),
@@ -157,6 +162,7 @@ class FrameUpdater:
         self.optimizer, self.model, self.measurement = optimizer, model, measurement
         self._generator = torch.Generator().manual_seed(seed)
         self._means: dict[str, Tensor] = {}
+        self._early = 1.0  # the part of early_scale - 1 that is left
 
     def __call__(self, frame: Any) -> list[tuple[str, Tensor]]:
         """Update on one frame. Returns the kind and the unscaled ε of every update, without waiting for the device."""
@@ -172,11 +178,12 @@ class FrameUpdater:
         return list(zip(kinds, found, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state(), "means": dict(self._means)}
+        return {"generator": self._generator.get_state(), "means": dict(self._means), "early": self._early}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self._generator.set_state(saved["generator"])
         self._means = {kind: mean.clone() for kind, mean in saved["means"].items()}
+        self._early = saved.get("early", 0.0)  # runs whose checkpoint has none had no early scale
 
     def _error(self, kind: str, frame: Any, groups: list[Tensor]) -> Callable[[], Tensor]:
         if kind == "energy":
@@ -207,7 +214,8 @@ class FrameUpdater:
         return found
 
     def _scale(self, kind: str, error: Tensor) -> float | Tensor:
-        scale = self.measurement.scale(kind)
+        scale = self.measurement.scale(kind) * (1 + (self.measurement.early_scale - 1) * self._early)
+        self._early *= EARLY_DECAY
         if not self.measurement.adaptive_scale:
             return scale
         mean = self._means.get(kind, error)

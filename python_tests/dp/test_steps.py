@@ -144,6 +144,7 @@ def test_rlekf_settings_reach_the_filter(model):
         "warm_start": False,
         "order": ["energy"],
         "energy_scale": 1.0,
+        "early_scale": 1.0,
         "adaptive_scale": False,
     }
     frame = labelled(model, 0)

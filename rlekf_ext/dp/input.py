@@ -182,6 +182,7 @@ class RLEKFKeys:
     force_scale: float = key(above=0)
     virial_scale: float = key(above=0)
     adaptive_scale: bool = key()
+    early_scale: float = key(above=0)
     relinearize: bool = key()
     warm_start: bool = key()
     average_frames: int = key(low=1)

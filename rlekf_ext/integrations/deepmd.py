@@ -62,6 +62,7 @@ HELP = {
     "force_scale": "Multiplies H and ε of force updates.",
     "virial_scale": "Multiplies H and ε of virial updates.",
     "adaptive_scale": "Whether scales are divided by the running mean of ε of their kind.",
+    "early_scale": "Multiplies all scales at the first update, and goes to 1 by 0.13 % an update.",
     "relinearize": "Whether the model is evaluated anew before each update of a batch.",
     "batch": "How the frames of a batch make one measurement: `mean`, or `sum` (H summed, ε times √B), which is LKF's. "
     "Default: `mean`, with the preset `lkf`: `sum`.",
