@@ -406,6 +406,20 @@ def test_adaptive_scale_is_the_scale_over_the_running_mean():
     assert recorder.errors == pytest.approx(wanted, rel=1e-12)
 
 
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_early_scale_goes_to_one(adaptive):
+    model, error = Quadratic(), 0.5
+    recorder = Recorder(model)
+    settings = {"energy_scale": 2.0, "early_scale": 5.0, "adaptive_scale": adaptive}
+    updater = FrameUpdater(recorder, model, Measurement(0.98, 6, 4, (E,), **settings))
+    frames = energies_away(model, [error] * 4000)
+    for frame in frames:
+        updater(frame)
+    wanted = [2.0 * (1 if adaptive else error) * (1 + 4 * 0.9987**i) for i in range(len(frames))]
+    assert recorder.errors == pytest.approx(wanted, rel=1e-9)
+    assert wanted[-1] == pytest.approx(2.0 * (1 if adaptive else error), rel=0.05)
+
+
 @pytest.mark.parametrize("relinearize", [True, False])
 def test_each_kind_has_its_own_running_mean(relinearize):
     """The first update of each kind has ε = scale, whatever its size."""
@@ -432,7 +446,7 @@ def test_an_error_that_is_not_finite_leaves_no_trace(bad, place):
     optimizers = []
     for one, used in ((model, frames[:place] + energies_away(model, [bad]) + frames[place:]), (other, frames)):
         optimizers.append(RLEKF(one.parameters()))
-        updater = FrameUpdater(optimizers[-1], one, Measurement(0.98, 6, 4, (E,), adaptive_scale=True))
+        updater = FrameUpdater(optimizers[-1], one, Measurement(0.98, 6, 4, (E,), adaptive_scale=True, early_scale=5))
         for frame in used:
             updater(frame)
     assert torch.equal(flat(model), flat(other))
@@ -463,7 +477,7 @@ def through_file(state):
 def test_saved_and_loaded_it_goes_on_exactly(relinearize, kept):
     model = Quadratic()
     frames = [make_frame(model, seed, counts=(9,)) for seed in range(6)]
-    measurement = Measurement(0.98, 2, 3, (F, E), adaptive_scale=True, relinearize=relinearize)
+    measurement = Measurement(0.98, 2, 3, (F, E), adaptive_scale=True, early_scale=5.0, relinearize=relinearize)
     optimizer = RLEKF(model.parameters())
     updater = FrameUpdater(optimizer, model, measurement, seed=1)
     for frame in frames[:3]:
@@ -485,6 +499,7 @@ def test_saved_and_loaded_it_goes_on_exactly(relinearize, kept):
         ({"group_size": 0}, "group_size should be at least 1, or null for all atoms, but is 0"),
         ({"num_groups": 0}, "num_groups should be at least 1 but is 0"),
         ({"batch": "joint"}, "batch should be one of mean, sum but is joint"),
+        ({"early_scale": 0.0}, "early_scale should be above 0 but is 0.0"),
         ({"average_frames": 0}, "average_frames should be at least 1 but is 0"),
         ({"energy_scale": 0.0}, "energy_scale should be above 0 but is 0.0"),
         ({"force_scale": -1.0}, "force_scale should be above 0 but is -1.0"),

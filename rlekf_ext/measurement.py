@@ -162,7 +162,7 @@ class FrameUpdater:
         self.optimizer, self.model, self.measurement = optimizer, model, measurement
         self._generator = torch.Generator().manual_seed(seed)
         self._means: dict[str, Tensor] = {}
-        self._early = 1.0  # the part of early_scale - 1 that is left
+        self._early = torch.ones((), dtype=torch.float64)  # the part of early_scale - 1 that is left
 
     def __call__(self, frame: Any) -> list[tuple[str, Tensor]]:
         """Update on one frame. Returns the kind and the unscaled ε of every update, without waiting for the device."""
@@ -178,12 +178,12 @@ class FrameUpdater:
         return list(zip(kinds, found, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state(), "means": dict(self._means), "early": self._early}
+        return {"generator": self._generator.get_state(), "means": dict(self._means), "early": self._early.clone()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self._generator.set_state(saved["generator"])
         self._means = {kind: mean.clone() for kind, mean in saved["means"].items()}
-        self._early = saved.get("early", 0.0)  # runs whose checkpoint has none had no early scale
+        self._early = saved.get("early", torch.zeros_like(self._early)).clone()  # older runs had no early scale
 
     def _error(self, kind: str, frame: Any, groups: list[Tensor]) -> Callable[[], Tensor]:
         if kind == "energy":
@@ -214,8 +214,11 @@ class FrameUpdater:
         return found
 
     def _scale(self, kind: str, error: Tensor) -> float | Tensor:
-        scale = self.measurement.scale(kind) * (1 + (self.measurement.early_scale - 1) * self._early)
-        self._early *= EARLY_DECAY
+        scale: float | Tensor = self.measurement.scale(kind)
+        if self.measurement.early_scale != 1:
+            left = self._early.to(error.device)
+            scale = scale * (1 + (self.measurement.early_scale - 1) * left.to(error.dtype))
+            self._early = torch.where(error.isfinite(), EARLY_DECAY * left, left)
         if not self.measurement.adaptive_scale:
             return scale
         mean = self._means.get(kind, error)
