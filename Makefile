@@ -5,7 +5,7 @@ BIN := .venv/bin
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gpu bench soak demo test test-cpp test-install test-deepmd lint check format clean
+.PHONY: help setup gpu bench study soak demo test test-cpp test-install test-deepmd lint check format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -71,6 +71,10 @@ bench: .venv/.bench  ## the filter step against naive torch and BLAS (15 minutes
 .venv/.bench: .venv/.built requirements-bench.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
+
+study: setup  ## the paper's study on the DFT sets in DATA=folder (at most 2 hours, goes on where it stopped): rows, tables, pictures
+	$(BIN)/python benchmarks/study.py --data $(or $(DATA),examples)
+	$(BIN)/python benchmarks/plot_study.py
 
 soak: setup  ## what takes long (30 minutes): fuzzing, 200 kills, drift over 20 000 and 100 000 steps against long double: rows
 	$(BIN)/python -m pytest -m soak -s

@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", choices=list(STUDY["system"]), default="Cu")
     parser.add_argument("--network", choices=list(STUDY["network"]), default="paper")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
+    parser.add_argument("--data", type=Path, default=ROOT / "examples", help="folder of the sets; NaCl needs none")
     parser.add_argument("--repeat", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()

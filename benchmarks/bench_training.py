@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--frames", type=int, default=None, help="training frames (default: all of the first 70 %%)")
     parser.add_argument("--looks", type=int, default=None, help="evaluations (default: one an epoch)")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
+    parser.add_argument("--data", type=Path, default=ROOT / "examples", help="folder of the sets; NaCl needs none")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="changes to the input file")
     parser.add_argument("--label", help="what a method changed by --set is called in the rows")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -148,7 +148,7 @@ def variants(study: Study) -> str:
             for kind, error in zip(KINDS, errors, strict=True):
                 ratios[kind].append(error / study.error(system, "RLEKF", f"validation_{kind}", epoch=4))
             cells.append(" / ".join(short(e) for e in errors))
-        means = " / ".join(short(geometric_mean(r)) for r in ratios.values())
+        means = " / ".join(short(geometric_mean(r)) if r else "–" for r in ratios.values())
         rows.append(["default" if label == "RLEKF" else label, *cells, means])
     return table(["setting", *systems, "times the default's"], rows)
 

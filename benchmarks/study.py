@@ -121,7 +121,7 @@ def pace(kind: tuple[str, str, str], data: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
+    parser.add_argument("--data", type=Path, default=ROOT / "examples", help="folder of the sets; NaCl needs none")
     parser.add_argument("--full", action="store_true", help="at the size of the paper")
     parser.add_argument("--estimate", action="store_true", help="say what it would take, and stop")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, each on one core")
