@@ -64,8 +64,8 @@ LABELS = [label for section in ("method", "variant", "skip") for label in STUDY[
 
 def folder(data: Path, name: str) -> Path:
     """A data set below `data`; NaCl is in the project, too."""
-    own = ROOT / "examples/nacl" / Path(name).name
-    return data / name if (data / name).is_dir() or not own.is_dir() else own
+    own = ROOT / "examples/nacl/gpaw_pbe_8"
+    return own if name == "NaCl/gpaw_pbe_8" and not (data / name).is_dir() else data / name
 
 
 def available(name: str, data: Path) -> bool:
@@ -158,7 +158,7 @@ def curve(
 def draw_skip_connections(model: DeepPotential, mean: float, deviation: float, seed: int) -> None:
     source = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "idt" in name:
+        if "timestep" in name:
             parameter.normal_(mean, deviation, generator=source)
 
 
