@@ -28,7 +28,8 @@ class Covariance:
     scalars.
 
     tiles (num_tiles, 64, 64) float64 or float32; pending (capacity, N) float64; state (19,) float64, see STATE;
-    layout (L, 3) int64. All on one device.
+    layout (L, 3) int64. All on one device. One of several processes that share P keeps the tiles from `first_tile` on
+    alone; `dense`, `from_state_dict` and another plan's `reblock` need all of them (KalmanFilter.gathered).
     """
 
     plan: BlockPlan
@@ -36,6 +37,7 @@ class Covariance:
     pending: Tensor
     state: Tensor
     layout: Tensor
+    first_tile: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -58,11 +60,22 @@ class Covariance:
         return blocks
 
     def diagonal(self) -> Tensor:
-        """The diagonal of P, (N,) float64."""
+        """The diagonal of P, (N,) float64, of all tiles."""
+        return self.diagonal_of(self.stored_diagonal())
+
+    def stored_diagonal(self) -> Tensor:
+        """The diagonal of S, (N,) float64, zero where it stands in tiles of another process."""
+        place = (sum(_places(self.plan)) - self.first_tile * TILE * TILE).to(self.tiles.device)
+        mine = (place >= 0) & (place < self.tiles.numel())
+        found = self.pending.new_zeros(self.plan.num_weights)
+        found[mine] = self.tiles.view(-1)[place[mine]].to(torch.float64)
+        return found
+
+    def diagonal_of(self, stored: Tensor) -> Tensor:
+        """The diagonal of P from that of S."""
         count = int(self.scalar("num_pending"))
-        row, col = _places(self.plan)
-        own = self.tiles.view(-1)[(row + col).to(self.tiles.device)].to(torch.float64) + self.state[STATE["shift"]]
-        return self.state[STATE["scale"]] * (own - self.pending[:count].square().sum(0))
+        waiting = self.pending[:count].square().sum(0)
+        return self.state[STATE["scale"]] * (stored + self.state[STATE["shift"]] - waiting)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What must be saved; the tensors are not copied."""
@@ -73,53 +86,44 @@ class Covariance:
     def from_state_dict(cls, saved: dict[str, Tensor]) -> Covariance:
         """The covariance that was saved, with its own blocks and dtype; the tensors are not copied.
 
-        Raises ValueError for what is no saved covariance, or one of another version of this package.
+        Raises ValueError for what is no saved covariance, one of another version of this package, or one that is spread
+        over processes.
         """
-        if missing := [name for name in ("sizes", "tiles", "pending", "state") if name not in saved]:
+        plan, tiles, pending, state = _saved_parts(saved)
+        if _is_spread(tiles):
             raise ValueError(
-                f"This is not a saved covariance of RLEKF: it has no {', '.join(missing)}. It stands in "
-                "`RLEKF.state_dict()` at ['state'][0]; `from_lkf` reads DeePMD-kit's."
+                "The saved covariance is spread over processes but here all of it is needed: load it into an RLEKF of "
+                "one process by torch.distributed.checkpoint."
             )
-        tiles, pending, state = saved["tiles"], saved["pending"], saved["state"]
-        plan = BlockPlan(tuple(saved["sizes"].tolist()))
-        wanted = {
-            "tiles": (tiles, (_num_tiles(plan), TILE, TILE)),
-            "pending": (pending, (len(pending), plan.num_weights)),
-            "state": (state, (len(STATE),)),
-        }
-        for name, (tensor, shape) in wanted.items():
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"The saved {name} should have shape {shape} for these {plan.num_blocks} blocks but have "
-                    f"{tuple(tensor.shape)}: another version of rlekf_ext wrote them, and can read them."
-                )
         layout = torch.tensor(_C.layout(list(plan.sizes)), dtype=torch.int64, device=tiles.device)
         return cls(plan, tiles, pending, state, layout)
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Copy a saved covariance into this one, from whatever device and backend.
+        """Copy a saved covariance into this one, from whatever device and backend; of all tiles, those of this process.
 
         Raises ValueError, and changes nothing, for other blocks, another dtype or capacity: see `reblock`.
         """
-        other = Covariance.from_state_dict(saved)
+        plan, tiles, pending, state = _saved_parts(saved)
+        tiles = tiles.to_local() if _is_spread(tiles) else tiles[self.first_tile :][: len(self.tiles)]  # type: ignore[attr-defined]
         way_out = "or take over its P as it is said at Covariance.reblock."
-        if other.plan != self.plan:
-            sizes = other.plan.sizes
+        if plan != self.plan:
+            sizes = plan.sizes
             raise ValueError(
                 f"The saved covariance has {len(sizes)} blocks {_abridged(sizes)} but this filter has "
                 f"{self.plan.num_blocks} blocks {_abridged(self.plan.sizes)}; build it with the same model, block_size "
                 f"and strategy, {way_out}"
             )
-        for name in ("tiles", "pending", "state"):
-            here, there = getattr(self, name), getattr(other, name)
+        found = {"tiles": tiles, "pending": pending, "state": state}
+        for name, there in found.items():
+            here = getattr(self, name)
             if here.shape != there.shape or here.dtype != there.dtype:
                 raise ValueError(
                     f"The saved {name} have shape {tuple(there.shape)} and {there.dtype} but this filter needs "
                     f"{tuple(here.shape)} and {here.dtype}; build it with the same `pending` and `covariance_dtype`, "
                     f"{way_out}"
                 )
-        for name in ("tiles", "pending", "state"):
-            getattr(self, name).copy_(getattr(other, name))
+        for name, there in found.items():
+            getattr(self, name).copy_(there)
 
     def reblock(
         self, plan: BlockPlan, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -150,8 +154,16 @@ class Covariance:
                 f"The new blocks should hold the {self.plan.num_weights} weights of the covariance but hold "
                 f"{plan.num_weights}; reblock needs the same model."
             )
+        own = range(self.first_tile, self.first_tile + len(self.tiles))
+        whole = len(own) == _num_tiles(self.plan)
+        if not whole and plan != self.plan:
+            raise ValueError("Other blocks need all tiles of P but this process has a part: see KalmanFilter.gathered.")
         new = identity(
-            plan, dtype=dtype or self.tiles.dtype, pending=len(self.pending), device=device or self.tiles.device
+            plan,
+            dtype=dtype or self.tiles.dtype,
+            pending=len(self.pending),
+            device=device or self.tiles.device,
+            tiles=None if whole else own,
         )
         new.state.copy_(self.state)
         if plan == self.plan:
@@ -188,6 +200,7 @@ def identity(
     dtype: torch.dtype = torch.float64,
     pending: int = 32,
     device: torch.device | str = "cpu",
+    tiles: range | None = None,  # those that this process keeps; None: all
 ) -> Covariance:
     """P = initial_covariance I, with the scalars of a filter that has no noise and does not forget.
 
@@ -199,7 +212,9 @@ def identity(
         raise ValueError(f'covariance_dtype should be torch.float64, torch.float32 or "auto" but is {dtype}.')
     if pending < 1:
         raise ValueError(f"pending should be at least 1 but is {pending}.")
-    needed, available = required_bytes(plan, dtype=dtype, pending=pending), available_bytes(device)
+    own = range(_num_tiles(plan)) if tiles is None else tiles
+    needed = required_bytes(plan, dtype=dtype, pending=pending, num_tiles=len(own))
+    available = available_bytes(device)
     if needed > available:
         smaller = "" if dtype == torch.float32 else ", or covariance_dtype=torch.float32, which halves it"
         raise MemoryError(
@@ -207,19 +222,19 @@ def identity(
             f"(the largest block is {max(plan.sizes)}){smaller}."
         )
     layout = torch.tensor(_C.layout(list(plan.sizes)), dtype=torch.int64)
-    tiles = torch.empty(_num_tiles(plan), TILE, TILE, dtype=dtype, device=device)
+    s = torch.empty(len(own), TILE, TILE, dtype=dtype, device=device)
     if device.type == "cpu":
-        _C.advise_huge_pages(tiles.data_ptr(), tiles.nbytes)  # before the first touch: a step then misses no page table
-    tiles.zero_()
-    row, col = _places(plan)
-    tiles.view(-1)[(row + col).to(device)] = initial_covariance
+        _C.advise_huge_pages(s.data_ptr(), s.nbytes)  # before the first touch: a step then misses no page table
+    s.zero_()
+    place = sum(_places(plan)) - own.start * TILE * TILE
+    s.view(-1)[place[(place >= 0) & (place < s.numel())].to(device)] = initial_covariance
     state = torch.zeros(len(STATE), dtype=torch.float64, device=device)
     state[STATE["scale"]] = 1.0
     state[STATE["largest_diagonal"]] = initial_covariance
     state[STATE["process_noise_decay"]] = 1.0
     state[STATE["diagonal_ceiling"]] = inf
     waiting = torch.zeros(pending, plan.num_weights, dtype=torch.float64, device=device)
-    return Covariance(plan, tiles, waiting, state, layout.to(device))
+    return Covariance(plan, s, waiting, state, layout.to(device), own.start)
 
 
 def from_lkf(saved: dict[str, Any]) -> Covariance:
@@ -270,10 +285,16 @@ def from_lkf(saved: dict[str, Any]) -> Covariance:
     return p
 
 
-def required_bytes(plan: BlockPlan, *, dtype: torch.dtype = torch.float64, pending: int = 32) -> int:
-    """Bytes of the packed triangle, the vectors that wait, and the scalars."""
+def required_bytes(
+    plan: BlockPlan, *, dtype: torch.dtype = torch.float64, pending: int = 32, num_tiles: int | None = None
+) -> int:
+    """Bytes of the packed triangle (or of so many tiles of it), the vectors that wait, and the scalars."""
     scalars = 8 * (len(STATE) + 3 * plan.num_blocks)
-    return _num_tiles(plan) * TILE * TILE * dtype.itemsize + 8 * pending * plan.num_weights + scalars
+    return (
+        (_num_tiles(plan) if num_tiles is None else num_tiles) * TILE * TILE * dtype.itemsize
+        + 8 * pending * plan.num_weights
+        + scalars
+    )
 
 
 def available_bytes(device: torch.device) -> int:
@@ -315,6 +336,34 @@ def unpack(tiles: Tensor, plan: BlockPlan) -> list[Tensor]:
         whole[row, col] = part.to(torch.float64)
         blocks.append(whole.transpose(1, 2).reshape(rows * TILE, rows * TILE)[:size, :size].clone())
     return blocks
+
+
+def _saved_parts(saved: dict[str, Tensor]) -> tuple[BlockPlan, Tensor, Tensor, Tensor]:
+    """Plan, tiles, pending and state of a saved covariance, whose shapes fit each other; else ValueError."""
+    if missing := [name for name in ("sizes", "tiles", "pending", "state") if name not in saved]:
+        raise ValueError(
+            f"This is not a saved covariance of RLEKF: it has no {', '.join(missing)}. It stands in "
+            "`RLEKF.state_dict()` at ['state'][0]; `from_lkf` reads DeePMD-kit's."
+        )
+    tiles, pending, state = saved["tiles"], saved["pending"], saved["state"]
+    plan = BlockPlan(tuple(saved["sizes"].tolist()))
+    wanted = {
+        "tiles": (tiles, (_num_tiles(plan), TILE, TILE)),
+        "pending": (pending, (len(pending), plan.num_weights)),
+        "state": (state, (len(STATE),)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != shape:
+            raise ValueError(
+                f"The saved {name} should have shape {shape} for these {plan.num_blocks} blocks but have "
+                f"{tuple(tensor.shape)}: another version of rlekf_ext wrote them, and can read them."
+            )
+    return plan, tiles, pending, state
+
+
+def _is_spread(tiles: Tensor) -> bool:
+    """Whether it is a DTensor, whose class takes long to import."""
+    return hasattr(tiles, "to_local")
 
 
 def _num_tiles(plan: BlockPlan) -> int:

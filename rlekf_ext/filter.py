@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from rlekf_ext import ops
 from rlekf_ext.covariance import MAX_MEASUREMENTS, STATE, Covariance, identity
 from rlekf_ext.diagnostics import FLOAT32_CONDITION, Diagnostics, ritz_values
 from rlekf_ext.partition import BlockPlan
+from rlekf_ext.sharding import Shard
 
 
 class KalmanFilter:
@@ -30,6 +32,9 @@ class KalmanFilter:
     factor of `process_noise_decay` an update. Two options keep P from winding up in directions that nothing excites,
     by a λ nearer to 1 for that one update: `diagonal_ceiling` bounds every diagonal entry of P, and an update whose
     HᵀPH is below `least_excitation` times the measurement noise forgets nothing.
+
+    With a `process_group` of torch.distributed, P is spread over its processes (see sharding.py): every one makes the
+    same calls with the same arguments, and keeps the same weights.
 
     Raises ValueError for a setting outside its range, MemoryError when P will not fit, RuntimeError for an absent
     backend.
@@ -52,6 +57,7 @@ class KalmanFilter:
         pending: int = 32,
         backend: str = "auto",
         device: torch.device | str = "cpu",
+        process_group: Any = None,
     ):
         noise = float(plan.num_blocks if measurement_noise is None else measurement_noise)
         if not 0 < memory_factor <= 1:
@@ -82,8 +88,18 @@ class KalmanFilter:
         self.backend = backend
         self._promotes = covariance_dtype == "auto"
         dtype: Any = torch.float32 if covariance_dtype == "auto" else covariance_dtype
+        self._shard = Shard(plan, process_group) if process_group is not None else None
+        if self._shard and ops.backend(backend, torch.device(device)).__name__.endswith("reference"):
+            raise ValueError(
+                'backend "reference" keeps all of P in one process; leave process_group out, or use "auto".'
+            )
         self.covariance = identity(
-            plan, initial_covariance=initial_covariance, dtype=dtype, pending=pending, device=device
+            plan,
+            initial_covariance=initial_covariance,
+            dtype=dtype,
+            pending=pending,
+            device=device,
+            tiles=self._shard.tiles if self._shard else None,
         )
         self._recent: deque[Tensor] = deque(maxlen=MAX_MEASUREMENTS)  # Jacobians, for diagnostics
         for name, value in (
@@ -129,7 +145,11 @@ class KalmanFilter:
             batch = slice(first, first + self._most_at_once)
             # The innovations are those of the weights as they came in: later passes see what the earlier ones moved.
             left = e[batch] - h[batch] @ (weights - start) if first else e[batch]
-            self._ops.step(weights, p.tiles, p.pending, p.state, p.layout, h[batch], left)
+            if self._shard:
+                cross, gram = self._project(p.tiles, p.pending, p.state, p.layout, h[batch])
+                self._ops.correct(weights, p.pending, p.state, p.layout, cross, gram, h[batch], left)
+            else:
+                self._ops.step(weights, p.tiles, p.pending, p.state, p.layout, h[batch], left)
 
     @torch.no_grad()
     def variance(self, jacobian: Tensor) -> Tensor:
@@ -151,7 +171,8 @@ class KalmanFilter:
         """P in a few numbers, for the price of so many reads of it. Changes nothing, and waits for the device."""
         p = self.covariance
         now = dict(zip(STATE, p.state.tolist(), strict=True))
-        diagonal, project = p.diagonal(), self._projector()
+        stored, project = p.stored_diagonal(), self._projector()
+        diagonal = p.diagonal_of(self._shard.sum(stored) if self._shard else stored)
         start = self._most_certain_of_recent(project)
         if start is None:
             start = torch.zeros_like(diagonal)
@@ -202,19 +223,34 @@ class KalmanFilter:
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Copy a saved covariance into this filter's; "auto" takes over its dtype too. Raises ValueError as there."""
-        if self._promotes and saved.get("tiles", self.covariance.tiles).dtype != self.covariance.tiles.dtype:
-            other = Covariance.from_state_dict(saved)
-            if other.plan == self.plan and len(other.pending) == len(self.covariance.pending):
-                self.covariance = other.reblock(self.plan, device=self.covariance.tiles.device)
-                return
-        self.covariance.load_state_dict(saved)
+        before = self.covariance
+        if self._promotes and saved.get("tiles", before.tiles).dtype != before.tiles.dtype:
+            self.covariance = before.reblock(self.plan, dtype=saved["tiles"].dtype)
+        try:
+            self.covariance.load_state_dict(saved)
+        except ValueError:
+            self.covariance = before
+            raise
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must be saved; the tensors are not copied. With a process group, `tiles` is a DTensor."""
+        saved = self.covariance.state_dict()
+        return {**saved, "tiles": self._shard.spread(saved["tiles"])} if self._shard else saved
+
+    def gathered(self) -> Covariance:
+        """The covariance with all its tiles; every process of the group must ask for it."""
+        p = self.covariance
+        return replace(p, tiles=self._shard.gather(p.tiles), first_tile=0) if self._shard else p
 
     def _projector(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """`project` for up to 8 rows, with room for them among copies of what waits: so nothing is ever folded."""
         p = self.covariance
         room = p.pending.new_zeros(MAX_MEASUREMENTS, self.plan.num_weights)
         pending, state = torch.cat([p.pending, room]), p.state.clone()
-        return lambda h: self._ops.project(p.tiles, pending, state, p.layout, h)
+        return lambda h: self._project(p.tiles, pending, state, p.layout, h)
+
+    def _project(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        return self._shard.project(self._ops, *arguments) if self._shard else self._ops.project(*arguments)
 
     def _rows(self, jacobian: Tensor) -> Tensor:
         n = self.plan.num_weights

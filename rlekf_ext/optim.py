@@ -113,7 +113,7 @@ class RLEKF(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The parameter groups and, as the state of parameter 0, the whole covariance. Tensors are not copied."""
-        return {**super().state_dict(), "state": {0: self.filter.covariance.state_dict()}}
+        return {**super().state_dict(), "state": {0: self.filter.state_dict()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on exactly where the saved optimizer stood, whatever its device and backend.

@@ -1,0 +1,92 @@
+"""P spread over the processes of a group: which tiles are mine, and the one all_reduce of a step.
+
+All tiles of all blocks stand in one row, and every rank keeps a run of it, all runs of one length (the last ones may be
+shorter): any number of ranks shares any number of blocks, and a block may lie on several ranks. All vectors (weights,
+Jacobians, the u_i that wait) and all scalars are on every rank. A step is
+
+    z = S h of the own tiles   ->   all_reduce of z and of h·z by block   ->   the O(N) rest, the same on every rank
+
+so the weights stay the same, bit for bit, on all ranks, and one message of 8 M (N + L M) bytes is all that is sent.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlekf_ext import _C
+from rlekf_ext.covariance import STATE
+from rlekf_ext.partition import BlockPlan
+
+
+class Shard:
+    """The tiles [first, last) of a plan that this process keeps: torch.chunk's part of its rank in the group."""
+
+    def __init__(self, plan: BlockPlan, group: dist.ProcessGroup):
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        layout = _C.layout(list(plan.sizes))
+        total = sum(_C.num_tiles(n) for n in plan.sizes)
+        chunk = -(-total // size)
+        self.group, self.plan, self.num_tiles = group, plan, total
+        self.first, self.last = min(rank * chunk, total), min((rank + 1) * chunk, total)
+        mine = [
+            i
+            for i, (_, n, tile) in enumerate(layout)
+            if tile < self.last and tile + _C.num_tiles(n) > self.first and self.first < self.last
+        ]
+        self._blocks = slice(mine[0], mine[-1] + 1) if mine else slice(0)
+        # A block that begins on an earlier rank has a first tile below zero.
+        rows = [(weight, n, tile - self.first) for weight, n, tile in layout[self._blocks]]
+        self._layout = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+        self._weights = slice(rows[0][0], rows[-1][0] + rows[-1][1]) if rows else slice(0)
+
+    @property
+    def tiles(self) -> range:
+        return range(self.first, self.last)
+
+    def project(
+        self, ops: ModuleType, tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`project` of all tiles, from each rank's own `tiles`; every rank must call it, with the same of all else."""
+        count, num_weights = jacobian.shape
+        num_blocks = self.plan.num_blocks
+        message = jacobian.new_zeros(count * num_weights + num_blocks * count * count)
+        z, inner = message.split([count * num_weights, num_blocks * count * count])
+        z, inner = z.view(count, num_weights), inner.view(num_blocks, count, count)
+        if self.tiles:
+            # S alone: the shift and the vectors that wait are counted once, below. They only matter where they fold.
+            own = state.clone()
+            folds = own[STATE["num_pending"]] + count > len(pending)
+            own[STATE["num_pending"]] *= folds
+            own[STATE["shift"]] = 0
+            self._layout = self._layout.to(jacobian.device)
+            cross, gram = ops.project(tiles, pending, own, self._layout, jacobian)
+            z[:, self._weights] = cross[:, self._weights]
+            inner[self._blocks] = gram[0]
+        cross, gram = ops.project(tiles[:0], pending, state, layout, jacobian)
+        dist.all_reduce(message, group=self.group)
+        cross += z
+        gram[0] += inner
+        return cross, gram
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """In place, over all ranks."""
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def spread(self, tiles: Tensor) -> Tensor:
+        """This rank's tiles as a part of a DTensor of all tiles, which torch.distributed.checkpoint saves and loads."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor import Shard as Rows
+
+        mesh = DeviceMesh.from_group(self.group, tiles.device.type)
+        shape = torch.Size((self.num_tiles, *tiles.shape[1:]))
+        return DTensor.from_local(tiles, mesh, [Rows(0)], run_check=False, shape=shape, stride=tiles.stride())
+
+    def gather(self, tiles: Tensor) -> Tensor:
+        """All tiles, on every rank."""
+        return self.spread(tiles).full_tensor()  # type: ignore[attr-defined]
