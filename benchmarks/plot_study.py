@@ -114,6 +114,17 @@ def training_errors(study: Study) -> str:
     return table(header, rows)
 
 
+def long_adam(study: Study) -> str:
+    """Of the first seed of each."""
+    rows = []
+    for system in study.systems("long Adam 2e-3"):
+        for method in ("RLEKF", "Adam 2e-3", "long Adam 2e-3"):
+            end = study.curves(system, method)[0][-1]
+            errors = (short(end[f"test_{kind}"]) for kind in KINDS)
+            rows.append([system, method, short(end["epoch"]), short(end["cpu_seconds"]), *errors])
+    return table(["system", "method", "epochs", "CPU seconds", *KINDS], rows)
+
+
 def splittings(study: Study) -> str:
     systems = study.systems(*SPLITTINGS)
     rows = [
@@ -164,6 +175,7 @@ def skip_connections(study: Study) -> str:
 TABLES: dict[str, Callable[[Study], str]] = {
     "table 1": table_1,
     "training errors": training_errors,
+    "long Adam": long_adam,
     "splittings": splittings,
     "costs": costs,
     "costs, paper's network": lambda study: costs(study, "paper"),
