@@ -25,8 +25,8 @@ class RLEKF(torch.optim.Optimizer):
 
     `block_size`, `strategy`: see `partition`. `lr` scales the weight increment; it is 1 in the paper, and is there for
     schedulers. All other keywords are those of `KalmanFilter`: memory_factor (λ_1 = 0.98), forgetting_rate (ν =
-    0.9987), initial_covariance, measurement_noise, process_noise, covariance_dtype, pending, backend, and the options
-    that keep P healthy.
+    0.9987), initial_covariance, measurement_noise, process_noise, covariance_dtype, pending, backend, process_group,
+    and the options that keep P healthy.
 
     Raises ValueError for settings out of range, for parameters on several devices, complex, sparse or given twice, and
     MemoryError when P will not fit.
