@@ -65,7 +65,8 @@ class Covariance:
 
     def stored_diagonal(self) -> Tensor:
         """The diagonal of S, (N,) float64, zero where it stands in tiles of another process."""
-        place = (sum(_places(self.plan)) - self.first_tile * TILE * TILE).to(self.tiles.device)
+        row, col = _places(self.plan)
+        place = (row + col - self.first_tile * TILE * TILE).to(self.tiles.device)
         mine = (place >= 0) & (place < self.tiles.numel())
         found = self.pending.new_zeros(self.plan.num_weights)
         found[mine] = self.tiles.view(-1)[place[mine]].to(torch.float64)
@@ -226,7 +227,8 @@ def identity(
     if device.type == "cpu":
         _C.advise_huge_pages(s.data_ptr(), s.nbytes)  # before the first touch: a step then misses no page table
     s.zero_()
-    place = sum(_places(plan)) - own.start * TILE * TILE
+    row, col = _places(plan)
+    place = row + col - own.start * TILE * TILE
     s.view(-1)[place[(place >= 0) & (place < s.numel())].to(device)] = initial_covariance
     state = torch.zeros(len(STATE), dtype=torch.float64, device=device)
     state[STATE["scale"]] = 1.0
