@@ -172,6 +172,12 @@ def skip_connections(study: Study) -> str:
     return table(["factors drawn from", *KINDS.values()], rows)
 
 
+def columns(file: str, names: Sequence[str]) -> str:
+    """Some columns of other rows of results, as they are."""
+    with (ROOT / "benchmarks/results" / file).open(newline="") as rows:
+        return table(names, [[row[name] for name in names] for row in csv.DictReader(rows)])
+
+
 TABLES: dict[str, Callable[[Study], str]] = {
     "table 1": table_1,
     "training errors": training_errors,
@@ -179,8 +185,12 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "splittings": splittings,
     "costs": costs,
     "costs, paper's network": lambda study: costs(study, "paper"),
+    "a frame": lambda _: columns("frame.csv", ["network", "part", "ms"]),
     "variants": variants,
     "skip connections": skip_connections,
+    "theorem 1": lambda _: columns(
+        "theorem.csv", ["blocks", "sigma", "updates", "distance of P S σ²/L from I", "|ε K|", "|ε K| t"]
+    ),
 }
 
 

@@ -89,10 +89,8 @@ class KalmanFilter:
         self._promotes = covariance_dtype == "auto"
         dtype: Any = torch.float32 if covariance_dtype == "auto" else covariance_dtype
         self._shard = Shard(plan, process_group) if process_group is not None else None
-        if self._shard and ops.backend(backend, torch.device(device)).__name__.endswith("reference"):
-            raise ValueError(
-                'backend "reference" keeps all of P in one process; leave process_group out, or use "auto".'
-            )
+        if self._shard and ops.backend(backend, torch.device(device)) is not ops.native:
+            raise ValueError(f'process_group needs the compiled kernels, backend "native", but backend is "{backend}".')
         self.covariance = identity(
             plan,
             initial_covariance=initial_covariance,
