@@ -2,8 +2,8 @@
 
     python benchmarks/plot_study.py [--rows benchmarks/results/study.csv] [--docs docs]
 
-Pictures are docs/study_*.png. Tables go into docs/study.md, each between the two comments that name it. A number is the
-median over seeds; errors are those of the test frames at the end of the run unless a table says otherwise.
+Pictures are docs/study_*.png. Tables go into README.md and docs/study.md, each between the two comments that name it. A
+number is the median over seeds; errors are those of the test frames at the end of the run where nothing else is said.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -98,6 +99,17 @@ def table_1(study: Study) -> str:
     return table(header, rows)
 
 
+def summary(study: Study) -> str:
+    """For the README: accuracy and cost on every system."""
+    header = ["E meV/atom / F meV/Å", "RLEKF, 6 epochs", "Adam, 100 epochs", "CPU seconds"]
+    rows = []
+    for system in study.systems("RLEKF", "Adam"):
+        cells = [" / ".join(short(study.error(system, m, f"test_{kind}")) for kind in KINDS) for m in ("RLEKF", "Adam")]
+        cells.append(" : ".join(short(study.error(system, m, "cpu_seconds")) for m in ("RLEKF", "Adam")))
+        rows.append([system, *cells])
+    return table(header, rows)
+
+
 def training_errors(study: Study) -> str:
     header = ["system", *(f"{kind} {m}" for kind in KINDS for m in ("RLEKF", "Adam"))]
     rows = [
@@ -179,6 +191,7 @@ def columns(file: str, names: Sequence[str]) -> str:
 
 
 TABLES: dict[str, Callable[[Study], str]] = {
+    "summary": summary,
     "table 1": table_1,
     "training errors": training_errors,
     "long Adam": long_adam,
@@ -194,17 +207,15 @@ TABLES: dict[str, Callable[[Study], str]] = {
 }
 
 
+PAGES = ROOT / "README.md", ROOT / "docs/study.md"
+PLACE = re.compile(r"<!-- table: (?P<name>[^\n]*) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
+
+
 def write_tables(text: str, study: Study) -> str:
-    """The document with every table anew."""
-    for name, make in TABLES.items():
-        begin, end = f"<!-- {name} -->\n", "\n<!-- end -->"
-        if begin not in text:
-            raise ValueError(
-                f"The document should have a place for the table {name!r}: {begin.strip()} ... {end.strip()}."
-            )
-        before, rest = text.split(begin, 1)
-        text = before + begin + make(study) + end + rest.split(end, 1)[1]
-    return text
+    """The page with every table between <!-- table: NAME --> and <!-- end --> anew."""
+    return PLACE.sub(
+        lambda place: f"<!-- table: {place['name']} -->\n{TABLES[place['name']](study)}\n<!-- end -->", text
+    )
 
 
 def convergence(study: Study, path: Path) -> None:
@@ -296,14 +307,14 @@ PICTURES = {"convergence": convergence, "splitting": splitting_picture, "speed":
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=ROOT / "benchmarks/results/study.csv")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the pictures go")
     given = parser.parse_args()
     study = Study(given.rows)
     for name, draw in PICTURES.items():
         draw(study, given.docs / f"study_{name}.png")
     parity_picture(given.rows.with_name(f"{given.rows.stem}_parity.csv"), given.docs / "study_parity.png")
-    page = given.docs / "study.md"
-    page.write_text(write_tables(page.read_text(), study))
+    for page in PAGES:
+        page.write_text(write_tables(page.read_text(), study))
 
 
 if __name__ == "__main__":
