@@ -88,7 +88,11 @@ def num_training(name: str, data: Path, most: int | None) -> int:
 @functools.cache
 def chosen(name: str, data: Path, most: int | None) -> dict[str, list[System]]:
     asked = STUDY["system"][name]
-    systems = [s for f in asked["folders"] for s in load_systems(folder(data, f), asked["elements"])]
+    systems = [
+        s[: asked.get("first", len(s))]
+        for f in asked["folders"]
+        for s in load_systems(folder(data, f), asked["elements"])
+    ]
     total = sum(int(0.7 * len(s)) for s in systems)
     share = min(1.0, (most or total) / total)
     return {
