@@ -126,6 +126,19 @@ def training_errors(study: Study) -> str:
     return table(header, rows)
 
 
+def paper_network(study: Study) -> str:
+    """Final errors of everything that was run with it on copper."""
+    rows = []
+    for method in STUDY["method"]:
+        curves = study.curves("Cu", method, "paper")
+        if curves:
+            ends = [curve[-1] for curve in curves]
+            errors = (short(median(end[f"test_{kind}"] for end in ends)) for kind in KINDS)
+            seconds = median(end["cpu_seconds"] for end in ends)
+            rows.append([method, str(len(ends)), short(ends[0]["epoch"]), short(seconds), *errors])
+    return table(["method", "seeds", "epochs", "CPU seconds", *KINDS.values()], rows)
+
+
 def long_adam(study: Study) -> str:
     """Of the first seed of each."""
     rows = []
@@ -194,6 +207,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "summary": summary,
     "table 1": table_1,
     "training errors": training_errors,
+    "paper's network": paper_network,
     "long Adam": long_adam,
     "splittings": splittings,
     "costs": costs,
