@@ -244,7 +244,7 @@ def convergence(study: Study, path: Path) -> None:
                     axis.loglog(x, y, color=color, linewidth=1, label=None if i else method)
             axis.set_title(system)
             axis.grid(alpha=0.3)
-        row[0].set_ylabel(f"test RMSE, {title}")
+        row[0].set_ylabel(title)
     figure.supxlabel("CPU seconds of training")
     axes[0][0].legend(fontsize=7)
     save(figure, path)
@@ -256,14 +256,16 @@ def splitting_picture(study: Study, path: Path) -> None:
     figure, axes = plt.subplots(len(KINDS), len(systems), figsize=(2.3 * len(systems), 5), squeeze=False)
     for row, (kind, title) in zip(axes, KINDS.items(), strict=True):
         for axis, system in zip(row, systems, strict=True):
+            most = 0.0
             for i, method in enumerate(SPLITTINGS):
                 ends = [curve[-1][f"test_{kind}"] for curve in study.curves(system, method)]
+                most = max(most, *ends)
                 axis.plot([i] * len(ends), ends, "o", color=COLORS["RLEKF"] if method == "RLEKF" else "#525252")
             axis.set_xticks(range(len(SPLITTINGS)), [m.split()[0] for m in SPLITTINGS], rotation=60, fontsize=7)
             axis.set_title(system)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * most)
             axis.grid(alpha=0.3)
-        row[0].set_ylabel(f"test RMSE, {title}")
+        row[0].set_ylabel(title)
     save(figure, path)
 
 
@@ -284,7 +286,7 @@ def speed_picture(study: Study, path: Path) -> None:
         axis.set_title(title)
         axis.grid(alpha=0.3, axis="y")
     axes[0].set_ylabel("Adam's cost / RLEKF's (1000: never)")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="upper right")
     save(figure, path)
 
 
