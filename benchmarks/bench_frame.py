@@ -76,10 +76,11 @@ def main() -> None:
             started = time.perf_counter()
             call()
             times[name].append(1e3 * (time.perf_counter() - started))
+    where = machine()
     for name, found in times.items():
         row = {"system": given.system, "network": given.network, "weights": count, "part": name}
         row["ms"] = f"{median(found[2:]):.2f}"
-        append(given.output, COLUMNS, [{**row, **machine()}])
+        append(given.output, COLUMNS, [{**row, **where}])
         print(*(f"{row[column]}" for column in COLUMNS[:5]), sep="   ")
 
 

@@ -13,7 +13,7 @@ import csv
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import geometric_mean, median
 
@@ -232,40 +232,43 @@ def write_tables(text: str, study: Study) -> str:
     )
 
 
+def grid(systems: Sequence[str], label: str = "{}") -> tuple[plt.Figure, Iterator[tuple[plt.Axes, str, str]]]:
+    """A picture with a row a kind of error and a column a system, and its (axes, kind, system)."""
+    figure, axes = plt.subplots(len(KINDS), len(systems), figsize=(2.3 * len(systems), 5), squeeze=False)
+    for row, title in zip(axes, KINDS.values(), strict=True):
+        row[0].set_ylabel(label.format(title))
+    places = [(kind, system) for kind in KINDS for system in systems]
+    for axis, (_, system) in zip(axes.flat, places, strict=True):
+        axis.set_title(system)
+    return figure, ((axis, *place) for axis, place in zip(axes.flat, places, strict=True))
+
+
 def convergence(study: Study, path: Path) -> None:
     """Fig. 5: test errors against CPU seconds, a line a seed."""
-    systems = study.systems("RLEKF", "Adam")
-    figure, axes = plt.subplots(len(KINDS), len(systems), figsize=(2.3 * len(systems), 5), squeeze=False)
-    for row, (kind, title) in zip(axes, KINDS.items(), strict=True):
-        for axis, system in zip(row, systems, strict=True):
-            for method, color in COLORS.items():
-                for i, curve in enumerate(study.curves(system, method)):
-                    x, y = ([look[c] for look in curve] for c in ("cpu_seconds", f"test_{kind}"))
-                    axis.loglog(x, y, color=color, linewidth=1, label=None if i else method)
-            axis.set_title(system)
-            axis.grid(alpha=0.3)
-        row[0].set_ylabel(title)
+    figure, places = grid(study.systems("RLEKF", "Adam"))
+    for axis, kind, system in places:
+        for method, color in COLORS.items():
+            for i, curve in enumerate(study.curves(system, method)):
+                x, y = ([look[c] for look in curve] for c in ("cpu_seconds", f"test_{kind}"))
+                axis.loglog(x, y, color=color, linewidth=1, label=None if i else method)
+        axis.grid(alpha=0.3)
     figure.supxlabel("CPU seconds of training")
-    axes[0][0].legend(fontsize=7)
+    figure.axes[0].legend(fontsize=7)
     save(figure, path)
 
 
 def splitting_picture(study: Study, path: Path) -> None:
     """Fig. 2: a point a seed."""
-    systems = study.systems(*SPLITTINGS)
-    figure, axes = plt.subplots(len(KINDS), len(systems), figsize=(2.3 * len(systems), 5), squeeze=False)
-    for row, (kind, title) in zip(axes, KINDS.items(), strict=True):
-        for axis, system in zip(row, systems, strict=True):
-            most = 0.0
-            for i, method in enumerate(SPLITTINGS):
-                ends = [curve[-1][f"test_{kind}"] for curve in study.curves(system, method)]
-                most = max(most, *ends)
-                axis.plot([i] * len(ends), ends, "o", color=COLORS["RLEKF"] if method == "RLEKF" else "#525252")
-            axis.set_xticks(range(len(SPLITTINGS)), [m.split()[0] for m in SPLITTINGS], rotation=60, fontsize=7)
-            axis.set_title(system)
-            axis.set_ylim(0, 1.1 * most)
-            axis.grid(alpha=0.3)
-        row[0].set_ylabel(title)
+    figure, places = grid(study.systems(*SPLITTINGS))
+    for axis, kind, system in places:
+        most = 0.0
+        for i, method in enumerate(SPLITTINGS):
+            ends = [curve[-1][f"test_{kind}"] for curve in study.curves(system, method)]
+            most = max(most, *ends)
+            axis.plot([i] * len(ends), ends, "o", color=COLORS["RLEKF"] if method == "RLEKF" else "#525252")
+        axis.set_xticks(range(len(SPLITTINGS)), [m.split()[0] for m in SPLITTINGS], rotation=60, fontsize=7)
+        axis.set_ylim(0, 1.1 * most)
+        axis.grid(alpha=0.3)
     save(figure, path)
 
 
@@ -297,16 +300,12 @@ def parity_picture(points: Path, path: Path) -> None:
         for row in csv.DictReader(file):
             if row["method"] == "RLEKF":
                 found[row["kind"], row["system"]].append((float(row["label"]), float(row["prediction"])))
-    systems = [s for s in STUDY["system"] if ("E", s) in found]
-    figure, axes = plt.subplots(len(KINDS), len(systems), figsize=(2.3 * len(systems), 5), squeeze=False)
-    for row, (kind, title) in zip(axes, KINDS.items(), strict=True):
-        for axis, system in zip(row, systems, strict=True):
-            labels, predictions = zip(*found[kind, system], strict=True)
-            ends = [min(labels), max(labels)]
-            axis.plot(ends, ends, color="black", linewidth=0.6)
-            axis.plot(labels, predictions, ".", markersize=3, color=COLORS["RLEKF"])
-            axis.set_title(system)
-        row[0].set_ylabel(f"RLEKF: {title}")
+    figure, places = grid([s for s in STUDY["system"] if ("E", s) in found], "RLEKF: {}")
+    for axis, kind, system in places:
+        labels, predictions = zip(*found[kind, system], strict=True)
+        ends = [min(labels), max(labels)]
+        axis.plot(ends, ends, color="black", linewidth=0.6)
+        axis.plot(labels, predictions, ".", markersize=3, color=COLORS["RLEKF"])
     figure.supxlabel("DFT")
     save(figure, path)
 

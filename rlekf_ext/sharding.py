@@ -23,7 +23,7 @@ from rlekf_ext.partition import BlockPlan
 
 
 class Shard:
-    """The tiles [first, last) of a plan that this process keeps: torch.chunk's part of its rank in the group."""
+    """The tiles of a plan that this process keeps: torch.chunk's part of its rank in the group."""
 
     def __init__(self, plan: BlockPlan, group: dist.ProcessGroup):
         rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -31,21 +31,17 @@ class Shard:
         total = sum(_C.num_tiles(n) for n in plan.sizes)
         chunk = -(-total // size)
         self.group, self.plan, self.num_tiles = group, plan, total
-        self.first, self.last = min(rank * chunk, total), min((rank + 1) * chunk, total)
+        self.tiles = range(total)[rank * chunk : (rank + 1) * chunk]
         mine = [
             i
             for i, (_, n, tile) in enumerate(layout)
-            if tile < self.last and tile + _C.num_tiles(n) > self.first and self.first < self.last
+            if self.tiles and tile < self.tiles.stop and tile + _C.num_tiles(n) > self.tiles.start
         ]
         self._blocks = slice(mine[0], mine[-1] + 1) if mine else slice(0)
         # A block that begins on an earlier rank has a first tile below zero.
-        rows = [(weight, n, tile - self.first) for weight, n, tile in layout[self._blocks]]
+        rows = [(weight, n, tile - self.tiles.start) for weight, n, tile in layout[self._blocks]]
         self._layout = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
         self._weights = slice(rows[0][0], rows[-1][0] + rows[-1][1]) if rows else slice(0)
-
-    @property
-    def tiles(self) -> range:
-        return range(self.first, self.last)
 
     def project(
         self, ops: ModuleType, tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor

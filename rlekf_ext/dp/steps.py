@@ -41,12 +41,14 @@ class Watch:
 
     def __init__(self, optimizer: RLEKF, max_skipped: int):
         self._optimizer, self._max_skipped = optimizer, max_skipped
+        self._health: dict[str, int] = {}  # as of the last call; to ask the filter waits for the device
         self._unguarded = 0  # updates since the last look at how S is stored
 
     def __call__(self, updates: int) -> None:
         """After so many more updates. Raises StoppedError when nothing but skipped measurements comes any more."""
         self._unguarded += updates
-        in_a_row = self._optimizer.health()["skipped_in_a_row"]
+        self._health = self._optimizer.health()
+        in_a_row = self._health["skipped_in_a_row"]
         if in_a_row >= self._max_skipped:
             raise StoppedError(
                 f"The last {in_a_row} measurements were all skipped, as many as max_skipped = {self._max_skipped} "
@@ -55,14 +57,13 @@ class Watch:
             )
 
     def skipped(self) -> str:
-        """Measurements that the filter's guard left out, by cause; "" when there are none."""
-        health = self._optimizer.health()
+        """Measurements that the filter's guard had left out by the last call, by cause; "" when there are none."""
         causes = {
             "skipped_innovation": "error not finite",
             "skipped_jacobian": "gradient not finite, or too large",
             "skipped_variance": "variance negative",
         }
-        return ", ".join(f"{text}: {health[name]}" for name, text in causes.items() if health[name])
+        return ", ".join(f"{text}: {self._health[name]}" for name, text in causes.items() if self._health.get(name))
 
     def remark(self) -> str | None:
         """What the filter has to say of its own numbers; looked at once in UPDATES_PER_GUARD updates."""
