@@ -17,7 +17,7 @@ ORDER = [
     ["rlekf_ext", "rlekf_ext.optim"],
     ["rlekf_ext.filter"],
     ["rlekf_ext.sharding", "rlekf_ext.ops"],
-    ["rlekf_ext.covariance", "rlekf_ext.diagnostics", "rlekf_ext.machine"],
+    ["rlekf_ext.covariance", "rlekf_ext.diagnostics", "rlekf_ext.machine", "rlekf_ext.processes"],
     ["rlekf_ext.partition"],
     ["rlekf_ext._C"],
 ]

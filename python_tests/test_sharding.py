@@ -1,50 +1,18 @@
 """One filter on many processes: gloo on this machine's CPU. The answer is that of one process."""
 
-import socket
-import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
+from group import spawn
 
 from rlekf_ext import RLEKF, BlockPlan, KalmanFilter
 from rlekf_ext.sharding import Shard
 
 PLANS = [BlockPlan((330,)), BlockPlan((200, 70)), BlockPlan((65, 1, 130, 64, 3, 77, 128, 20, 9, 40))]  # L = 1, 2, 10
-
-
-def spawn(function, size, *arguments):
-    """Run function(rank, *arguments) on each of `size` ranks; the first error of any is raised here."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    errors = context.SimpleQueue()
-    processes = [
-        context.Process(target=_rank, args=(function, rank, size, port, errors, arguments)) for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if not errors.empty():
-        pytest.fail(errors.get())
-    assert [process.exitcode for process in processes] == [0] * size
-
-
-def _rank(function, rank, size, port, errors, arguments):
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-        function(rank, *arguments)
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        errors.put(f"rank {rank}: {traceback.format_exc()}")
-        raise
 
 
 def run(kalman, weights, steps, first=0):
@@ -106,14 +74,11 @@ def test_one_message_a_step():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 40])
 @pytest.mark.parametrize("plan", PLANS)
-def test_every_tile_is_on_one_rank_and_shares_are_equal(monkeypatch, plan, size):
-    monkeypatch.setattr(dist, "get_world_size", lambda group: size)
-    tiles = []
-    for rank in range(size):
-        monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
-        tiles.append(list(Shard(plan, None).tiles))
-    assert [tile for some in tiles for tile in some] == list(range(Shard(plan, None).num_tiles))
-    assert max(map(len, tiles)) == -(-Shard(plan, None).num_tiles // size)
+def test_every_tile_is_on_one_rank_and_shares_are_equal(plan, size):
+    shards = [Shard(plan, SimpleNamespace(rank=rank, size=size)) for rank in range(size)]
+    total = shards[0].num_tiles
+    assert [tile for shard in shards for tile in shard.tiles] == list(range(total))
+    assert max(len(shard.tiles) for shard in shards) == -(-total // size)
 
 
 def parameters(plan):

@@ -16,6 +16,7 @@ from rlekf_ext import ops
 from rlekf_ext.covariance import MAX_MEASUREMENTS, STATE, Covariance, identity
 from rlekf_ext.diagnostics import FLOAT32_CONDITION, Diagnostics, ritz_values
 from rlekf_ext.partition import BlockPlan
+from rlekf_ext.processes import Processes
 from rlekf_ext.sharding import Shard
 
 
@@ -88,7 +89,7 @@ class KalmanFilter:
         self.backend = backend
         self._promotes = covariance_dtype == "auto"
         dtype: Any = torch.float32 if covariance_dtype == "auto" else covariance_dtype
-        self._shard = Shard(plan, process_group) if process_group is not None else None
+        self._shard = Shard(plan, Processes(process_group)) if process_group is not None else None
         if self._shard and ops.backend(backend, torch.device(device)) is not ops.native:
             raise ValueError(f'process_group needs the compiled kernels, backend "native", but backend is "{backend}".')
         self.covariance = identity(
@@ -170,7 +171,7 @@ class KalmanFilter:
         p = self.covariance
         now = dict(zip(STATE, p.state.tolist(), strict=True))
         stored, project = p.stored_diagonal(), self._projector()
-        diagonal = p.diagonal_of(self._shard.sum(stored) if self._shard else stored)
+        diagonal = p.diagonal_of(self._shard.processes.sum(stored) if self._shard else stored)
         start = self._most_certain_of_recent(project)
         if start is None:
             start = torch.zeros_like(diagonal)

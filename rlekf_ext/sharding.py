@@ -14,24 +14,23 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rlekf_ext import _C
 from rlekf_ext.covariance import STATE
 from rlekf_ext.partition import BlockPlan
+from rlekf_ext.processes import Processes
 
 
 class Shard:
     """The tiles of a plan that this process keeps: torch.chunk's part of its rank in the group."""
 
-    def __init__(self, plan: BlockPlan, group: dist.ProcessGroup):
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, plan: BlockPlan, processes: Processes):
         layout = _C.layout(list(plan.sizes))
         total = sum(_C.num_tiles(n) for n in plan.sizes)
-        chunk = -(-total // size)
-        self.group, self.plan, self.num_tiles = group, plan, total
-        self.tiles = range(total)[rank * chunk : (rank + 1) * chunk]
+        chunk = -(-total // processes.size)
+        self.processes, self.plan, self.num_tiles = processes, plan, total
+        self.tiles = range(total)[processes.rank * chunk :][:chunk]
         mine = [
             i
             for i, (_, n, tile) in enumerate(layout)
@@ -63,15 +62,10 @@ class Shard:
             z[:, self._weights] = cross[:, self._weights]
             inner[self._blocks] = gram[0]
         cross, gram = ops.project(tiles[:0], pending, state, layout, jacobian)
-        dist.all_reduce(message, group=self.group)
+        self.processes.sum(message)
         cross += z
         gram[0] += inner
         return cross, gram
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """In place, over all ranks."""
-        dist.all_reduce(tensor, group=self.group)
-        return tensor
 
     def spread(self, tiles: Tensor) -> Tensor:
         """This rank's tiles as a part of a DTensor of all tiles, which torch.distributed.checkpoint saves and loads."""
@@ -79,7 +73,7 @@ class Shard:
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor import Shard as Rows
 
-        mesh = DeviceMesh.from_group(self.group, tiles.device.type)
+        mesh = DeviceMesh.from_group(self.processes.group, tiles.device.type)
         shape = torch.Size((self.num_tiles, *tiles.shape[1:]))
         return DTensor.from_local(tiles, mesh, [Rows(0)], run_check=False, shape=shape, stride=tiles.stride())
 

@@ -1,0 +1,77 @@
+"""The processes that work on one filter: sums over them, and the name of the one that no longer answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class LostProcessError(RuntimeError):
+    """A process of the group has ended or hangs; the message names it. Nothing can be sent in the group any more."""
+
+
+class Processes:
+    """Those of a torch.distributed group; without one, this process alone, for which every sum is what it is."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+        self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """In place, over all processes: the same bits on each. Raises LostProcessError."""
+        if self.group is None:
+            return tensor
+        started = time.monotonic()
+        try:
+            dist.all_reduce(tensor, group=self.group)
+        except RuntimeError as error:
+            raise LostProcessError(self._who_is_lost(started)) from error
+        return tensor
+
+    def gather(self, numbers: Sequence[int], device: torch.device | str = "cpu") -> list[list[int]]:
+        """The numbers that each process gives, as many of each, in the order of the ranks."""
+        if self.group is None:
+            return [list(numbers)]
+        rows = torch.zeros(self.size, len(numbers), dtype=torch.int64, device=device)
+        rows[self.rank] = torch.tensor(numbers)
+        return self.sum(rows).tolist()
+
+    def any(self, flag: bool) -> bool:
+        return any(row[0] for row in self.gather([flag]))
+
+    def _who_is_lost(self, started: float) -> str:
+        """A roll call. Who waits for a message from a process that has ended hears of it at once or at the timeout, and
+        then comes here too; who has not come by then is lost."""
+        assert self.group is not None
+        seconds = self.group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        closed = time.monotonic() - started < seconds  # some process has ended: none was waited for so long
+        others = set(range(self.size)) - {self.rank}
+        store = self.group.get_group_store()
+
+        def absent(call: str, deadline: float, enough: int) -> set[int]:
+            store.set(f"rlekf_ext/{call}/{self.rank}", "")
+            missing = others
+            while len(missing) > enough and time.monotonic() < deadline:
+                time.sleep(0.05)
+                missing = {rank for rank in missing if not store.check([f"rlekf_ext/{call}/{rank}"])}
+            return missing
+
+        try:
+            lost = absent("here", started + seconds + 5, enough=int(closed))
+            if self.rank == 0:  # the store may end with this process: first all others must have read it
+                absent("heard", time.monotonic() + 5, enough=len(lost))
+            else:
+                store.set(f"rlekf_ext/heard/{self.rank}", "")
+        except RuntimeError:  # nobody holds the store any more
+            lost = {0}
+        if not lost:
+            return f"A message among the {self.size} processes failed, and all of them still answer: see the cause."
+        names = ", ".join(f"rank {rank}" for rank in sorted(lost))
+        return (
+            f"Lost {names} of {self.size} processes: ended, or silent for the {seconds:g} s that the group waits. "
+            "Start all of them again from the last checkpoint."
+        )
