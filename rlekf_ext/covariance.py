@@ -3,7 +3,7 @@ layout."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -20,6 +20,24 @@ MAX_MEASUREMENTS: int = _C.MAX_MEASUREMENTS
 LARGEST_SCALE: float = _C.LARGEST_SCALE  # at a fold, what is beyond goes from the scale into S
 STATE: dict[str, int] = _C.STATE  # name of a scalar -> its place in `state`
 STORAGE_DTYPES = {torch.float64, torch.float32}
+
+
+@dataclass(frozen=True)
+class StoredTiles:
+    """The tiles of a covariance in a folder of torch.distributed.checkpoint, under a name: they stand for the tensor in
+    a saved covariance until they are read."""
+
+    folder: str
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def read(self, tiles: Tensor) -> Tensor:
+        """Fill and return `tiles`: all of them, or a DTensor of them, which every one of its processes must ask for."""
+        from torch.distributed import checkpoint
+
+        checkpoint.load({self.name: tiles}, checkpoint_id=self.folder, no_dist=not _is_spread(tiles))
+        return tiles
 
 
 @dataclass
@@ -84,13 +102,15 @@ class Covariance:
         return {"sizes": sizes, "tiles": self.tiles, "pending": self.pending, "state": self.state}
 
     @classmethod
-    def from_state_dict(cls, saved: dict[str, Tensor]) -> Covariance:
+    def from_state_dict(cls, saved: dict[str, Any]) -> Covariance:
         """The covariance that was saved, with its own blocks and dtype; the tensors are not copied.
 
         Raises ValueError for what is no saved covariance, one of another version of this package, or one that is spread
         over processes.
         """
         plan, tiles, pending, state = _saved_parts(saved)
+        if isinstance(tiles, StoredTiles):
+            tiles = tiles.read(torch.empty(tiles.shape, dtype=tiles.dtype))
         if _is_spread(tiles):
             raise ValueError(
                 "The saved covariance is spread over processes but here all of it is needed: load it into an RLEKF of "
@@ -99,13 +119,18 @@ class Covariance:
         layout = torch.tensor(_C.layout(list(plan.sizes)), dtype=torch.int64, device=tiles.device)
         return cls(plan, tiles, pending, state, layout)
 
-    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+    def load_state_dict(self, saved: dict[str, Any], spread: Callable[[Tensor], Tensor] = lambda own: own) -> None:
         """Copy a saved covariance into this one, from whatever device and backend; of all tiles, those of this process.
+        `spread` makes a DTensor of a process's tiles, which is needed to read stored ones.
 
         Raises ValueError, and changes nothing, for other blocks, another dtype or capacity: see `reblock`.
         """
         plan, tiles, pending, state = _saved_parts(saved)
-        tiles = tiles.to_local() if _is_spread(tiles) else tiles[self.first_tile :][: len(self.tiles)]  # type: ignore[attr-defined]
+        stored = tiles if isinstance(tiles, StoredTiles) else None
+        if stored:
+            tiles = torch.empty(self.tiles.shape, dtype=stored.dtype, device="meta")
+        else:
+            tiles = tiles.to_local() if _is_spread(tiles) else tiles[self.first_tile :][: len(self.tiles)]
         way_out = "or take over its P as it is said at Covariance.reblock."
         if plan != self.plan:
             sizes = plan.sizes
@@ -123,6 +148,9 @@ class Covariance:
                     f"{tuple(here.shape)} and {here.dtype}; build it with the same `pending` and `covariance_dtype`, "
                     f"{way_out}"
                 )
+        if stored:
+            stored.read(spread(self.tiles))
+            del found["tiles"]
         for name, there in found.items():
             getattr(self, name).copy_(there)
 
@@ -340,7 +368,7 @@ def unpack(tiles: Tensor, plan: BlockPlan) -> list[Tensor]:
     return blocks
 
 
-def _saved_parts(saved: dict[str, Tensor]) -> tuple[BlockPlan, Tensor, Tensor, Tensor]:
+def _saved_parts(saved: dict[str, Any]) -> tuple[BlockPlan, Any, Tensor, Tensor]:
     """Plan, tiles, pending and state of a saved covariance, whose shapes fit each other; else ValueError."""
     if missing := [name for name in ("sizes", "tiles", "pending", "state") if name not in saved]:
         raise ValueError(
@@ -363,7 +391,7 @@ def _saved_parts(saved: dict[str, Tensor]) -> tuple[BlockPlan, Tensor, Tensor, T
     return plan, tiles, pending, state
 
 
-def _is_spread(tiles: Tensor) -> bool:
+def _is_spread(tiles: Any) -> bool:
     """Whether it is a DTensor, whose class takes long to import."""
     return hasattr(tiles, "to_local")
 

@@ -220,13 +220,13 @@ class KalmanFilter:
         self.covariance = self.covariance.reblock(self.plan, dtype=torch.float64)
         return f"{found}: it is stored in float64 from now on."
 
-    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Copy a saved covariance into this filter's; "auto" takes over its dtype too. Raises ValueError as there."""
         before = self.covariance
         if self._promotes and saved.get("tiles", before.tiles).dtype != before.tiles.dtype:
             self.covariance = before.reblock(self.plan, dtype=saved["tiles"].dtype)
         try:
-            self.covariance.load_state_dict(saved)
+            self.covariance.load_state_dict(saved, self._spread)
         except ValueError:
             self.covariance = before
             raise
@@ -234,12 +234,15 @@ class KalmanFilter:
     def state_dict(self) -> dict[str, Tensor]:
         """What must be saved; the tensors are not copied. With a process group, `tiles` is a DTensor."""
         saved = self.covariance.state_dict()
-        return {**saved, "tiles": self._shard.spread(saved["tiles"])} if self._shard else saved
+        return {**saved, "tiles": self._spread(saved["tiles"])}
 
     def gathered(self) -> Covariance:
         """The covariance with all its tiles; every process of the group must ask for it."""
         p = self.covariance
         return replace(p, tiles=self._shard.gather(p.tiles), first_tile=0) if self._shard else p
+
+    def _spread(self, tiles: Tensor) -> Tensor:
+        return self._shard.spread(tiles) if self._shard else tiles
 
     def _projector(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """`project` for up to 8 rows, with room for them among copies of what waits: so nothing is ever folded."""

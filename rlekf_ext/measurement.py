@@ -2,22 +2,24 @@
 
 A model is called as model(frame, forces=...) and returns an object with `energy` (B,) in eV and, when forces are
 asked for, `forces` (n, 3) in eV/Å and, for virial updates, `virial` (B, 3, 3) in eV. A frame holds the labels under
-the same names, and `num_atoms` (B,). The optimizer is an RLEKF, or anything with its `step(closure)`, `update` and
-`flatten`.
+the same names, and `num_atoms` (B,). The optimizer is an RLEKF, or anything with its `param_groups`, `flatten` and
+`update`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlekf_ext.processes import Processes
+
 KINDS = ("energy", "force", "virial")
-BATCHES = ("mean", "sum")
+BATCHES = ("mean", "sum", "joint")
 EMA_DECAY = 0.95
 EARLY_DECAY = 0.9987  # an update: as fast as 1 - λ falls with the forgetting rate of the paper
 
@@ -29,8 +31,9 @@ class Measurement:
     `order` lists the updates of a frame and is gone through again until no force group is left: ("energy", "force")
     is an energy update before every group, ("force",) * 4 + ("energy",) one at the end. Virial updates are left out
     for frames without that label. With `adaptive_scale` a scale is divided by the running mean of ε of its kind.
-    `batch` is how B frames make one measurement: "mean", ε and H are those of the mean error; "sum", as DeePMD-kit's
-    LKF does it, H is summed over the frames and ε is √B times their mean.
+    `batch` is what B frames make: "mean", one measurement whose ε and H are those of the mean error; "sum", as in
+    DeePMD-kit's LKF, one whose H is summed over the frames and whose ε is √B times their mean; "joint", B measurements
+    at one w, each with its own random groups of atoms, used one after another by the filter itself.
 
     Raises ValueError for a setting outside its range.
     """
@@ -132,7 +135,7 @@ def force_groups(num_atoms: int, group_size: int | None, num_groups: int, genera
 
 def energy_update(optimizer: Any, model: Callable[..., Any], frame: Any, scale: float | Tensor = 1.0) -> Tensor:
     """One energy update (Algorithm 1, lines 2 and 3). Returns ε in eV/atom."""
-    return _update(optimizer, lambda: energy_error(model, frame), lambda _: scale)
+    return _update(optimizer, lambda: energy_error(model, frame), scale)
 
 
 def force_updates(
@@ -147,35 +150,56 @@ def force_updates(
 ) -> list[Tensor]:
     """y force updates, each over x random atoms (Algorithm 1, lines 4 and 5). Returns each ε in eV/Å."""
     groups = force_groups(len(frame.forces), group_size, num_groups, generator)
-    return [_update(optimizer, lambda g=g: force_error(model, frame, g), lambda _: scale) for g in groups]  # type: ignore[misc]
+    return [_update(optimizer, lambda g=g: force_error(model, frame, g), scale) for g in groups]  # type: ignore[misc]
 
 
 def virial_update(optimizer: Any, model: Callable[..., Any], frame: Any, scale: float | Tensor = 1.0) -> Tensor:
     """One virial update. Returns ε in eV/atom."""
-    return _update(optimizer, lambda: virial_error(model, frame), lambda _: scale)
+    return _update(optimizer, lambda: virial_error(model, frame), scale)
 
 
 class FrameUpdater:
-    """All updates of a frame, one frame after another, as a Measurement says; holds random groups and running means."""
+    """All updates of a batch, one batch after another, as a Measurement says; holds random groups and running means.
 
-    def __init__(self, optimizer: Any, model: Callable[..., Any], measurement: Measurement, seed: int = 0):
+    With a `process_group` of torch.distributed each process brings its own frames of the batch; ε and H are those of
+    the whole batch, and every process makes the same updates.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        model: Callable[..., Any],
+        measurement: Measurement,
+        seed: int = 0,
+        process_group: Any = None,
+    ):
         self.optimizer, self.model, self.measurement = optimizer, model, measurement
+        self._processes = Processes(process_group)
         self._generator = torch.Generator().manual_seed(seed)
         self._means: dict[str, Tensor] = {}
         self._early = torch.ones((), dtype=torch.float64)  # the part of early_scale - 1 that is left
 
-    def __call__(self, frame: Any) -> list[tuple[str, Tensor]]:
-        """Update on one frame. Returns the kind and the unscaled ε of every update, without waiting for the device."""
+    def __call__(self, batch: Any) -> list[tuple[str, Tensor]]:
+        """Update on one batch: a frame, or a list of frames, none for a process that has no part in it. Each may hold
+        several structures side by side; with "joint" each is a measurement. Returns the kind and the unscaled ε of
+        every measurement, without waiting for the device."""
         m = self.measurement
-        groups = force_groups(len(frame.forces), m.group_size, m.num_groups, self._generator)
-        kinds = [k for k in m.schedule(len(groups)) if k != "virial" or frame.virial is not None]
-        errors = [self._error(kind, frame, groups) for kind in kinds]
-        factors = m.batch_factors(len(frame.num_atoms))
-        if m.relinearize:
-            found = [self._step(kind, error, factors) for kind, error in zip(kinds, errors, strict=True)]
-        else:
-            found = self._one_pass(kinds, errors, factors)
-        return list(zip(kinds, found, strict=True))
+        parts, whole = self._divide(batch if isinstance(batch, list) else [batch])
+        kinds = [kind for kind in m.schedule(whole.num_groups) if kind != "virial" or whole.has_virial]
+        groups = iter(range(whole.num_groups))
+        updates = [(kind, next(groups) if kind == "force" else 0) for kind in kinds]
+        done: list[tuple[str, Tensor]] = []
+        for at_once in [[one] for one in updates] if m.relinearize else [updates] if updates else []:
+            found = self._measured(at_once, parts, whole.num_rows)
+            innovations, jacobians = [], []
+            for (kind, _), rows in zip(at_once, found, strict=True):
+                of_jacobian, of_innovation = m.batch_factors(whole.num_structures)
+                scale = self._scale(kind, rows[:, 0])
+                innovations.append(of_innovation * scale * rows[:, 0])
+                jacobians.append(of_jacobian * scale * rows[:, 1:])
+                done += [(kind, error) for error in rows[:, 0].clone()]
+            self.optimizer.update(torch.cat(innovations), torch.cat(jacobians))
+        return done
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self._generator.get_state(), "means": dict(self._means), "early": self._early.clone()}
@@ -185,66 +209,108 @@ class FrameUpdater:
         self._means = {kind: mean.clone() for kind, mean in saved["means"].items()}
         self._early = saved.get("early", torch.zeros_like(self._early)).clone()  # older runs had no early scale
 
-    def _error(self, kind: str, frame: Any, groups: list[Tensor]) -> Callable[[], Tensor]:
-        if kind == "energy":
-            return lambda: energy_error(self.model, frame)
-        if kind == "virial":
-            return lambda: virial_error(self.model, frame)
-        group = groups.pop(0)
-        return lambda: force_error(self.model, frame, group)
+    def _divide(self, frames: list[Any]) -> tuple[list[_Part], _Whole]:
+        """What this process has of each measurement, and what all have together."""
+        m, rank = self.measurement, self._processes.rank
+        atoms = [len(frame.forces) for frame in frames]
+        structures = [len(frame.num_atoms) for frame in frames]
+        least = min(atoms, default=2**62)
+        mine = [len(frames), sum(structures), sum(atoms), least, sum(frame.virial is None for frame in frames)]
+        everyone = self._processes.gather(mine, _parameters(self.optimizer)[0].device)
+        num_frames, num_structures, num_atoms, _, without_virial = (
+            sum(column) for column in zip(*everyone, strict=True)
+        )
+        first_frame, first_atom = (sum(row[column] for row in everyone[:rank]) for column in (0, 2))
+        if m.batch == "joint":
+            seed = int(torch.randint(2**62, (), generator=self._generator))
+            least = min(row[3] for row in everyone)
+            num_groups = len(force_groups(least, m.group_size, m.num_groups, torch.Generator()))
+            parts = []
+            for row, (frame, n) in enumerate(zip(frames, atoms, strict=True), first_frame):
+                own = force_groups(n, m.group_size, m.num_groups, torch.Generator().manual_seed(seed + row))
+                parts.append(_Part(frame, row, 1.0, [(group, 1.0) for group in own]))
+            return parts, _Whole(num_frames, num_structures, num_groups, not without_virial)
+        groups = force_groups(num_atoms, m.group_size, m.num_groups, self._generator)
+        parts = []
+        for frame, n, count in zip(frames, atoms, structures, strict=True):
+            own = [group[(group >= first_atom) & (group < first_atom + n)] - first_atom for group in groups]
+            shares = [(some, len(some) / len(group)) for some, group in zip(own, groups, strict=True)]
+            parts.append(_Part(frame, 0, count / num_structures, shares))
+            first_atom += n
+        return parts, _Whole(1, num_structures, len(groups), not without_virial)
 
-    def _step(self, kind: str, error: Callable[[], Tensor], factors: tuple[float, float]) -> Tensor:
-        return _update(self.optimizer, error, lambda found: self._scale(kind, found), factors)
+    def _measured(self, updates: list[tuple[str, int]], parts: list[_Part], num_rows: int) -> Tensor:
+        """ε and H of every measurement, (updates, rows, 1 + N) float64, all at the weights as they are."""
+        parameters = _parameters(self.optimizer)
+        size = 1 + sum(p.numel() for p in parameters)
+        found = torch.zeros(len(updates), num_rows, size, dtype=torch.float64, device=parameters[0].device)
+        for place, (kind, group) in enumerate(updates):
+            for part in parts:
+                share, error = part.error(self.model, kind, group)
+                if share:
+                    found[place, part.row] += share * _jacobian(self.optimizer, error)
+        return self._processes.sum(found)
 
-    def _one_pass(
-        self, kinds: Sequence[str], errors: Iterable[Callable[[], Tensor]], factors: tuple[float, float]
-    ) -> list[Tensor]:
-        """All measurements at one w: M Jacobians, used one after another by the filter itself."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-        found, jacobian, innovation = [], [], []
-        for kind, error in zip(kinds, errors, strict=True):
-            value = error()
-            scale = self._scale(kind, value.detach())
-            gradients = torch.autograd.grad(-factors[0] * scale * value, parameters, allow_unused=True)
-            jacobian.append(self.optimizer.flatten(gradients))
-            innovation.append(factors[1] * scale * value.detach())
-            found.append(value.detach())
-        if found:
-            self.optimizer.update(torch.stack(innovation), torch.stack(jacobian))
-        return found
-
-    def _scale(self, kind: str, error: Tensor) -> float | Tensor:
+    def _scale(self, kind: str, errors: Tensor) -> float | Tensor:
+        """What the measurements with these errors are multiplied by."""
         scale: float | Tensor = self.measurement.scale(kind)
+        error = errors.mean()
         if self.measurement.early_scale != 1:
             left = self._early.to(error.device)
-            scale = scale * (1 + (self.measurement.early_scale - 1) * left.to(error.dtype))
-            self._early = torch.where(error.isfinite(), EARLY_DECAY * left, left)
+            scale = scale * (1 + (self.measurement.early_scale - 1) * left)
+            self._early = torch.where(error.isfinite(), EARLY_DECAY ** len(errors) * left, left)
         if not self.measurement.adaptive_scale:
             return scale
-        mean = self._means.get(kind, error)
+        mean = self._means.get(kind, error).to(error)
         mean = torch.where(mean.isfinite(), mean, error)  # the very first ε may not have been finite
         mean = torch.where(error.isfinite(), EMA_DECAY * mean + (1 - EMA_DECAY) * error, mean)
         self._means[kind] = mean
         return scale / mean.clamp_min(torch.finfo(mean.dtype).tiny)
 
 
-def _update(
-    optimizer: Any,
-    error: Callable[[], Tensor],
-    scale: Callable[[Tensor], float | Tensor],
-    factors: tuple[float, float] = (1.0, 1.0),
-) -> Tensor:
-    """One step of the optimizer on scale * ε, with H and ε multiplied by `factors`; returns ε without its graph."""
-    found: list[Tensor] = []
+@dataclass(frozen=True)
+class _Whole:
+    """The batch of all processes."""
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
+    num_rows: int  # measurements an update
+    num_structures: int
+    num_groups: int
+    has_virial: bool
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A frame, the row of the measurement that it belongs to, and its share in it: of the mean over structures, and of
+    each mean over a group of atoms."""
+
+    frame: Any
+    row: int
+    share: float
+    groups: list[tuple[Tensor, float]]
+
+    def error(self, model: Callable[..., Any], kind: str, group: int) -> tuple[float, Callable[[], Tensor]]:
+        if kind == "energy":
+            return self.share, lambda: energy_error(model, self.frame)
+        if kind == "virial":
+            return self.share, lambda: virial_error(model, self.frame)
+        atoms, share = self.groups[group]
+        return share, lambda: force_error(model, self.frame, atoms)
+
+
+def _parameters(optimizer: Any) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def _jacobian(optimizer: Any, error: Callable[[], Tensor]) -> Tensor:
+    """(1 + N,) float64: ε, and H = -dε/dw in the order of the optimizer."""
+    with torch.enable_grad():
         value = error()
-        found.append(value.detach())
-        of_jacobian, of_innovation = factors
-        loss = scale(found[0]) * value
-        (of_jacobian * loss).backward()
-        return of_innovation * loss
+        gradients = torch.autograd.grad(-value, _parameters(optimizer), allow_unused=True)
+    return torch.cat([value.detach().to(torch.float64).reshape(1), optimizer.flatten(gradients)])
 
-    optimizer.step(closure)
+
+def _update(optimizer: Any, error: Callable[[], Tensor], scale: float | Tensor) -> Tensor:
+    """One update with ε and H multiplied by `scale`; returns ε."""
+    found = _jacobian(optimizer, error)
+    optimizer.update(scale * found[0], scale * found[1:])
     return found[0]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+TIMEOUT = timedelta(minutes=5)  # a process that is silent for so long is lost
 
 
 class LostProcessError(RuntimeError):
@@ -43,6 +48,13 @@ class Processes:
     def any(self, flag: bool) -> bool:
         return any(row[0] for row in self.gather([flag]))
 
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """The values of rank 0 on every process, in place."""
+        for tensor in tensors:
+            if self.rank:
+                tensor.zero_()
+            self.sum(tensor)
+
     def _who_is_lost(self, started: float) -> str:
         """A roll call. Who waits for a message from a process that has ended hears of it at once or at the timeout, and
         then comes here too; who has not come by then is lost."""
@@ -75,3 +87,27 @@ class Processes:
             f"Lost {names} of {self.size} processes: ended, or silent for the {seconds:g} s that the group waits. "
             "Start all of them again from the last checkpoint."
         )
+
+
+@contextmanager
+def torchrun_group() -> Iterator[dist.ProcessGroup | None]:
+    """A gloo group of all processes that torchrun has started, or None where this process was started alone."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        yield None
+        return
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def torchrun_name() -> str:
+    """What the processes that torchrun starts have in common with those that it starts again after a failure."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's own where no --rdzv-id is given
+    return f"agent {os.getppid()}" if name == "none" else name
+
+
+def torchrun_restarts() -> int:
+    """How often torchrun has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -73,7 +73,7 @@ class Shard:
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor import Shard as Rows
 
-        mesh = DeviceMesh.from_group(self.processes.group, tiles.device.type)
+        mesh = DeviceMesh.from_group(self.processes.group, tiles.device.type)  # type: ignore[arg-type]
         shape = torch.Size((self.num_tiles, *tiles.shape[1:]))
         return DTensor.from_local(tiles, mesh, [Rows(0)], run_check=False, shape=shape, stride=tiles.stride())
 
