@@ -54,7 +54,7 @@ def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callabl
         other = config_of(system, network, method_of(label), seed=1)
         steps = build_optimizer(other, build_model(other, frames, None), frames, 10**6, fresh=True)
         name = "Adam: an iteration" if label.startswith("Adam") else f"{label}: a frame, N_b = 1024"
-        found[name] = lambda s=steps: s(frame, 0)  # type: ignore[misc]
+        found[name] = lambda s=steps: s([frame], 0)  # type: ignore[misc]
     return len(jacobian), found
 
 

@@ -6,6 +6,7 @@ Exit code 2: the input was wrong, and the message says where.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from rlekf_ext import _C
 from rlekf_ext.ops import backends
+from rlekf_ext.processes import LostProcessError, Processes, torchrun_group
 
 INTERRUPTED = 130
 
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         extra = {"matplotlib": "plot"}.get(error.name or "", "dp")
         return wrong(f"`rlekf {parsed.command}` needs {error.name}: run `pip install 'rlekf_ext[{extra}]'`.")
-    except (ValueError, MemoryError) as error:  # InputError and DataError are ValueErrors
+    except (ValueError, MemoryError, LostProcessError) as error:  # InputError and DataError are ValueErrors
         return wrong(str(error))
     except OSError as error:
         return wrong(f"{error.filename or 'a file'}: {error.strerror or error}.")
@@ -77,7 +79,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     from rlekf_ext.dp.input import read_input
     from rlekf_ext.dp.train import train
 
-    summary = train(read_input(arguments.input), restart=arguments.restart)
+    with torchrun_group() as group:
+        summary = train(read_input(arguments.input), restart=arguments.restart, processes=Processes(group))
     return INTERRUPTED if summary["interrupted"] else 0
 
 
@@ -155,5 +158,6 @@ def run_info(_: argparse.Namespace) -> int:
 
 
 def wrong(message: str) -> int:
-    print(f"rlekf: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"rlekf{f', rank {rank}' if rank != '0' else ''}: {message}", file=sys.stderr)
     return 2

@@ -45,8 +45,8 @@ class Processes:
         rows[self.rank] = torch.tensor(numbers)
         return self.sum(rows).tolist()
 
-    def any(self, flag: bool) -> bool:
-        return any(row[0] for row in self.gather([flag]))
+    def any(self, flag: object) -> bool:
+        return any(row[0] for row in self.gather([bool(flag)]))
 
     def agree(self, tensors: Iterable[Tensor]) -> None:
         """The values of rank 0 on every process, in place."""
@@ -87,6 +87,9 @@ class Processes:
             f"Lost {names} of {self.size} processes: ended, or silent for the {seconds:g} s that the group waits. "
             "Start all of them again from the last checkpoint."
         )
+
+
+ALONE = Processes()
 
 
 @contextmanager

@@ -95,12 +95,12 @@ def test_lkf_is_deepmd_kits(model, batch_size):
     dense, weights = DenseFilter(sizes, 0.98, 0.9987), in_filter(steps, model)
     source = torch.Generator().manual_seed(3)
     for step in (0, 3, 7):
-        batch = frames[0] if batch_size == 1 else collate(frames[:2])
+        batch = collate(frames[:batch_size])
         groups = force_groups(12 * batch_size, 6 * batch_size, 4, source)
         energy_pref = 2.0 * (8.0 / 2.0) ** (step / NUM_STEPS)
         force_pref = 3.0 * (0.5 / 3.0) ** (step / NUM_STEPS)
         before = copy.deepcopy(model)
-        assert steps(batch, step) == 1 + len(groups)
+        assert steps(frames[:batch_size], step) == 1 + len(groups)
         deepmd_lkf(before, steps.optimizer, dense, weights, batch, groups, energy_pref, force_pref)
         assert relative(in_filter(steps, model), weights) < 1e-10
     assert not torch.equal(flat(before), flat(model))
@@ -114,7 +114,7 @@ def test_lkf_defaults_are_deepmd_kits(model):
     frame = labelled(model, 0)
     weights, dense = in_filter(steps, model), DenseFilter(steps.optimizer.filter.plan.sizes, 0.98, 0.9987)
     groups, before = force_groups(12, 6, 4, torch.Generator().manual_seed(3)), copy.deepcopy(model)
-    steps(frame, 5)
+    steps([frame], 5)
     deepmd_lkf(before, steps.optimizer, dense, weights, frame, groups, 1.0, 1.0)
     assert relative(in_filter(steps, model), weights) < 1e-10
 
@@ -124,11 +124,11 @@ def test_lkf_defaults_are_deepmd_kits(model):
 
 def test_rlekf_is_robust_unless_told_otherwise(model):
     frame = labelled(model, 0)
-    assert build_optimizer(config_of({"type": "RLEKF"}), model, [frame], NUM_STEPS, fresh=True)(frame, 0) == 8
+    assert build_optimizer(config_of({"type": "RLEKF"}), model, [frame], NUM_STEPS, fresh=True)([frame], 0) == 8
     paper = config_of({"type": "RLEKF", "preset": "paper"})
-    assert build_optimizer(paper, model, [frame], NUM_STEPS, fresh=True)(frame, 0) == 3  # 12 atoms are two groups of 6
+    assert build_optimizer(paper, model, [frame], NUM_STEPS, fresh=True)([frame], 0) == 3  # 12 atoms are two groups of 6
     changed = config_of({"type": "RLEKF", "preset": "paper", "group_size": None, "order": ["force", "energy"]})
-    assert build_optimizer(changed, model, [frame], NUM_STEPS, fresh=True)(frame, 0) == 8
+    assert build_optimizer(changed, model, [frame], NUM_STEPS, fresh=True)([frame], 0) == 8
 
 
 def test_rlekf_settings_reach_the_filter(model):
@@ -160,7 +160,7 @@ def test_rlekf_settings_reach_the_filter(model):
         error = (frame.energy - energy) / 12
         gradients = torch.autograd.grad(energy.sum() / 12, list(model.parameters()))
         dense.step(weights, steps.optimizer.flatten(gradients)[None], [float(error.detach())])
-        steps(frame, 0)
+        steps([frame], 0)
     assert relative(in_filter(steps, model), weights) < 1e-6
     assert kalman.memory_factor == pytest.approx(dense.lam)
 
@@ -175,7 +175,7 @@ def test_frames_of_a_batch(model, batch, of_jacobian, of_innovation, relinearize
     error = ((frames.energy - model(frames).energy).abs() / 12).mean()
     jacobian = steps.optimizer.flatten(torch.autograd.grad(-error, list(model.parameters())))
     dense.step(weights, of_jacobian * jacobian[None], [of_innovation * float(error.detach())])
-    assert steps(frames, 0) == 1
+    assert steps([frames], 0) == 1
     assert relative(in_filter(steps, model), weights) < 1e-10
 
 
@@ -208,8 +208,8 @@ def test_result_is_a_running_mean_of_the_weights(model, average_frames):
     plain = build_optimizer(config_of({"type": "RLEKF", "average_frames": 1}), alone, frames, NUM_STEPS, fresh=True)
     mean = None
     for step, frame in enumerate(frames):
-        steps(frame, step)
-        plain(frame, step)
+        steps([frame], step)
+        plain([frame], step)
         assert torch.equal(flat(model), flat(alone))  # the mean does not reach the filter
         mean = flat(model) if mean is None else mean + (flat(model) - mean) / average_frames
         assert relative(flat(steps.result), mean) < 1e-13
@@ -239,7 +239,7 @@ def test_learning_rate_is_deepmd_kits(model, section, num_steps, rates):
     frame = labelled(model, 0, num_atoms=2)
     steps = build_optimizer(config, model, [frame], num_steps, fresh=True)
     for step, rate in rates.items():
-        assert steps(frame, step) == 1
+        assert steps([frame], step) == 1
         assert steps.learning_rate == pytest.approx(rate, rel=1e-12)
 
 
@@ -291,7 +291,7 @@ def test_adam_by_hand(model):
     weights = flat(other)
     first, second = torch.zeros_like(weights), torch.zeros_like(weights)
     for step in range(3):
-        steps(frame, step)
+        steps([frame], step)
         rate = 1e-2 * 0.1 ** (step / NUM_STEPS)
         share = rate / 1e-2
         prediction = other(frame)

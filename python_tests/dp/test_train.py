@@ -274,7 +274,7 @@ def numbered(count, num_atoms, first):
 
 
 def numbers(batch):
-    return tuple(int(energy) for energy in batch.energy)
+    return tuple(int(frame.energy) for frame in batch)
 
 
 @pytest.mark.parametrize(

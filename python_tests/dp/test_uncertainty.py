@@ -39,7 +39,7 @@ def trained(folder, optimizer, num_batches=5, dtype=torch.float64):
     model, frames = small_model(dtype), [labelled(seed, dtype=dtype) for seed in range(num_batches)]
     steps = build_optimizer(config, model, frames, num_batches, fresh=True)
     for i, frame in enumerate(frames):
-        steps(frame, i)
+        steps([frame], i)
     file = folder / "model.ckpt.pt"
     save_checkpoint(file, steps.result, optimizer=steps.state_dict())
     return steps, file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from rlekf_ext.dp.model import DeepPotential
 from rlekf_ext.dp.neighbors import Frame, collate
+from rlekf_ext.processes import Processes
 
 ATOMS_AT_ONCE = 512  # frames are evaluated together up to this many atoms: enough to hide the cost of small operations
 
@@ -58,5 +60,21 @@ def compare(model: DeepPotential, frames: Sequence[Frame]) -> Comparison:
     return Comparison(torch.cat(energy).cpu().numpy(), torch.cat(force).cpu().numpy())
 
 
+def rmse(model: DeepPotential, frames: Sequence[Frame], processes: Processes) -> tuple[float, float]:
+    """RMSE of energies (eV/atom) and force components (eV/Å); each process evaluates some of the frames."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    if own := frames[processes.rank :: processes.size]:
+        found = compare(model, own)
+        sums = torch.tensor([*_squares(found.energy), *_squares(found.force)], dtype=torch.float64)
+    energy, num_energies, force, num_forces = processes.sum(sums).tolist()
+    return math.sqrt(energy / num_energies), math.sqrt(force / num_forces)
+
+
+def _squares(pairs: np.ndarray) -> tuple[float, int]:
+    """The sum of the squared errors, and how many there are."""
+    return float(np.square(pairs[:, 0] - pairs[:, 1]).sum()), len(pairs)
+
+
 def _rmse(pairs: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(pairs[:, 0] - pairs[:, 1]))))
+    total, count = _squares(pairs)
+    return math.sqrt(total / count)

@@ -14,8 +14,9 @@ from rlekf_ext import RLEKF
 from rlekf_ext.dp.data import OneLineError
 from rlekf_ext.dp.input import Config, InputError, Loss
 from rlekf_ext.dp.model import DeepPotential
-from rlekf_ext.dp.neighbors import Frame
+from rlekf_ext.dp.neighbors import Frame, collate
 from rlekf_ext.measurement import PRESETS, FrameUpdater, Measurement
+from rlekf_ext.processes import ALONE, Processes
 
 MAX_SKIPPED = 20  # measurements in a row: more are no accident
 UPDATES_PER_GUARD = 250  # one look costs ten reads of P; in trials the last 500 updates before float32 fails are told
@@ -76,7 +77,15 @@ class Watch:
 class KalmanSteps:
     """RLEKF, or LKF in DeePMD-kit's form: the updates of a batch."""
 
-    def __init__(self, config: Config, model: DeepPotential, training: Sequence[Frame], num_steps: int, fresh: bool):
+    def __init__(
+        self,
+        config: Config,
+        model: DeepPotential,
+        training: Sequence[Frame],
+        num_steps: int,
+        fresh: bool,
+        processes: Processes,
+    ):
         options = dict(config.optimizer.options)
         self._lkf = {name: options.pop(name) for name in list(options) if name.startswith("kf_")}
         if config.optimizer.type == "LKF":
@@ -87,8 +96,10 @@ class KalmanSteps:
             raise InputError("optimizer/order asks for virial updates alone, but the training data have no virials.")
         if fresh and measurement.warm_start:
             model.fit_energy_bias(training, with_network=True)
-        self.optimizer = RLEKF(model.named_parameters(), transpose=True, **settings)
-        self._updater = FrameUpdater(self.optimizer, model, measurement, config.training.seed or 0)
+        group = processes.group
+        self.optimizer = RLEKF(model.named_parameters(), transpose=True, process_group=group, **settings)
+        self._updater = FrameUpdater(self.optimizer, model, measurement, config.training.seed or 0, group)
+        self._processes = processes
         self._num_steps, self._is_lkf = num_steps, config.optimizer.type == "LKF"
         self._watch = Watch(self.optimizer, max_skipped)
         # Each update fits the frame at hand, and leaves the energies of the others off by a common amount that changes
@@ -97,11 +108,13 @@ class KalmanSteps:
         self._model = model
         self._mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
 
-    def __call__(self, batch: Frame, step: int) -> int:
+    def __call__(self, batch: Sequence[Frame], step: int) -> int:
         """All updates of one batch; returns how many."""
         if self._is_lkf:
             self._updater.measurement = self._as_deepmd(self._updater.measurement, batch, step)
-        updates = len(self._updater(batch))
+        own = own_part(batch, self._processes)
+        together = own and self._updater.measurement.batch != "joint"
+        updates = len(self._updater([collate(own)] if together else own))
         if self._mean:
             self._mean.update_parameters(self._model)
         self._watch(updates)
@@ -111,7 +124,7 @@ class KalmanSteps:
         """What the filter has to say from time to time, a sentence each."""
         return [sentence] if (sentence := self._watch.remark()) else []
 
-    def _as_deepmd(self, measurement: Measurement, batch: Frame, step: int) -> Measurement:
+    def _as_deepmd(self, measurement: Measurement, batch: Sequence[Frame], step: int) -> Measurement:
         """LKF's scales: prefactors that change geometrically, and forces divided by the number of atoms once more."""
         fraction = step / self._num_steps
         energy, force = (
@@ -122,8 +135,8 @@ class KalmanSteps:
         return replace(
             measurement,
             energy_scale=energy,
-            force_scale=force / float(batch.num_atoms.mean()),
-            group_size=6 * len(batch.num_atoms),
+            force_scale=force * len(batch) / sum(len(frame.types) for frame in batch),
+            group_size=6 * len(batch),
             batch="sum",
         )
 
@@ -160,23 +173,29 @@ class KalmanSteps:
 class AdamSteps:
     """Adam with DeePMD-kit's learning rate and loss: both decay exponentially, in steps."""
 
-    def __init__(self, config: Config, model: DeepPotential, num_steps: int):
+    def __init__(self, config: Config, model: DeepPotential, num_steps: int, processes: Processes):
         rate, options = config.learning_rate, dict(config.optimizer.options)
         betas = (options.get("beta1", 0.9), options.get("beta2", 0.999))
         decay = options.get("weight_decay", 0.0)
         self.optimizer = torch.optim.Adam(model.parameters(), rate.start_lr, betas, weight_decay=decay, fused=True)
-        self._model, self._rate, self._loss = model, rate, config.loss
+        self._model, self._rate, self._loss, self._processes = model, rate, config.loss, processes
         # DeePMD-kit's rule where decay_steps is as long as the run.
         short = 100 if num_steps // 10 > 100 else num_steps // 100 + 1
         self._decay_steps = rate.decay_steps if rate.decay_steps < num_steps else short
         self._decay_rate = rate.decay_rate or (rate.stop_lr / rate.start_lr) ** (self._decay_steps / num_steps)
 
-    def __call__(self, batch: Frame, step: int) -> int:
+    def __call__(self, batch: Sequence[Frame], step: int) -> int:
         """One update on one batch."""
         rate = max(self._rate.start_lr * self._decay_rate ** (step // self._decay_steps), self._rate.stop_lr)
         self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.zero_grad()
-        mean_squared_loss(self._model, batch, prefactors(self._loss, rate / self._rate.start_lr)).backward()
+        for p in self._model.parameters():
+            p.grad = torch.zeros_like(p)
+        if own := own_part(batch, self._processes):
+            loss = mean_squared_loss(self._model, collate(own), prefactors(self._loss, rate / self._rate.start_lr))
+            (len(own) / len(batch) * loss).backward()  # the frames of a batch are of one system
+        for p in self._model.parameters():
+            assert p.grad is not None  # for mypy
+            self._processes.sum(p.grad)
         self.optimizer.step()
         return 1
 
@@ -206,11 +225,22 @@ class AdamSteps:
 
 
 def build_optimizer(
-    config: Config, model: DeepPotential, training: Sequence[Frame], num_steps: int, fresh: bool
+    config: Config,
+    model: DeepPotential,
+    training: Sequence[Frame],
+    num_steps: int,
+    fresh: bool,
+    processes: Processes = ALONE,
 ) -> KalmanSteps | AdamSteps:
     if config.optimizer.type == "Adam":
-        return AdamSteps(config, model, num_steps)
-    return KalmanSteps(config, model, training, num_steps, fresh)
+        return AdamSteps(config, model, num_steps, processes)
+    return KalmanSteps(config, model, training, num_steps, fresh, processes)
+
+
+def own_part(batch: Sequence[Frame], processes: Processes) -> list[Frame]:
+    """The frames of a batch that this process measures; none where there are more processes than frames."""
+    first, last = (place * len(batch) // processes.size for place in (processes.rank, processes.rank + 1))
+    return list(batch[first:last])
 
 
 def prefactors(loss: Loss, decayed: float) -> dict[str, float]:

@@ -14,24 +14,34 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from rlekf_ext.dp.checkpoint import check_writable, load_checkpoint, restored_model, save_checkpoint, write_atomically
+from rlekf_ext.dp.checkpoint import (
+    check_writable,
+    load_checkpoint,
+    restored_model,
+    run_of,
+    save_checkpoint,
+    write_atomically,
+)
 from rlekf_ext.dp.data import System, auto_sel, frames, load_systems, split
-from rlekf_ext.dp.evaluate import compare
+from rlekf_ext.dp.evaluate import rmse
 from rlekf_ext.dp.input import Config, InputError, TrainingData
 from rlekf_ext.dp.model import DeepPotential
-from rlekf_ext.dp.neighbors import Frame, collate
+from rlekf_ext.dp.neighbors import Frame
 from rlekf_ext.dp.steps import StoppedError, build_optimizer, prefactors
 from rlekf_ext.machine import this_machine
+from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts
 
 Systems = list[list[Frame]]  # the frames of each system
 
 
-def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(
+    config: Config, *, restart: bool = False, quiet: bool = False, processes: Processes = ALONE
+) -> dict[str, Any]:
     """Train a Deep Potential as an input file says, and return the summary that is also written as JSON.
 
     Writes DeePMD-kit's lcurve.out, a checkpoint, and in lcurve.out.json a summary with the held-out RMSE at the end of
     every epoch. Ctrl-C writes the checkpoint and ends after the batch at hand. `restart` goes on from the
-    checkpoint, bit for bit.
+    checkpoint, bit for bit. Several processes share the frames of each batch and P, and the first writes the files.
 
     Raises InputError and DataError before anything is written, and StoppedError, with the checkpoint written, when the
     filter has skipped `max_skipped` measurements in a row.
@@ -39,7 +49,9 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
     settings = config.training
     curve_file, checkpoint_file = Path(settings.disp_file), Path(f"{settings.save_ckpt}.pt")
     summary_file = Path(f"{settings.disp_file}.json")
-    checkpoint = load_checkpoint(checkpoint_file) if restart else None
+    quiet = quiet or processes.rank > 0
+    restart = restart or processes.any(torchrun_restarts() and run_of(checkpoint_file) == torchrun_name())
+    checkpoint = load_checkpoint(checkpoint_file, processes) if restart else None
     training, validation = load_frames(config, quiet)
     everything = [frame for system in training for frame in system]
     held_out = [frame for system in validation for frame in system] or everything
@@ -49,7 +61,7 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
         model.descriptor.check(frame)  # more neighbours than sel has slots for: an error now, not hours later
     batches = Batches(training, settings.training_data, settings.seed or 0)
     num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
-    optimize = build_optimizer(config, model, everything, num_steps, fresh=not restart)
+    optimize = build_optimizer(config, model, everything, num_steps, not restart, processes)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
     if checkpoint:
         try:
@@ -62,7 +74,12 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
         batches.load_state_dict(checkpoint["batches"])
         progress = checkpoint["progress"]
         del checkpoint  # its tensors are parts of the file, which is about to be replaced
+    processes.agree(model.state_dict().values())  # the last bit may differ between kinds of CPU
     say = (lambda *_: None) if quiet else tqdm.write
+    if processes.size > 1:
+        say(f"{processes.size} processes share P and the frames of each batch.")
+        if processes.size > (most := batches.most_frames):
+            say(f"No batch has more than {most} frames: {processes.size - most} processes have none; see batch_size.")
     num_held_out = sum(map(len, validation))
     say(f"{len(everything)} frames train, {num_held_out} are held out; {len(batches)} batches an epoch")
     if not num_held_out:
@@ -71,14 +88,15 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
 
     def save() -> None:
         state = {"optimizer": optimize.state_dict(), "batches": batches.state_dict(), "progress": progress}
-        save_checkpoint(checkpoint_file, optimize.result, **state)
+        save_checkpoint(checkpoint_file, optimize.result, processes, **state, run=torchrun_name())
 
-    for path in (curve_file, summary_file, checkpoint_file):
-        check_writable(path)
-    curve = LearningCurve(curve_file, config, held_out, progress["step"])
+    if processes.rank == 0:
+        for path in (curve_file, summary_file, checkpoint_file):
+            check_writable(path)
+    curve = LearningCurve(curve_file, config, held_out, progress["step"], processes)
     bar = tqdm(total=num_steps, initial=progress["step"], unit="batch", disable=quiet or None, mininterval=0.5)
     with interruption() as interrupted, bar:
-        while progress["step"] < num_steps and not interrupted():
+        while progress["step"] < num_steps and not processes.any(interrupted()):
             started = time.perf_counter()
             batch = next(batches)
             try:
@@ -96,17 +114,21 @@ def train(config: Config, *, restart: bool = False, quiet: bool = False) -> dict
                 errors = curve.write(progress["step"], optimize.result, batch, optimize.learning_rate)
                 bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")
             if progress["step"] % len(batches) == 0 or last:
-                progress["epochs"].append(end_of_epoch(progress, len(batches), optimize.result, held_out))
-                say(EPOCH_LINE.format(**progress["epochs"][-1]))
+                row = end_of_epoch(progress, len(batches), optimize.result, held_out, processes)
+                progress["epochs"].append(row)
+                say(EPOCH_LINE.format(**row))
                 if skipped := optimize.skipped():
                     say(f"skipped so far: {skipped}")
             if progress["step"] % settings.save_freq == 0:
                 save()
     save()
-    if interrupted():
+    stopped = processes.any(interrupted())
+    if stopped:
         say(f"Interrupted after batch {progress['step']}; `rlekf train --restart` goes on from {checkpoint_file}.")
-    summary = {**progress, "interrupted": interrupted(), "optimizer": repr(optimize), **this_machine()}
-    write_atomically(summary_file, lambda path: path.write_text(json.dumps(summary, indent=1)))
+    machine = {"processes": processes.size, **this_machine()}
+    summary = {**progress, "interrupted": stopped, "optimizer": repr(optimize), **machine}
+    if processes.rank == 0:
+        write_atomically(summary_file, lambda path: path.write_text(json.dumps(summary, indent=1)))
     return summary
 
 
@@ -184,12 +206,16 @@ class Batches:
         """Batches an epoch."""
         return len(self._order)
 
-    def __next__(self) -> Frame:
+    @property
+    def most_frames(self) -> int:
+        """Frames in the largest batch."""
+        return max(map(len, self._order))
+
+    def __next__(self) -> list[Frame]:
         if self._place >= len(self._order):  # above it where a restart has fewer frames
             self._shuffle()
-        batch = self._order[self._place]
         self._place += 1
-        return batch[0] if len(batch) == 1 else collate(batch)
+        return self._order[self._place - 1]
 
     def _shuffle(self) -> None:
         self._epoch_state, self._place = self._generator.get_state(), 0
@@ -214,8 +240,8 @@ class LearningCurve:
 
     COLUMNS = ("rmse_val", "rmse_trn", "rmse_e_val", "rmse_e_trn", "rmse_f_val", "rmse_f_trn")
 
-    def __init__(self, path: Path, config: Config, held_out: Sequence[Frame], step: int):
-        self._path, self._loss, self._held_out = path, config.loss, held_out
+    def __init__(self, path: Path, config: Config, held_out: Sequence[Frame], step: int, processes: Processes):
+        self._path, self._loss, self._held_out, self._processes = path, config.loss, held_out, processes
         self._start_rate = config.learning_rate.start_lr if config.optimizer.type == "Adam" else None
         data = config.training.validation_data
         self._num_batches, self._data = (data.numb_btch, data) if data else (1, config.training.training_data)
@@ -223,37 +249,42 @@ class LearningCurve:
         if step and path.exists():
             old = [row for row in path.read_text().splitlines() if not row.startswith("#")]
             rows += [row for row in old if int(row.split()[0]) <= step]
-        write_atomically(path, lambda temporary: temporary.write_text("\n".join(rows) + "\n"))
+        if processes.rank == 0:
+            write_atomically(path, lambda temporary: temporary.write_text("\n".join(rows) + "\n"))
 
-    def write(self, step: int, model: DeepPotential, batch: Frame, rate: float) -> str:
+    def write(self, step: int, model: DeepPotential, batch: Sequence[Frame], rate: float) -> str:
         """Add a row: RMSE on the batch just used and on held-out frames, taken in turn. Returns the latter as text."""
         count = self._num_batches * self._data.frames_per_batch(len(self._held_out[0].types))
         taken = [self._held_out[(step + i) % len(self._held_out)] for i in range(min(count, len(self._held_out)))]
         factor = prefactors(self._loss, rate / self._start_rate if self._start_rate else 0.0)
         values = []
-        for part in (taken, [batch]):
-            errors = compare(model, part)
-            atoms = sum(float(frame.num_atoms.sum()) for frame in part) / sum(len(frame.num_atoms) for frame in part)
-            loss = factor["e"] * atoms * errors.energy_rmse**2 + factor["f"] * errors.force_rmse**2
-            values.append((math.sqrt(loss), errors.energy_rmse, errors.force_rmse))
+        for part in (taken, batch):
+            energy, force = rmse(model, part, self._processes)
+            atoms = sum(len(frame.types) for frame in part) / len(part)
+            values.append((math.sqrt(factor["e"] * atoms * energy**2 + factor["f"] * force**2), energy, force))
         (total, energy, force), trained = values
         row = (total, trained[0], energy, trained[1], force, trained[2])
-        with self._path.open("a") as file:
-            file.write(f"{step:7d}" + "".join(f"{value:12.2e}" for value in row) + f"{rate:9.1e}\n")
+        if self._processes.rank == 0:
+            with self._path.open("a") as file:
+                file.write(f"{step:7d}" + "".join(f"{value:12.2e}" for value in row) + f"{rate:9.1e}\n")
         return f"E {energy:.1e} eV/atom, F {force:.1e} eV/Å"
 
 
 def end_of_epoch(
-    progress: dict[str, Any], batches_per_epoch: int, model: DeepPotential, held_out: Sequence[Frame]
+    progress: dict[str, Any],
+    batches_per_epoch: int,
+    model: DeepPotential,
+    held_out: Sequence[Frame],
+    processes: Processes,
 ) -> dict[str, float]:
     """A row of the summary: where training stands, and the RMSE on all held-out frames."""
-    errors = compare(model, held_out)
+    energy, force = rmse(model, held_out, processes)
     return {
         "epoch": progress["step"] / batches_per_epoch,
         "updates": progress["updates"],
         "seconds": progress["seconds"],
-        "energy_rmse": errors.energy_rmse,
-        "force_rmse": errors.force_rmse,
+        "energy_rmse": energy,
+        "force_rmse": force,
     }
 
 
