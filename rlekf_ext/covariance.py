@@ -3,6 +3,7 @@ layout."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -36,7 +37,9 @@ class StoredTiles:
         """Fill and return `tiles`: all of them, or a DTensor of them, which every one of its processes must ask for."""
         from torch.distributed import checkpoint
 
-        checkpoint.load({self.name: tiles}, checkpoint_id=self.folder, no_dist=not _is_spread(tiles))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is where one process reads all
+            checkpoint.load({self.name: tiles}, checkpoint_id=self.folder, no_dist=not _is_spread(tiles))
         return tiles
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -98,6 +99,9 @@ def torchrun_group() -> Iterator[dist.ProcessGroup | None]:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         yield None
         return
+    # First: some of its functions have the default group of that moment as a default, and a group that is kept beyond
+    # destroy_process_group may abort the process when it exits.
+    import_module("torch.distributed.nn")
     dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield dist.group.WORLD

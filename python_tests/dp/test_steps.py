@@ -126,7 +126,9 @@ def test_rlekf_is_robust_unless_told_otherwise(model):
     frame = labelled(model, 0)
     assert build_optimizer(config_of({"type": "RLEKF"}), model, [frame], NUM_STEPS, fresh=True)([frame], 0) == 8
     paper = config_of({"type": "RLEKF", "preset": "paper"})
-    assert build_optimizer(paper, model, [frame], NUM_STEPS, fresh=True)([frame], 0) == 3  # 12 atoms are two groups of 6
+    assert (
+        build_optimizer(paper, model, [frame], NUM_STEPS, fresh=True)([frame], 0) == 3
+    )  # 12 atoms are two groups of 6
     changed = config_of({"type": "RLEKF", "preset": "paper", "group_size": None, "order": ["force", "energy"]})
     assert build_optimizer(changed, model, [frame], NUM_STEPS, fresh=True)([frame], 0) == 8
 

@@ -186,7 +186,7 @@ class RLEKFKeys:
     relinearize: bool = key()
     warm_start: bool = key()
     average_frames: int = key(low=1)
-    batch: str = key(choices=("mean", "sum"))
+    batch: str = key(choices=("mean", "sum", "joint"))
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def train(
     if processes.size > 1:
         say(f"{processes.size} processes share P and the frames of each batch.")
         if processes.size > (most := batches.most_frames):
-            say(f"No batch has more than {most} frames: {processes.size - most} processes have none; see batch_size.")
+            say(f"The largest batch has {most} frames, and leaves {processes.size - most} processes idle: batch_size.")
     num_held_out = sum(map(len, validation))
     say(f"{len(everything)} frames train, {num_held_out} are held out; {len(batches)} batches an epoch")
     if not num_held_out:
