@@ -102,7 +102,10 @@ def torchrun_group() -> Iterator[dist.ProcessGroup | None]:
     # First: some of its functions have the default group of that moment as a default, and a group that is kept beyond
     # destroy_process_group may abort the process when it exits.
     import_module("torch.distributed.nn")
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    store, rank, size = next(dist.rendezvous("env://"))
+    # What torchrun starts again finds the store as it was left: without a prefix, addresses of processes that are gone.
+    store = dist.PrefixStore(f"attempt {torchrun_restarts()}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield dist.group.WORLD
     finally:
