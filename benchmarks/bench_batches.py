@@ -1,0 +1,74 @@
+"""What several frames a batch do to convergence, as rows: the same epochs with 1, 4, 8 and 16 frames, "mean", "sum" and
+"joint".
+
+    python benchmarks/bench_batches.py [--data DIR] [--systems NaCl Cu] [--seeds 1 2] [--output FILE]
+
+Frames divided over processes give the weights of one process (python_tests/test_measurement_batches.py), so one process
+shows what so many processes would learn. It goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from statistics import median
+
+from bench_training import COLUMNS, KEY, ROOT, STUDY, available, run
+from rows import append
+
+RESULTS = ROOT / "benchmarks/results/batches.csv"
+BATCHES = [(1, "mean"), *((size, batch) for size in (4, 8, 16) for batch in ("mean", "sum", "joint"))]
+SYSTEMS = ("NaCl", "Al", "Li", "Si", "Cu")
+FRAMES, EPOCHS = 100, 6
+
+
+def label(size: int, batch: str) -> str:
+    return "1 frame" if size == 1 else f"{size} frames, {batch}"
+
+
+def read(path: Path) -> dict[tuple[str, str, str], dict[str, str]]:
+    """The last row of each run, by system, method and seed."""
+    with path.open(newline="") as file:
+        return {(row["system"], row["method"], row["seed"]): row for row in csv.DictReader(file)}
+
+
+def table(path: Path) -> str:
+    """Energy and force RMSE on test frames at the end, medians over the seeds."""
+    rows = read(path).values()
+    systems = [name for name in SYSTEMS if any(row["system"] == name for row in rows)]
+    lines = ["| E meV/atom / F meV/Å | " + " | ".join(systems) + " |", "| --- " * (len(systems) + 1) + "|"]
+    for size, batch in BATCHES:
+        cells = []
+        for name in systems:
+            own = [row for row in rows if (row["system"], row["method"]) == (name, label(size, batch))]
+            pair = (median(float(row[f"test_{kind}"]) for row in own) for kind in "EF")
+            cells.append(" / ".join(f"{value:.3g}" for value in pair) if own else "")
+        lines.append(f"| {label(size, batch)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT / "examples", help="folder of the sets; NaCl needs none")
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    base = STUDY["method"]["RLEKF"]
+    done = read(given.output) if given.output.exists() else {}
+    for seed in given.seeds:
+        for name in given.systems:
+            for size, batch in BATCHES:
+                if (name, label(size, batch), str(seed)) in done or not available(name, given.data):
+                    continue
+                method = {"optimizer": {**base["optimizer"], "batch": batch}, "batch_size": size}
+                key = dict(zip(KEY, (name, "small", label(size, batch), seed, FRAMES, EPOCHS), strict=True))
+                rows, _ = run(key, method, given.data, EPOCHS)
+                append(given.output, COLUMNS, rows)
+                print(*(f"{name} {rows[-1][name]}" for name in (*KEY[:4], "seconds", "test_E", "test_F")), flush=True)
+    print(table(given.output))
+
+
+if __name__ == "__main__":
+    main()
