@@ -162,6 +162,8 @@ def refuses(rank):
     group = dist.group.WORLD
     with pytest.raises(ValueError, match="compiled kernels"):
         KalmanFilter(PLANS[0], process_group=group, backend="reference")
+    with pytest.raises(ValueError, match="the device meta"):
+        KalmanFilter(PLANS[0], process_group=group, device="meta")
     kalman = KalmanFilter(PLANS[0], process_group=group)
     with pytest.raises(ValueError, match="gathered"):
         kalman.covariance.reblock(BlockPlan((300, 30)))

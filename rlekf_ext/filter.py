@@ -85,13 +85,16 @@ class KalmanFilter:
             )
         if not least_excitation >= 0:
             raise ValueError(f"least_excitation should be at least 0 but is {least_excitation}.")
+        if process_group is not None and (backend not in ("auto", "native") or torch.device(device).type != "cpu"):
+            raise ValueError(
+                "process_group needs the compiled kernels of the CPU, the only ones that take a part of a block, but "
+                f'backend is "{backend}" and the device {device}.'
+            )
         ops.backend(backend, torch.device(device))  # an absent one is an error before P is allocated
         self.backend = backend
         self._promotes = covariance_dtype == "auto"
         dtype: Any = torch.float32 if covariance_dtype == "auto" else covariance_dtype
         self._shard = Shard(plan, Processes(process_group)) if process_group is not None else None
-        if self._shard and ops.backend(backend, torch.device(device)) is not ops.native:
-            raise ValueError(f'process_group needs the compiled kernels, backend "native", but backend is "{backend}".')
         self.covariance = identity(
             plan,
             initial_covariance=initial_covariance,
