@@ -85,12 +85,7 @@ class KalmanFilter:
             )
         if not least_excitation >= 0:
             raise ValueError(f"least_excitation should be at least 0 but is {least_excitation}.")
-        if process_group is not None and (backend not in ("auto", "native") or torch.device(device).type != "cpu"):
-            raise ValueError(
-                "process_group needs the compiled kernels of the CPU, the only ones that take a part of a block, but "
-                f'backend is "{backend}" and the device {device}.'
-            )
-        ops.backend(backend, torch.device(device))  # an absent one is an error before P is allocated
+        ops.backend(backend, torch.device(device), process_group is not None)  # an absent one: before P is allocated
         self.backend = backend
         self._promotes = covariance_dtype == "auto"
         dtype: Any = torch.float32 if covariance_dtype == "auto" else covariance_dtype
@@ -265,7 +260,7 @@ class KalmanFilter:
 
     @property
     def _ops(self) -> ModuleType:
-        return ops.backend(self.backend, self.covariance.tiles.device)
+        return ops.backend(self.backend, self.covariance.tiles.device, self._shard is not None)
 
     @property
     def _most_at_once(self) -> int:

@@ -91,7 +91,7 @@ def test_one_bad_measurement_leaves_the_others_as_the_compiled_ops_do(bad):
 def test_work_is_planned_once_for_a_layout():
     covariance = KalmanFilter(BlockPlan((70, 3)), backend="triton").covariance
     before = len(ours._work_of_layout)
-    assert ours._work(covariance.layout) is ours._work(covariance.layout)
+    assert ours._work(covariance.layout, 4) is ours._work(covariance.layout, 4)
     assert len(ours._work_of_layout) == before + 1
     del covariance
     gc.collect()

@@ -25,19 +25,23 @@ import torch
 from rlekf_ext.ops import native, reference
 
 
-def backend(name: str, device: torch.device) -> ModuleType:
+def backend(name: str, device: torch.device, parts: bool = False) -> ModuleType:
     """The ops of backend `name` for tensors on `device`: "native" (compiled), "triton", "reference" (dense torch), or
-    "auto": native, and on a GPU that it has no kernels for, triton.
+    "auto": native, and on a GPU that it has no kernels for, triton. `parts`: ops that take a part of a block's tiles.
 
     Raises ValueError for an unknown name, and RuntimeError, with the reason, for one that is absent.
     """
     if name not in ("auto", "native", "triton", "reference"):
         raise ValueError(f"backend should be 'auto', 'native', 'triton' or 'reference' but is {name!r}.")
-    if name == "reference":
+    if name == "reference" and not parts:
         return reference
-    reasons = []
+    reasons = (
+        ["The reference backend takes whole blocks, but here processes share them."] if name == "reference" else []
+    )
     if name in ("auto", "native"):
         reason = native.why_absent(device.type)
+        if not reason and parts and device.type == "cuda":
+            reason = "they take whole blocks, but here processes share them."
         if not reason:
             return native
         reasons.append(f"The native backend has no kernels for {device}: {reason}")
@@ -48,7 +52,9 @@ def backend(name: str, device: torch.device) -> ModuleType:
 
             return triton
         reasons.append(f"The triton backend cannot run on {device}: {reason}")
-    raise RuntimeError(" ".join([*reasons, "backend='reference' runs anywhere."]))
+    raise RuntimeError(
+        " ".join([*reasons, "backend='auto' finds another." if parts else "backend='reference' runs anywhere."])
+    )
 
 
 def backends() -> dict[str, str]:

@@ -102,9 +102,10 @@ def _fold_due(state, capacity, count: tl.constexpr):
 @triton.jit
 def _visit_run(run, tiles, pending, state, layout, runs, jacobian, sums, num_weights, num_tiles, capacity, count):
     """Up to RUN tiles beside each other. sums: the column sums of each tile, then the row sums of each run."""
-    block = tl.load(runs + 3 * run)
-    row = tl.load(runs + 3 * run + 1)
-    first_col = tl.load(runs + 3 * run + 2)
+    block = tl.load(runs + 4 * run)
+    row = tl.load(runs + 4 * run + 1)
+    first_col = tl.load(runs + 4 * run + 2)
+    end_col = tl.load(runs + 4 * run + 3)
     first_weight = tl.load(layout + 3 * block)
     size = tl.load(layout + 3 * block + 1)
     first_tile = tl.load(layout + 3 * block + 2)
@@ -116,7 +117,7 @@ def _visit_run(run, tiles, pending, state, layout, runs, jacobian, sums, num_wei
     i = row * TILE + inside
     # Two columns in one: a thread holds both, and half as many registers stay occupied along the run.
     row_sums = (tl.zeros((TILE, TILE // 2), tl.float64),) * count
-    for col in range(first_col, tl.minimum(row + 1, first_col + RUN)):
+    for col in range(first_col, end_col):
         index = first_tile + row * (row + 1) // 2 + col
         place = tiles + index * (TILE * TILE) + entries
         tile = tl.load(place).to(tl.float64)
@@ -220,19 +221,19 @@ def _reduce(
 ):
     """z = S h + shift h - Σ u_i (u_iᵀ h) of one tile row, and gram_parts (tile rows, 2, M, M)."""
     tile_row = tl.program_id(0).to(tl.int64)
-    block = tl.load(tile_rows + 3 * tile_row)
-    row = tl.load(tile_rows + 3 * tile_row + 1)
-    first_run = tl.load(tile_rows + 3 * tile_row + 2)
+    block = tl.load(tile_rows + 4 * tile_row)
+    row = tl.load(tile_rows + 4 * tile_row + 1)
+    first_run = tl.load(tile_rows + 4 * tile_row + 2)
+    num_runs = tl.load(tile_rows + 4 * tile_row + 3)
     first_weight = tl.load(layout + 3 * block)
     size = tl.load(layout + 3 * block + 1)
     first_tile = tl.load(layout + 3 * block + 2)
     _, num_waiting, factor = _fold_due(state, capacity, count)
 
-    # S h: the row sums of the runs left of the diagonal, then the column sums of the tiles below it.
+    # S h: the row sums of the runs left of the diagonal, then the column sums of the tiles below it that are there.
     k = tl.arange(0, padded)[:, None, None]
     inside = tl.arange(0, TILE)[None, None, :]
     at_once: tl.constexpr = PARTS // padded
-    num_runs = row // RUN + 1
     num_parts = num_runs + tl.cdiv(size, TILE) - 1 - row
     total = tl.zeros((padded, at_once, TILE), tl.float64)
     for start in range(0, num_parts, at_once):
@@ -240,7 +241,8 @@ def _reduce(
         below = row + 1 + part - num_runs
         column = first_tile + below * (below + 1) // 2 + row
         place = tl.where(part < num_runs, num_tiles + first_run + part, column)
-        total += tl.load(sums + (place * count + k) * TILE + inside, mask=(k < count) & (part < num_parts), other=0.0)
+        there = (part < num_runs) | ((column >= 0) & (column < num_tiles) & (part < num_parts))
+        total += tl.load(sums + (place * count + k) * TILE + inside, mask=(k < count) & there, other=0.0)
     z = tl.sum(total, 1)
 
     k = tl.arange(0, padded)[:, None]
@@ -403,9 +405,9 @@ def _apply(
     """y_j = z_j + growth_j h_j - Σ_{k<j} rank_one_k (y_kᵀ h_j) y_k of one tile row; w += gain_j y_j; u_j =
     sqrt(rank_one_j) y_j."""
     tile_row = tl.program_id(0).to(tl.int64)
-    block = tl.load(tile_rows + 3 * tile_row)
+    block = tl.load(tile_rows + 4 * tile_row)
     first = tl.load(layout + 3 * block)
-    i = tl.load(tile_rows + 3 * tile_row + 1) * TILE + tl.arange(0, TILE)
+    i = tl.load(tile_rows + 4 * tile_row + 1) * TILE + tl.arange(0, TILE)
     i += first
     end = first + tl.load(layout + 3 * block + 1)
     k = tl.arange(0, padded)
@@ -433,34 +435,38 @@ def _apply(
 class _Work:
     """What the programs of each launch do: rows of int64 on the device."""
 
-    runs: Tensor  # (runs, 3): block, tile row in it, first column of up to RUN tiles
-    tile_rows: Tensor  # (tile rows, 3): block, tile row in it, first of its runs
+    runs: Tensor  # (runs, 4): block, tile row in it, columns from and to, up to RUN tiles
+    tile_rows: Tensor  # (tile rows, 4): block, tile row in it, first of its runs, their number
     first_tile_rows: Tensor  # (L,): of each block
 
 
-# By layout tensor, device included, for as long as that tensor lives: a layout is made with its covariance and never
-# changes in place. Only making an entry waits for the device, so only the first step of a filter does.
+# By layout tensor, device included, for as long as that tensor lives, and by the number of tiles: a layout is made with
+# its covariance and never changes in place. Only making an entry waits for the device, in the first step of a filter.
 _work_of_layout = WeakTensorKeyDictionary()
 
 
-def _work(layout: Tensor) -> _Work:
-    if layout not in _work_of_layout:
-        sizes = layout[:, 1].cpu().numpy()
+def _work(layout: Tensor, num_tiles: int) -> _Work:
+    """For the tiles from 0 to num_tiles: all of a layout's, or fewer where other processes have the rest."""
+    known = _work_of_layout.setdefault(layout, {})
+    if num_tiles not in known:
+        sizes, first_tile = layout[:, 1:].cpu().numpy().T
         rows = -(-sizes // TILE_SIZE)
         first_tile_rows = np.cumsum(rows) - rows
         block = np.repeat(np.arange(len(sizes)), rows)
         row = np.arange(len(block)) - first_tile_rows[block]
-        num_runs = row // RUN.value + 1
+        left = first_tile[block] + row * (row + 1) // 2  # where the row's first tile stands, or would
+        from_col, to_col = np.maximum(0, -left), np.minimum(row + 1, num_tiles - left)
+        num_runs = -(-np.maximum(0, to_col - from_col) // RUN.value)
         first_run = np.cumsum(num_runs) - num_runs
         tile_row = np.repeat(np.arange(len(row)), num_runs)
-        col = (np.arange(len(tile_row)) - first_run[tile_row]) * RUN.value
+        col = from_col[tile_row] + (np.arange(len(tile_row)) - first_run[tile_row]) * RUN.value
         tables = (
-            np.stack([block[tile_row], row[tile_row], col], 1),
-            np.stack([block, row, first_run], 1),
+            np.stack([block[tile_row], row[tile_row], col, np.minimum(col + RUN.value, to_col[tile_row])], 1),
+            np.stack([block, row, first_run, num_runs], 1),
             first_tile_rows,
         )
-        _work_of_layout[layout] = _Work(*(torch.from_numpy(table).to(layout.device) for table in tables))
-    return _work_of_layout[layout]
+        known[num_tiles] = _Work(*(torch.from_numpy(table).to(layout.device) for table in tables))
+    return known[num_tiles]
 
 
 def project(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:
@@ -468,7 +474,7 @@ def project(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacob
     count = _check_measurements(jacobian, capacity, num_weights)
     num_tiles, num_blocks = len(tiles), len(layout)
     _check(tiles, "tiles", (num_tiles, TILE_SIZE, TILE_SIZE), *STORAGE_DTYPES)
-    work, padded = _work(layout), triton.next_power_of_2(count)
+    work, padded = _work(layout, num_tiles), triton.next_power_of_2(count)
     num_products = num_blocks * triton.cdiv(capacity, VECTORS.value)
     sums = _empty(tiles, num_tiles + len(work.runs), count, TILE_SIZE)
     products = _empty(tiles, num_blocks, capacity, count)
@@ -544,7 +550,7 @@ def correct(
     _check(cross, "cross", (count, num_weights))
     _check(gram, "gram", (2, num_blocks, count, count))
     _check(innovation, "innovation", (count,))
-    work, padded = _work(layout), triton.next_power_of_2(count)
+    work, padded = _work(layout, 0), triton.next_power_of_2(count)
     products = _empty(weights, num_blocks, count, count)
     updates = _empty(weights, count, UPDATE.value)
     with torch.cuda.device_of(weights):
