@@ -35,7 +35,7 @@ class Processes:
         try:
             dist.all_reduce(tensor, group=self.group)
         except RuntimeError as error:
-            raise LostProcessError(self._who_is_lost(started)) from error
+            raise LostProcessError(self._who_is_lost(started, tensor.device)) from error
         return tensor
 
     def gather(self, numbers: Sequence[int], device: torch.device | str = "cpu") -> list[list[int]]:
@@ -56,11 +56,11 @@ class Processes:
                 tensor.zero_()
             self.sum(tensor)
 
-    def _who_is_lost(self, started: float) -> str:
+    def _who_is_lost(self, started: float, device: torch.device) -> str:
         """A roll call. Who waits for a message from a process that has ended hears of it at once or at the timeout, and
         then comes here too; who has not come by then is lost."""
         assert self.group is not None
-        seconds = self.group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        seconds = self.group._get_backend(device).options._timeout.total_seconds()
         closed = time.monotonic() - started < seconds  # some process has ended: none was waited for so long
         others = set(range(self.size)) - {self.rank}
         store = self.group.get_group_store()
@@ -95,8 +95,8 @@ ALONE = Processes()
 
 @contextmanager
 def torchrun_group() -> Iterator[dist.ProcessGroup | None]:
-    """A gloo group of all processes that torchrun has started, or None where this process was started alone."""
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+    """A gloo group of all processes that torchrun has started, or None where this one is alone."""
+    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ) or os.environ.get("WORLD_SIZE", "1") == "1":
         yield None
         return
     # First: some of its functions have the default group of that moment as a default, and a group that is kept beyond
