@@ -107,8 +107,10 @@ class Trainer:
         self.wrapper = self.model = Wrapper(config["training"]["seed"])
         if restart_model:
             saved = torch.load(restart_model, weights_only=True)
-            self.wrapper.load_state_dict(saved["model"])
+            self.model.load_state_dict(saved["model"])
             self.start_step = saved["step"]
+        if torch.distributed.is_initialized():
+            self.wrapper = torch.nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
         if self.opt_type == "LKF":
             self.optimizer = LKFOptimizer(self.wrapper.parameters(), 0.98, 0.9987, self.opt_param["kf_blocksize"])
         else:
@@ -140,7 +142,7 @@ class Trainer:
             self.shown = updates.update_force(inputs, labels["force"], factor["f"])
 
     def save_model(self, path):
-        saved = {"model": self.wrapper.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.num_steps}
+        saved = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.num_steps}
         for group in saved["optimizer"]["param_groups"]:
             group["lr"] = float(group["lr"])
         torch.save(saved, path)

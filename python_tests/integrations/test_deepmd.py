@@ -9,6 +9,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from group import spawn
 
 from rlekf_ext.integrations import deepmd
 from rlekf_ext.measurement import FrameUpdater, force_groups
@@ -55,6 +57,10 @@ def fake_argcheck():
 
 @pytest.fixture
 def dp(monkeypatch):
+    return stand_in(monkeypatch)
+
+
+def stand_in(monkeypatch):
     """What `dp --pt train` does with an input and batches, beside a freshly loaded plugin."""
     monkeypatch.delenv("RLEKF_DEEPMD", raising=False)
     names = ("deepmd", "deepmd.utils", "deepmd.pt", "deepmd.pt.train")
@@ -175,6 +181,74 @@ def test_restart_is_exact(dp, tmp_path):
     assert torch.equal(p.state, q.state)
     rest.run()
     assert torch.equal(weights(rest), weights(whole))
+
+
+ALL_ATOMS = {"group_size": 30, "num_groups": 1}  # several processes draw other groups than one does
+AS_ONE = [{"num_groups": 1, "warm_start": False}, {"preset": "lkf", **ALL_ATOMS}, {"preset": "paper", **ALL_ATOMS}]
+UNLIKE = [{}, {"batch": "joint", "group_size": 5}, {"preset": "lkf"}, {"order": ["force"], "group_size": 1}]
+
+
+def frame_of(batch, rank):
+    return tuple(
+        {name: value[rank : rank + 1] if torch.is_tensor(value) else value for name, value in part.items()}
+        for part in batch
+    )
+
+
+def bits(trainer):
+    p = trainer.optimizer.filter.covariance
+    return torch.cat([weights(trainer), trainer.model.bias.reshape(1), p.tiles.reshape(-1), p.state])
+
+
+def assert_same_on_all_ranks(tensor):
+    everywhere = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, tensor)
+    assert all(torch.equal(one, tensor) for one in everywhere)
+
+
+def on_two_ranks(rank, folder):
+    data, wanted = torch.load(folder / "wanted.pt")
+    mine, said = [frame_of(batch, rank) for batch in data], []
+    unlike = batches(1, frames=1, atoms=20 * (rank + 1), virial=rank == 0)
+    unlike += batches(1, frames=1, atoms=20 * (rank + 1), find_energy=float(rank))
+    with pytest.MonkeyPatch.context() as patch:
+        dp = stand_in(patch)
+        dp.load()
+        deepmd.log.setLevel(logging.INFO)
+        patch.setattr(deepmd.log, "callHandlers", said.append)
+        for options, weights_of_one in zip(AS_ONE, wanted, strict=True):
+            trainer = dp.trainer({"type": "RLEKF", "block_size": 40, **options}, mine)
+            trainer.run()
+            assert (weights(trainer) - weights_of_one).abs().max() < 1e-12
+            assert_same_on_all_ranks(bits(trainer))
+        assert len(said) == (0 if rank else len(AS_ONE))
+        for options in UNLIKE:
+            trainer = dp.trainer({"type": "RLEKF", **options}, unlike, steps=4)
+            assert_same_on_all_ranks(bits(trainer))
+            trainer.run()
+            assert_same_on_all_ranks(bits(trainer))
+            assert trainer.shown[1].shape == (1, 20 * (rank + 1), 3)
+        if rank == 0:
+            trainer.save_model(folder / "model.pt")
+        dist.barrier()
+        rest = dp.trainer({"type": "RLEKF", **options}, unlike, steps=6, restart_model=folder / "model.pt")
+        rest.run()
+        whole = dp.trainer({"type": "RLEKF", **options}, unlike, steps=6)
+        whole.run()
+        assert torch.equal(bits(rest), bits(whole))
+
+
+def test_two_processes(dp, tmp_path):
+    """The weights of one process with the frames of both; the same bits on both, also where the frames differ in atoms
+    and labels, and after a restart."""
+    dp.load()
+    data, wanted = batches(3), []
+    for options in AS_ONE:
+        trainer = dp.trainer({"type": "RLEKF", "block_size": 40, **options}, data)
+        trainer.run()
+        wanted.append(weights(trainer))
+    torch.save((data, wanted), tmp_path / "wanted.pt")
+    spawn(on_two_ranks, 2, tmp_path)
 
 
 def test_restart_from_lkf(dp, tmp_path):

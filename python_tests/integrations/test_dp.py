@@ -35,6 +35,47 @@ from deepmd.main import main
 main()
 """
 
+# Runs dp with a Trainer that keeps, of each rank, what it starts with, its batches and what it ends with. dp has no way
+# to run several processes without GPUs: it asks for NCCL, for a CUDA device, and for DDP on that device. Without GPUs
+# these three are taken out here; all else is dp's.
+RECORDED = """
+import os, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import deepmd.pt.train.training as training
+if not torch.cuda.is_available():
+    init = dist.init_process_group
+    dist.init_process_group = lambda backend: init("gloo")
+    torch.cuda.set_device = lambda device: None
+    training.DDP = lambda module, find_unused_parameters, **_: DistributedDataParallel(
+        module, find_unused_parameters=find_unused_parameters
+    )
+rank = os.environ.get("RANK", "alone")
+class Trainer(training.Trainer):
+    def run(self):
+        if rank == "alone":
+            self.model.load_state_dict(torch.load("start.0.pt"))
+            self.kept = [torch.load(f"batches.{rank}.pt", weights_only=False) for rank in range(2)]
+        torch.save(self.model.state_dict(), f"start.{rank}.pt")
+        self.batches = []
+        super().run()
+        torch.save(self.batches, f"batches.{rank}.pt")
+        filter = self.optimizer.state_dict()
+        torch.save([self.model.state_dict(), filter["state"], filter["updater"]], f"end.{rank}.pt")
+    def _next_training_batch(self, *args, **kwargs):
+        batch = super()._next_training_batch(*args, **kwargs)
+        if rank == "alone":  # the frames of both ranks side by side
+            both = [kept[len(self.batches)][:2] for kept in self.kept]
+            for place, parts in enumerate(zip(*both)):
+                for name, value in parts[0].items():
+                    if isinstance(value, torch.Tensor) and value.dim():
+                        batch[place][name] = torch.cat([part[name] for part in parts])
+        self.batches.append(batch)
+        return batch
+training.Trainer = Trainer
+from deepmd.main import main
+main()
+"""
+
 
 @pytest.fixture
 def dp(tmp_path):
@@ -116,8 +157,16 @@ def checkpoint(dp, step):
 
 
 def weights(dp, step):
-    model = checkpoint(dp, step)["model"]
+    return trained(checkpoint(dp, step)["model"])
+
+
+def trained(model):
     return {name: value for name, value in model.items() if name.endswith(("matrix", "bias")) and "net" in name}
+
+
+def difference(ours, theirs):
+    assert len(ours) == len(theirs) >= 10
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
 
 
 def learned(dp, column):
@@ -205,16 +254,13 @@ def test_lkf_parity(dp, batch_size):
     theirs = weights(dp, 50)
     dp({"type": "RLEKF", "preset": "lkf", "block_size": 256}, steps=50, batch_size=batch_size)
     ours = weights(dp, 50)
-    assert len(ours) == len(theirs) >= 10
-    difference = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
-    print(f"\nLKF parity, {batch_size} frames a batch: the largest difference of a weight is {difference:.1e}")
-    assert difference < 1e-10
+    apart = difference(ours, theirs)
+    print(f"\nLKF parity, {batch_size} frames a batch: the largest difference of a weight is {apart:.1e}")
+    assert apart < 1e-10
     dp({"type": "LKF", "kf_blocksize": 256}, steps=1, batch_size=batch_size)
-    first = weights(dp, 1)
-    assert max(float((first[name] - theirs[name]).abs().max()) for name in theirs) > 1e-3  # and they have moved
+    assert difference(weights(dp, 1), theirs) > 1e-3  # and they have moved
     dp({"type": "LKF", "kf_blocksize": 256}, steps=50, batch_size=batch_size, RLEKF_DEEPMD="LKF")
-    taken = weights(dp, 50)
-    assert max(float((taken[name] - theirs[name]).abs().max()) for name in theirs) < 1e-10
+    assert difference(weights(dp, 50), theirs) < 1e-10
 
 
 def test_restart_from_lkf(dp):
@@ -235,3 +281,37 @@ def test_other_types_and_switching_off(dp):
 def test_options_are_checked_with_their_names(dp):
     assert re.search("block_size.*at least 1", dp({"type": "RLEKF", "block_size": 0}, fails=True))
     assert "blocksize" in dp({"type": "RLEKF", "blocksize": 8}, fails=True)
+
+
+def test_two_processes(dp):
+    """Under torchrun, a frame each: all bits the same on both ranks, and the weights of one process with both frames.
+
+    On a machine without GPUs three calls of dp are replaced: see RECORDED. A force group is all atoms, so that it does
+    not matter that several processes draw other groups than one.
+    """
+    (dp.folder / "recorded.py").write_text(RECORDED)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recorded.py")
+    asked = {"type": "RLEKF", "block_size": 256, "num_groups": 1}
+
+    def same_on_both(moment):
+        one, other = (torch.load(dp.folder / f"{moment}.{rank}.pt") for rank in range(2))
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        return one
+
+    text = dp(asked, steps=4, program=torchrun)
+    assert text.count("in torch.float64") == 1
+    start, (ours, *_) = same_on_both("start"), same_on_both("end")
+    batches = [torch.load(dp.folder / f"batches.{rank}.pt", weights_only=False) for rank in range(2)]
+    assert all(not torch.equal(one[0]["coord"], other[0]["coord"]) for one, other in zip(*batches, strict=True))
+    assert all(torch.equal(value, ours[name.split(".", 2)[2]]) for name, value in weights(dp, 4).items())
+
+    dp(asked, steps=4, program=("recorded.py",))
+    alone, *_ = torch.load(dp.folder / "end.alone.pt")
+    moved, apart = (difference(trained(ours), trained(other)) for other in (start, alone))
+    print(f"\nTwo processes: weights move by up to {moved:.1e}, and differ by {apart:.1e} from those of one process")
+    assert apart < 1e-10 < 1e-3 < moved
+
+    before = checkpoint(dp, 4)["optimizer"]["state"][0]["state"][STATE["forgetting"]]
+    dp(asked, "--restart", "model.ckpt-4.pt", steps=6, program=torchrun)
+    _, filtered, _ = same_on_both("end")
+    assert filtered[0]["state"][STATE["forgetting"]] < before

@@ -24,16 +24,20 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from rlekf_ext.covariance import from_lkf
 from rlekf_ext.dp.input import RLEKFKeys
 from rlekf_ext.dp.steps import MAX_SKIPPED, StoppedError, Watch, measurement_and_filter
-from rlekf_ext.measurement import FrameUpdater, Measurement
+from rlekf_ext.measurement import KINDS, FrameUpdater, Measurement
 from rlekf_ext.optim import RLEKF
+from rlekf_ext.processes import Processes
 
 KNOWN = ("3.2",)  # versions of DeePMD-kit that this was written for and is tested with: make test-deepmd
 log = logging.getLogger("deepmd.rlekf_ext")
+log.addFilter(lambda _: Processes(_group()).rank == 0)
 
 HELP = {
     "block_size": "N_b, the most weights in a block of P; memory and time grow with it. LKF's `kf_blocksize`. Default: "
@@ -64,8 +68,8 @@ HELP = {
     "adaptive_scale": "Whether scales are divided by the running mean of ε of their kind.",
     "early_scale": "Multiplies all scales at the first update, and goes to 1 by 0.13 % an update.",
     "relinearize": "Whether the model is evaluated anew before each update of a batch.",
-    "batch": "How the frames of a batch make one measurement: `mean`, or `sum` (H summed, ε times √B), which is LKF's. "
-    "Default: `mean`, with the preset `lkf`: `sum`.",
+    "batch": "How frames, of all processes, make one measurement: `mean`, or `sum` (H summed, ε times √B), "
+    "as in LKF; or `joint`: one of each process. Default: `mean`, with the preset `lkf`: `sum`.",
     "warm_start": "Whether the energy bias is fitted to the untrained network first.",
 }
 LKF_TYPE = {"type": "LKF"} | {f"kf_{end}_pref_{kind}": 1.0 for end in ("start", "limit") for kind in "ef"}
@@ -171,26 +175,37 @@ class Settings:
 
 
 class DeepmdRLEKF(RLEKF):
-    """RLEKF as DeePMD-kit's trainer makes and saves it; holds what must outlast a batch."""
+    """RLEKF as DeePMD-kit's trainer makes and saves it; holds what must outlast a batch.
+
+    Every process of torchrun has all of it, since DeePMD-kit has rank 0 alone save, and makes the same updates.
+    """
 
     def __init__(self, params: Iterable[Tensor], settings: Settings):
         super().__init__(_named(params), transpose=True, **settings.filter)
         self.settings = settings
         self.labels: dict[str, Any] = {}  # of the batch at hand
-        self.updater = FrameUpdater(self, lambda frame, forces: frame.predict(), settings.measurement, settings.seed)
+        model, group = lambda frame, forces: frame.predict(), _group()
+        self.updater = FrameUpdater(self, model, settings.measurement, settings.seed, group)
+        self._processes = Processes(group)
         self._watch, self._said = Watch(self, settings.max_skipped), ""
         dense = sum(8 * size**2 for size in self.filter.plan.sizes)
         log.info("%r; dense in float64, as in LKF, P would take %.1f MB.", self, dense / 1e6)
 
     def update_on(self, frame: Any, factors: dict[str, float]) -> None:
-        """All updates of a batch; `factors` multiply the scales of the kinds of update.
+        """All updates of a batch, with this process's part of it; `factors` multiply the scales of the kinds of update.
 
         Raises StoppedError when `max_skipped` measurements in a row had to be skipped.
         """
-        base = self.settings.measurement
-        kinds = self._order(frame.kinds)
-        scales: dict[str, Any] = {f"{kind}_scale": base.scale(kind) * factor for kind, factor in factors.items()}
-        self.updater.measurement = replace(base, order=kinds, **scales)
+        base, processes = self.settings.measurement, self._processes
+        mine = [*(kind in frame.kinds for kind in KINDS), frame.atoms]
+        *labelled, atoms = zip(*processes.gather(mine, self.param_groups[0]["params"][0].device), strict=True)
+        kinds = self._order({kind for kind, everywhere in zip(KINDS, labelled, strict=True) if all(everywhere)})
+        changed: dict[str, Any] = {f"{kind}_scale": base.scale(kind) * factor for kind, factor in factors.items()}
+        if self.settings.like_lkf:
+            changed["force_scale"] /= sum(atoms) / processes.size
+        if base.group_size and base.batch != "joint":  # groups are drawn from the atoms of all processes
+            changed["group_size"] = base.group_size * processes.size
+        self.updater.measurement = replace(base, order=kinds, **changed)
         self._watch(len(self.updater(frame)))
         if (skipped := self._watch.skipped()) != self._said:
             self._said = skipped
@@ -240,7 +255,9 @@ class Updates:
     """KFOptimizerWrapper's two calls a batch. The updates are all made in the second, which has all labels."""
 
     def __init__(self, wrapper: torch.nn.Module, optimizer: DeepmdRLEKF, *_: Any):
-        self._wrapper, self._optimizer = wrapper, optimizer
+        # Gradients are taken without DDP's sums over the processes.
+        self._wrapper = wrapper.module if isinstance(wrapper, DistributedDataParallel) else wrapper
+        self._optimizer = optimizer
         self._energy_factor = 1.0
 
     def update_energy(self, inputs: dict[str, Any], label: Tensor, update_prefactor: float = 1.0) -> None:
@@ -251,9 +268,9 @@ class Updates:
     ) -> tuple[Tensor, Tensor]:
         """All updates of the batch. Returns energy (B, 1) and forces (B, n, 3) as last predicted."""
         frame = self._frame(inputs)
-        atoms = inputs["atype"].shape[-1]
-        again = atoms if self._optimizer.settings.like_lkf else 1
-        self._optimizer.update_on(frame, {"energy": self._energy_factor, "force": update_prefactor / again})
+        self._optimizer.update_on(frame, {"energy": self._energy_factor, "force": update_prefactor})
+        if frame.last is None:  # all force groups were drawn from the atoms of other processes
+            frame.predict()
         return frame.last["energy"], frame.last["force"]
 
     def _frame(self, inputs: dict[str, Any]) -> Any:
@@ -270,6 +287,8 @@ class Updates:
             forces=found["force"].transpose(0, 1) if "force" in kinds else torch.empty(0),
             virial=found.get("virial"),
             num_atoms=num_atoms,
+            atoms=inputs["atype"].shape[-1],
+            last=None,
         )
         frame.predict = lambda: self._predict(frame, inputs)
         return frame
@@ -331,7 +350,10 @@ def _trainer(training: ModuleType) -> type:
                 saved = torch.load(given["restart_model"], map_location="cpu", weights_only=True)
                 self.optimizer.load_state_dict(saved["optimizer"])
             elif settings.measurement.warm_start:
-                self.model.change_out_bias(self.get_sample_func, bias_adjust_mode="change-by-statistic")
+                processes = Processes(_group())
+                if processes.rank == 0:
+                    self.model.change_out_bias(self.get_sample_func, bias_adjust_mode="change-by-statistic")
+                processes.agree(self.model.buffers())
 
         def _next_training_batch(self, *args: Any, **kwargs: Any) -> Any:
             batch = super()._next_training_batch(*args, **kwargs)
@@ -355,9 +377,9 @@ def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 def _check_supported(config: dict[str, Any]) -> None:
     if "model_dict" in config["model"]:
         raise ValueError("Optimizer type RLEKF trains one model but the input has model_dict; use Adam for several.")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        processes = torch.distributed.get_world_size()
-        if processes > 1:
-            raise ValueError(
-                f"Optimizer type RLEKF runs in one process under dp but there are {processes}; start without torchrun."
-            )
+
+
+def _group() -> dist.ProcessGroup | None:
+    """All processes of torchrun, or None where this one is alone."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if several else None
