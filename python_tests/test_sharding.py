@@ -144,6 +144,7 @@ def go_on(params, optimizer, folder, wanted, tolerance):
         assert distance(mine.detach(), theirs) <= tolerance
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_loads_on_another_number_of_processes(tmp_path):
     """And goes on exactly on the same number."""
     folder = str(tmp_path / "checkpoint")
