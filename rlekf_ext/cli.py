@@ -90,7 +90,7 @@ def run_test(arguments: argparse.Namespace) -> int:
     from rlekf_ext.dp.evaluate import compare
     from rlekf_ext.dp.uncertainty import filter_of, uncertainty
 
-    checkpoint = load_checkpoint(arguments.model)
+    checkpoint = load_checkpoint(arguments.model, model_only=not arguments.uncertainty)
     model = restored_model(checkpoint)
     optimizer = filter_of(checkpoint, model) if arguments.uncertainty else None
     systems = load_systems(arguments.system, model.type_map)
@@ -127,7 +127,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     from rlekf_ext.dp.checkpoint import load_checkpoint, restored_model
     from rlekf_ext.dp.exchange import export_model
 
-    export_model(restored_model(load_checkpoint(arguments.model)), arguments.output)
+    export_model(restored_model(load_checkpoint(arguments.model, model_only=True)), arguments.output)
     print(f"wrote {arguments.output}; `dp convert-backend {arguments.output} model.pth` makes a file for LAMMPS of it")
     return 0
 

@@ -159,20 +159,25 @@ def test_ctrl_c_writes_the_checkpoint_and_ends(tmp_path):
 
 
 def test_a_missing_or_altered_shard_is_named(tmp_path):
-    write_input(tmp_path)
+    """And missed only where P is needed."""
+    given = write_input(tmp_path)
     torchrun(tmp_path, 2)
+    model, data = str(tmp_path / "out" / "model.ckpt.pt"), given["training"]["training_data"]["systems"]
     file = shards(tmp_path)[1]
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(InputError, match=r"__1_0\.distcp, a part of the checkpoint, .*its checksum is wrong"):
-        load_checkpoint(tmp_path / "out" / "model.ckpt.pt")
+    for altered in (file.with_name(".metadata"), file):
+        content = altered.read_bytes()
+        altered.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        with pytest.raises(InputError, match=rf"{altered.name}, a part of the checkpoint, .*its checksum is wrong"):
+            load_checkpoint(model)
+        altered.write_bytes(content)
     file.unlink()
     with pytest.raises(InputError, match=r"__1_0\.distcp, a part of the checkpoint, .*it is missing"):
-        load_checkpoint(tmp_path / "out" / "model.ckpt.pt")
+        load_checkpoint(model)
+    assert main(["test", "-m", model, "-s", data]) == 0
+    assert main(["test", "-m", model, "-s", data, "-u", str(tmp_path / "errors")]) == 2
     started = torchrun(tmp_path, 2, "--restart", wait=False)
     text = finished(started, code=2)
     assert re.search(
         r"^rlekf(, rank 1)?: .*__1_0\.distcp, a part of the checkpoint, .*it is missing", text, re.MULTILINE
     )
-    assert Path(tmp_path / "out" / "model.ckpt.pt").exists()
+    assert Path(model).exists()

@@ -37,7 +37,9 @@ class Calculator(ase_calculator.Calculator):
         self, model: str | Path | DeepPotential, device: torch.device | str | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.model = model if isinstance(model, DeepPotential) else restored_model(load_checkpoint(model))
+        self.model = (
+            model if isinstance(model, DeepPotential) else restored_model(load_checkpoint(model, model_only=True))
+        )
         if device is not None:
             self.model.to(device)
 

@@ -84,7 +84,8 @@ def _save_shards(folder: Path, spread: dict[str, Tensor], processes: Processes) 
         raise InputError(f"{folder} cannot be written: {'; '.join(sorted(reasons))}.") from error
     own = folder / f"__{processes.rank}_0.distcp"
     found = processes.gather([_checksum(own) if own.exists() else -1])
-    return {f"__{rank}_0.distcp": value for rank, (value,) in enumerate(found) if value >= 0}
+    checksums = {f"__{rank}_0.distcp": value for rank, (value,) in enumerate(found) if value >= 0}
+    return {**checksums, ".metadata": _checksum(folder / ".metadata")}
 
 
 def _checksum(file: Path) -> int:
@@ -124,16 +125,18 @@ def _save_file(path: Path, checkpoint: dict[str, Any]) -> None:
         raise InputError(f"{path} cannot be written: {reason}.") from error
 
 
-def load_checkpoint(path: str | Path, processes: Processes = ALONE) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, processes: Processes = ALONE, *, model_only: bool = False) -> dict[str, Any]:
     """What `save_checkpoint` wrote, on the CPU, as tensors that are read from the file when they are used: P takes no
     memory twice, but the file, though it may be replaced, keeps its room on the disk while one of them lives.
 
     It is read once before, to compare it with the checksums in it (0.3 s a GB). What several processes have written is
-    left in its folder, as StoredTiles. Raises InputError, with the reason, for a file that is none or was altered.
+    left in its folder, as StoredTiles; `model_only` does without that folder. Raises InputError, with the reason, for a
+    file that is none or was altered.
     """
     path = Path(path)
     checkpoint = _read(path)
-    if shards := checkpoint.pop("shards", None):
+    shards = checkpoint.pop("shards", None)
+    if shards and not model_only:
         folder = _shards(path) / shards["folder"]
         _check_shards(folder, shards["checksums"], processes)
         checkpoint = _with_stored(checkpoint, folder)
