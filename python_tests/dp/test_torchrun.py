@@ -95,7 +95,7 @@ def test_adam_on_several_processes(tmp_path):
     alone, several = tmp_path / "alone", tmp_path / "several"
     run(write_input(alone, optimizer))
     write_input(several, optimizer)
-    assert "has 3 frames, and leaves 1 processes idle" in torchrun(several, 4)
+    assert "Frames in the largest batch: 3; processes without any: 1. Raise batch_size." in torchrun(several, 4)
     assert difference(weights_of(several), weights_of(alone)) < 1e-9
 
 

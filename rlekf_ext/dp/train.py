@@ -79,7 +79,9 @@ def train(
     if processes.size > 1:
         say(f"{processes.size} processes share P and the frames of each batch.")
         if processes.size > (most := batches.most_frames):
-            say(f"The largest batch has {most} frames, and leaves {processes.size - most} processes idle: batch_size.")
+            say(
+                f"Frames in the largest batch: {most}; processes without any: {processes.size - most}. Raise batch_size."
+            )
     num_held_out = sum(map(len, validation))
     say(f"{len(everything)} frames train, {num_held_out} are held out; {len(batches)} batches an epoch")
     if not num_held_out:
