@@ -78,10 +78,8 @@ def train(
     say = (lambda *_: None) if quiet else tqdm.write
     if processes.size > 1:
         say(f"{processes.size} processes share P and the frames of each batch.")
-        if processes.size > (most := batches.most_frames):
-            say(
-                f"Frames in the largest batch: {most}; processes without any: {processes.size - most}. Raise batch_size."
-            )
+        if (idle := processes.size - batches.most_frames) > 0:
+            say(f"Frames in the largest batch: {batches.most_frames}; processes without any: {idle}. Raise batch_size.")
     num_held_out = sum(map(len, validation))
     say(f"{len(everything)} frames train, {num_held_out} are held out; {len(batches)} batches an epoch")
     if not num_held_out:
