@@ -16,6 +16,7 @@ from statistics import median
 
 from bench_training import COLUMNS, KEY, ROOT, STUDY, available, run
 from rows import append
+from rows import table as markdown
 
 RESULTS = ROOT / "benchmarks/results/batches.csv"
 BATCHES = [(1, "mean"), *((size, batch) for size in (4, 8, 16) for batch in ("mean", "sum", "joint"))]
@@ -37,15 +38,15 @@ def table(path: Path) -> str:
     """Energy and force RMSE on test frames at the end, medians over the seeds."""
     rows = read(path).values()
     systems = [name for name in SYSTEMS if any(row["system"] == name for row in rows)]
-    lines = ["| E meV/atom / F meV/Å | " + " | ".join(systems) + " |", "| --- " * (len(systems) + 1) + "|"]
+    lines = []
     for size, batch in BATCHES:
         cells = []
         for name in systems:
             own = [row for row in rows if (row["system"], row["method"]) == (name, label(size, batch))]
             pair = (median(float(row[f"test_{kind}"]) for row in own) for kind in "EF")
             cells.append(" / ".join(f"{value:.3g}" for value in pair) if own else "")
-        lines.append(f"| {label(size, batch)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([label(size, batch), *cells])
+    return markdown(["E meV/atom / F meV/Å", *systems], lines)
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ from typing import Any
 
 import bench_batches
 import numpy as np
-from plot_study import PLACE
+from plot_study import fill
+from rows import table
 
 from rlekf_ext.covariance import required_bytes
 from rlekf_ext.partition import BlockPlan
@@ -73,12 +74,6 @@ def predicted(row: dict[str, Any], constants: dict[str, float]) -> float:
     return found + (constants["latency"] + row["message_bytes"] * constants["message"]) * (row["processes"] > 1)
 
 
-def markdown(header: str, lines: list[list[str]]) -> str:
-    names = header.split("|")
-    rows = [names, ["---"] * len(names), *lines]
-    return "\n".join("| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows)
-
-
 def measured() -> str:
     constants, lines = fitted(), []
     for kind in ("strong", "weak"):
@@ -93,13 +88,13 @@ def measured() -> str:
                 cells += [""] * 5
             lines.append(cells)
     header = "|processes|P, MB a process|vectors, MB|messages a step|kB a message|ms a step|own|reduce|rest|model"
-    return markdown(header, lines)
+    return table(header.split("|"), lines)
 
 
 def constants() -> str:
     found = fitted()
-    return markdown(
-        "constant|here",
+    return table(
+        ["constant", "here"],
         [
             ["reading P", f"{1e-6 / found['byte']:.1f} GB/s a process"],
             ["each further measurement of a pass", f"{found['more'] / found['byte']:.2f} of the first"],
@@ -129,7 +124,8 @@ def predictions() -> str:
                 [f"{1e3 * part:.2f}" for part in (own, rest, reduce, total)] if fits else ["does not fit", "", "", ""]
             )
             lines.append([*cells, *times, f"{message / 1e6:.3g}"])
-    return markdown("weights|GPUs|P, GB a GPU|vectors, GB|own, ms|vectors, ms|reduce, ms|step, ms|MB a message", lines)
+    header = "weights|GPUs|P, GB a GPU|vectors, GB|own, ms|vectors, ms|reduce, ms|step, ms|MB a message"
+    return table(header.split("|"), lines)
 
 
 TABLES = {
@@ -141,7 +137,7 @@ TABLES = {
 
 
 def write_tables(text: str) -> str:
-    return PLACE.sub(lambda place: f"<!-- table: {place['name']} -->\n{TABLES[place['name']]()}\n<!-- end -->", text)
+    return fill(text, lambda name: TABLES[name]())
 
 
 if __name__ == "__main__":

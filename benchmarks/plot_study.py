@@ -13,7 +13,7 @@ import csv
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import geometric_mean, median
 
@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from bench_training import ROOT, STUDY
+from rows import table
 
 MARK = 1.2  # times the lower final RMSE of RLEKF and Adam counts as reached: the paper's rule
 KINDS = {"E": "energy, meV/atom", "F": "force, meV/Å"}
@@ -80,11 +81,6 @@ def short(value: float) -> str:
     if math.isnan(value):
         return "–"
     return "never" if math.isinf(value) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def table_1(study: Study) -> str:
@@ -225,11 +221,13 @@ PAGES = ROOT / "README.md", ROOT / "docs/study.md"
 PLACE = re.compile(r"<!-- table: (?P<name>[^\n]*) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
-def write_tables(text: str, study: Study) -> str:
+def fill(text: str, make: Callable[[str], str]) -> str:
     """The page with every table between <!-- table: NAME --> and <!-- end --> anew."""
-    return PLACE.sub(
-        lambda place: f"<!-- table: {place['name']} -->\n{TABLES[place['name']](study)}\n<!-- end -->", text
-    )
+    return PLACE.sub(lambda place: f"<!-- table: {place['name']} -->\n{make(place['name'])}\n<!-- end -->", text)
+
+
+def write_tables(text: str, study: Study) -> str:
+    return fill(text, lambda name: TABLES[name](study))
 
 
 def grid(systems: Sequence[str], label: str = "{}") -> tuple[plt.Figure, Iterator[tuple[plt.Axes, str, str]]]:

@@ -1,4 +1,4 @@
-"""Rows of results: what every row says of where it comes from, and how rows are kept."""
+"""Rows of results: what every row says of where it comes from, how they are kept, and how a table is written."""
 
 from __future__ import annotations
 
@@ -31,3 +31,9 @@ def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, objec
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

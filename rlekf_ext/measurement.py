@@ -188,12 +188,13 @@ class FrameUpdater:
         kinds = [kind for kind in m.schedule(whole.num_groups) if kind != "virial" or whole.has_virial]
         groups = iter(range(whole.num_groups))
         updates = [(kind, next(groups) if kind == "force" else 0) for kind in kinds]
+        passes = [[update] for update in updates] if m.relinearize else [updates]
+        of_jacobian, of_innovation = m.batch_factors(whole.num_structures)
         done: list[tuple[str, Tensor]] = []
-        for at_once in [[one] for one in updates] if m.relinearize else [updates] if updates else []:
+        for at_once in filter(None, passes):
             found = self._measured(at_once, parts, whole.num_rows)
             innovations, jacobians = [], []
             for (kind, _), rows in zip(at_once, found, strict=True):
-                of_jacobian, of_innovation = m.batch_factors(whole.num_structures)
                 scale = self._scale(kind, rows[:, 0])
                 innovations.append(of_innovation * scale * rows[:, 0])
                 jacobians.append(of_jacobian * scale * rows[:, 1:])

@@ -188,14 +188,12 @@ class AdamSteps:
         """One update on one batch."""
         rate = max(self._rate.start_lr * self._decay_rate ** (step // self._decay_steps), self._rate.stop_lr)
         self.optimizer.param_groups[0]["lr"] = rate
-        for p in self._model.parameters():
-            p.grad = torch.zeros_like(p)
+        self.optimizer.zero_grad()
         if own := own_part(batch, self._processes):
             loss = mean_squared_loss(self._model, collate(own), prefactors(self._loss, rate / self._rate.start_lr))
             (len(own) / len(batch) * loss).backward()  # the frames of a batch are of one system
         for p in self._model.parameters():
-            assert p.grad is not None  # for mypy
-            self._processes.sum(p.grad)
+            p.grad = self._processes.sum(torch.zeros_like(p) if p.grad is None else p.grad)
         self.optimizer.step()
         return 1
 
