@@ -40,8 +40,7 @@ test-install:  ## pip install . with and without build isolation, and without to
 	.ci/test_install $(PYTHON)
 
 test-deepmd: .venv-deepmd/.built  ## the plugin in the real dp: train, restart, LKF parity (makes .venv-deepmd: 6 GB of disk; 10 minutes)
-	.venv-deepmd/bin/pytest -m deepmd python_tests/integrations
-	.venv-deepmd/bin/pytest python_tests/deepmd/test_models.py
+	.venv-deepmd/bin/pytest -m deepmd python_tests/deepmd
 
 .venv-deepmd/.installed:
 	@echo "test-deepmd: .venv-deepmd will take about 6 GB of disk and a download of 3 GB (deepmd-kit 3.2.0, torch 2.11.0)."

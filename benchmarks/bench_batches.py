@@ -3,7 +3,7 @@
 
     python benchmarks/bench_batches.py [--data DIR] [--systems NaCl Cu] [--seeds 1 2] [--output FILE]
 
-Frames divided over processes give the weights of one process (python_tests/test_measurement_batches.py), so one process
+Frames divided over processes give the weights of one process (test_updates_on_processes.py), so one process
 shows what so many processes would learn. It goes on where it stopped.
 """
 

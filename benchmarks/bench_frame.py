@@ -20,9 +20,9 @@ from bench_training import ROOT, STUDY, available, config_of, load, method_of
 from rows import MACHINE, append, machine
 
 from rlekf_ext import RLEKF
-from rlekf_ext.dp.steps import build_optimizer
-from rlekf_ext.dp.train import build_model
-from rlekf_ext.measurement import energy_error, force_error, force_groups
+from rlekf_ext.potential.optimizers import build_optimizer
+from rlekf_ext.potential.train import build_model
+from rlekf_ext.updates import energy_error, force_error, force_groups
 
 RESULTS = ROOT / "benchmarks/results/frame.csv"
 COLUMNS = ["system", "network", "weights", "part", "ms", *MACHINE]

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from rows import MACHINE, append, machine
 
-from rlekf_ext.dp.input import read_input
-from rlekf_ext.dp.steps import UPDATES_PER_GUARD, build_optimizer
-from rlekf_ext.dp.train import Batches, build_model, load_frames
+from rlekf_ext.potential.input import read_input
+from rlekf_ext.potential.optimizers import UPDATES_PER_GUARD, build_optimizer
+from rlekf_ext.potential.train import Batches, build_model, load_frames
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results/storage.csv"

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from rows import MACHINE, append, machine
 
-from rlekf_ext.dp.data import System, frames, load_systems
-from rlekf_ext.dp.evaluate import Comparison, compare
-from rlekf_ext.dp.input import Config, TrainingData, read_input
-from rlekf_ext.dp.model import DeepPotential
-from rlekf_ext.dp.neighbors import Frame
-from rlekf_ext.dp.steps import build_optimizer
-from rlekf_ext.dp.train import Batches, build_model
+from rlekf_ext.potential.data import System, frames, load_systems
+from rlekf_ext.potential.evaluate import Comparison, compare
+from rlekf_ext.potential.input import Config, TrainingData, read_input
+from rlekf_ext.potential.model import DeepPotential
+from rlekf_ext.potential.neighbors import Frame
+from rlekf_ext.potential.optimizers import build_optimizer
+from rlekf_ext.potential.train import Batches, build_model
 
 if sys.version_info >= (3, 11):
     import tomllib

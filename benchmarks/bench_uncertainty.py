@@ -29,14 +29,14 @@ import torch
 from rows import MACHINE, append, machine
 
 from rlekf_ext import RLEKF
-from rlekf_ext.dp.checkpoint import load_checkpoint, restored_model
-from rlekf_ext.dp.data import System, frames, load_systems
-from rlekf_ext.dp.input import read_input
-from rlekf_ext.dp.model import DeepPotential
-from rlekf_ext.dp.neighbors import Frame
-from rlekf_ext.dp.plot import plot_uncertainty
-from rlekf_ext.dp.train import train
-from rlekf_ext.dp.uncertainty import Uncertainty, filter_of, measured, spearman, uncertainty
+from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
+from rlekf_ext.potential.data import System, frames, load_systems
+from rlekf_ext.potential.input import read_input
+from rlekf_ext.potential.model import DeepPotential
+from rlekf_ext.potential.neighbors import Frame
+from rlekf_ext.potential.plot import plot_uncertainty
+from rlekf_ext.potential.train import train
+from rlekf_ext.potential.uncertainty import Uncertainty, filter_of, measured, spearman, uncertainty
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/uncertainty.csv"

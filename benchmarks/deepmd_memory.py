@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from rlekf_ext.covariance import required_bytes
-from rlekf_ext.dp.model import DeepPotential
 from rlekf_ext.partition import partition
+from rlekf_ext.potential.model import DeepPotential
 
 NETWORKS = (
     ("small: [25, 25, 25] / [50, 50, 50]", [25, 25, 25], 16, [50, 50, 50], False, False),

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from rlekf_ext.machine import this_machine
+from rlekf_ext.environment import this_machine
 
 MACHINE = ("threads", "cpu", "cpu_isa", "torch", "version", "commit")
 

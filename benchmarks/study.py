@@ -22,7 +22,7 @@ from typing import Any
 from bench_training import COLUMNS, KEY, ROOT, STUDY, available, method_of, num_training, run
 from rows import append
 
-from rlekf_ext.dp.evaluate import Comparison
+from rlekf_ext.potential.evaluate import Comparison
 
 PARITY = ("system", "network", "method", "seed", "kind", "label", "prediction")
 POINTS = 200

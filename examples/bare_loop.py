@@ -3,7 +3,7 @@
 import torch
 
 from rlekf_ext import RLEKF
-from rlekf_ext.integrations.stepper import Stepper
+from rlekf_ext.stepper import Stepper
 
 
 def distances(x):

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlekf_ext.dp.checkpoint import load_checkpoint, restored_model
-from rlekf_ext.dp.data import frames, load_systems, split
-from rlekf_ext.dp.evaluate import compare
-from rlekf_ext.dp.input import Config, read_input
-from rlekf_ext.dp.plot import plot_epochs, plot_parity
-from rlekf_ext.dp.train import train
+from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
+from rlekf_ext.potential.data import frames, load_systems, split
+from rlekf_ext.potential.evaluate import compare
+from rlekf_ext.potential.input import Config, read_input
+from rlekf_ext.potential.plot import plot_epochs, plot_parity
+from rlekf_ext.potential.train import train
 
 EXAMPLE = Path(__file__).resolve().parent / "nacl"
 OUTPUT = EXAMPLE.parents[1] / "demo"

@@ -4,7 +4,7 @@ import lightning
 import torch
 
 from rlekf_ext import RLEKF
-from rlekf_ext.integrations.stepper import Stepper
+from rlekf_ext.stepper import Stepper
 
 
 class Regression(lightning.LightningModule):

@@ -217,7 +217,7 @@ def test_ctrl_c_before_training_begins(folder, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlekf_ext.dp.train.load_frames", interrupted)
+    monkeypatch.setattr("rlekf_ext.potential.train.load_frames", interrupted)
     try:
         code = main(["train", "input.json"])
     except KeyboardInterrupt:  # it would end pytest, too
@@ -351,13 +351,13 @@ def test_plot_where_nothing_can_be_written(in_trained, capsys):
 
 def test_an_absent_package_names_its_extra(folder, capsys, monkeypatch):
     for package, arguments, extra in (
-        ("vesin", ["train", "input.json"], "dp"),
+        ("vesin", ["train", "input.json"], "potential"),
         ("matplotlib", ["plot"], "plot"),
-        ("h5py", ["import", "model.dp", "-o", "model.pt"], "dp"),
+        ("h5py", ["import", "model.dp", "-o", "model.pt"], "potential"),
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            patch.delitem(sys.modules, "rlekf_ext.dp.plot", raising=False)
+            patch.delitem(sys.modules, "rlekf_ext.potential.plot", raising=False)
             said = complaint(capsys, arguments)
         assert f"`rlekf {arguments[0]}` needs {package}: run `pip install 'rlekf_ext[{extra}]'`." in said
 
@@ -366,5 +366,5 @@ def test_an_error_of_the_system_without_a_name_keeps_its_words(folder, capsys, m
     def fail(_):
         raise OSError("the tape is torn")
 
-    monkeypatch.setattr("rlekf_ext.dp.input.read_input", fail)
+    monkeypatch.setattr("rlekf_ext.potential.input.read_input", fail)
     assert complaint(capsys, ["train", "input.json"]) == "a file: the tape is torn."

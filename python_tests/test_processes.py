@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from group import spawn
+from spawn import spawn
 
 from rlekf_ext.processes import LostProcessError, Processes
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from group import spawn
+from spawn import spawn
 
 from rlekf_ext import RLEKF, BlockPlan, KalmanFilter
 from rlekf_ext.sharding import Shard

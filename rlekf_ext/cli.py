@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except ModuleNotFoundError as error:
-        extra = {"matplotlib": "plot"}.get(error.name or "", "dp")
+        extra = {"matplotlib": "plot"}.get(error.name or "", "potential")
         return wrong(f"`rlekf {parsed.command}` needs {error.name}: run `pip install 'rlekf_ext[{extra}]'`.")
     except (ValueError, MemoryError, LostProcessError) as error:  # InputError and DataError are ValueErrors
         return wrong(str(error))
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    from rlekf_ext.dp.input import read_input
-    from rlekf_ext.dp.train import train
+    from rlekf_ext.potential.input import read_input
+    from rlekf_ext.potential.train import train
 
     with torchrun_group() as group:
         summary = train(read_input(arguments.input), restart=arguments.restart, processes=Processes(group))
@@ -85,10 +85,10 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_test(arguments: argparse.Namespace) -> int:
-    from rlekf_ext.dp.checkpoint import load_checkpoint, restored_model
-    from rlekf_ext.dp.data import frames, load_systems
-    from rlekf_ext.dp.evaluate import compare
-    from rlekf_ext.dp.uncertainty import filter_of, uncertainty
+    from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
+    from rlekf_ext.potential.data import frames, load_systems
+    from rlekf_ext.potential.evaluate import compare
+    from rlekf_ext.potential.uncertainty import filter_of, uncertainty
 
     checkpoint = load_checkpoint(arguments.model, model_only=not arguments.uncertainty)
     model = restored_model(checkpoint)
@@ -101,12 +101,12 @@ def run_test(arguments: argparse.Namespace) -> int:
     print(f"energy RMSE  {1e3 * comparison.energy_rmse:.4g} meV/atom")
     print(f"force RMSE   {1e3 * comparison.force_rmse:.4g} meV/Å")
     if arguments.detail:
-        from rlekf_ext.dp.plot import plot_parity
+        from rlekf_ext.potential.plot import plot_parity
 
         files = [*comparison.save(arguments.detail), plot_parity({"model": comparison}, f"{arguments.detail}.png")]
         print("wrote        " + ", ".join(map(str, files)))
     if optimizer:
-        from rlekf_ext.dp.plot import plot_uncertainty
+        from rlekf_ext.potential.plot import plot_uncertainty
 
         found = uncertainty(optimizer, model, labelled)
         for kind, rank, factor in zip(("energy", "force"), found.spearman, found.factors, strict=True):
@@ -117,15 +117,15 @@ def run_test(arguments: argparse.Namespace) -> int:
 
 
 def run_plot(arguments: argparse.Namespace) -> int:
-    from rlekf_ext.dp.plot import plot_lcurve
+    from rlekf_ext.potential.plot import plot_lcurve
 
     print(f"wrote {plot_lcurve(arguments.curve, arguments.output)}")
     return 0
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    from rlekf_ext.dp.checkpoint import load_checkpoint, restored_model
-    from rlekf_ext.dp.exchange import export_model
+    from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
+    from rlekf_ext.potential.deepmd_format import export_model
 
     export_model(restored_model(load_checkpoint(arguments.model, model_only=True)), arguments.output)
     print(f"wrote {arguments.output}; `dp convert-backend {arguments.output} model.pth` makes a file for LAMMPS of it")
@@ -133,8 +133,8 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def run_import(arguments: argparse.Namespace) -> int:
-    from rlekf_ext.dp.checkpoint import check_writable, save_checkpoint
-    from rlekf_ext.dp.exchange import import_model
+    from rlekf_ext.potential.checkpoint import check_writable, save_checkpoint
+    from rlekf_ext.potential.deepmd_format import import_model
 
     model, output = import_model(arguments.model), Path(arguments.output)
     check_writable(output)

@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from rlekf_ext.dp.exchange import export_model, import_model
-from rlekf_ext.dp.model import DeepPotential
-from rlekf_ext.dp.neighbors import make_frame
+from rlekf_ext.potential.deepmd_format import export_model, import_model
+from rlekf_ext.potential.model import DeepPotential
+from rlekf_ext.potential.neighbors import make_frame
 
 pytest.importorskip("deepmd.pt", reason="needs deepmd-kit with its PyTorch backend")
 from deepmd.dpmodel.utils.serialization import save_dp_model
 from deepmd.entrypoints.convert_backend import convert_backend
 from deepmd.infer import DeepPot
 from deepmd.pt.model.model import get_model
+
+pytestmark = pytest.mark.deepmd
 
 RCUT, SEL = 4.0, (40, 40)
 NACL = Path(__file__).resolve().parents[2] / "examples" / "nacl" / "gpaw_pbe_8"

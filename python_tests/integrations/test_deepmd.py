@@ -10,10 +10,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from group import spawn
+from spawn import spawn
 
 from rlekf_ext.integrations import deepmd
-from rlekf_ext.measurement import FrameUpdater, force_groups
+from rlekf_ext.updates import FrameUpdater, force_groups
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -341,7 +341,7 @@ def test_options_arrive(dp):
 
 
 def test_every_option_of_the_filter_has_help():
-    from rlekf_ext.dp.input import RLEKFKeys
+    from rlekf_ext.potential.input import RLEKFKeys
 
     assert set(deepmd.HELP) == set(RLEKFKeys.__dataclass_fields__) - {"average_frames"}
 

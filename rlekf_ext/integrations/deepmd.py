@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rlekf_ext.covariance import from_lkf
-from rlekf_ext.dp.input import RLEKFKeys
-from rlekf_ext.dp.steps import MAX_SKIPPED, StoppedError, Watch, measurement_and_filter
-from rlekf_ext.measurement import KINDS, FrameUpdater, Measurement
 from rlekf_ext.optim import RLEKF
+from rlekf_ext.potential.input import RLEKFKeys
+from rlekf_ext.potential.optimizers import MAX_SKIPPED, StoppedError, Watch, measurement_and_filter
 from rlekf_ext.processes import Processes
+from rlekf_ext.updates import KINDS, FrameUpdater, Measurement
 
 KNOWN = ("3.2",)  # versions of DeePMD-kit that this was written for and is tested with: make test-deepmd
 log = logging.getLogger("deepmd.rlekf_ext")

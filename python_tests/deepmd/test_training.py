@@ -1,0 +1,317 @@
+"""The real `dp --pt train` with type RLEKF: `make test-deepmd`, which makes the environment for it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rlekf_ext.covariance import STATE
+from rlekf_ext.potential.data import frames, load_systems
+from rlekf_ext.potential.model import DeepPotential
+
+pytestmark = pytest.mark.deepmd
+
+ROOT = Path(__file__).parents[2]
+WATER = ROOT.parent / "shared" / "data" / "H2O" / "deepmd_water_192"
+SALT = ROOT / "examples" / "nacl" / "gpaw_pbe_8"
+# Runs dp in a Python where LKF draws the atoms that RLEKF draws.
+SAME_ATOMS = """
+import sys, torch
+from types import SimpleNamespace
+from rlekf_ext.updates import force_groups
+generator = torch.Generator().manual_seed(int(sys.argv.pop(1)))
+def choice(atoms, count):
+    return torch.cat(force_groups(len(atoms), 6, count // 6, generator)).numpy()
+import deepmd.pt.optimizer.KFWrapper as wrapper
+wrapper.np = SimpleNamespace(random=SimpleNamespace(default_rng=lambda: SimpleNamespace(choice=choice)))
+from deepmd.main import main
+main()
+"""
+
+# Runs dp with a Trainer that keeps, of each rank, what it starts with, its batches and what it ends with. dp has no way
+# to run several processes without GPUs: it asks for NCCL, for a CUDA device, and for DDP on that device. Without GPUs
+# these three are taken out here; all else is dp's.
+RECORDED = """
+import os, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import deepmd.pt.train.training as training
+if not torch.cuda.is_available():
+    init = dist.init_process_group
+    dist.init_process_group = lambda backend: init("gloo")
+    torch.cuda.set_device = lambda device: None
+    training.DDP = lambda module, find_unused_parameters, **_: DistributedDataParallel(
+        module, find_unused_parameters=find_unused_parameters
+    )
+rank = os.environ.get("RANK", "alone")
+class Trainer(training.Trainer):
+    def run(self):
+        if rank == "alone":
+            self.model.load_state_dict(torch.load("start.0.pt"))
+            self.kept = [torch.load(f"batches.{rank}.pt", weights_only=False) for rank in range(2)]
+        torch.save(self.model.state_dict(), f"start.{rank}.pt")
+        self.batches = []
+        super().run()
+        torch.save(self.batches, f"batches.{rank}.pt")
+        filter = self.optimizer.state_dict()
+        torch.save([self.model.state_dict(), filter["state"], filter["updater"]], f"end.{rank}.pt")
+    def _next_training_batch(self, *args, **kwargs):
+        batch = super()._next_training_batch(*args, **kwargs)
+        if rank == "alone":  # the frames of both ranks side by side
+            both = [kept[len(self.batches)][:2] for kept in self.kept]
+            for place, parts in enumerate(zip(*both)):
+                for name, value in parts[0].items():
+                    if isinstance(value, torch.Tensor) and value.dim():
+                        batch[place][name] = torch.cat([part[name] for part in parts])
+        self.batches.append(batch)
+        return batch
+training.Trainer = Trainer
+from deepmd.main import main
+main()
+"""
+
+
+@pytest.fixture
+def dp(tmp_path):
+    """Run dp on an input in a folder of its own; returns what it printed."""
+    pytest.importorskip("deepmd", reason="runs in the environment of make test-deepmd")
+
+    def run(
+        optimizer,
+        *options,
+        steps=4,
+        batch_size=1,
+        program=("-m", "deepmd"),
+        fails=False,
+        system=None,
+        prefactors=None,
+        neuron=(5, 10),
+        **environment,
+    ):
+        system = Path(system or (WATER if WATER.is_dir() else SALT))
+        types = (system / "type_map.raw").read_text().split()
+        sel = [46, 92] if types == ["O", "H"] else [60, 60]
+        network = {"resnet_dt": False, "seed": 1, "precision": "float64"}
+        config = {
+            "model": {
+                "type_map": types,
+                "descriptor": {
+                    "type": "se_e2_a",
+                    "sel": sel,
+                    "rcut": 4.5,
+                    "rcut_smth": 0.5,
+                    "neuron": neuron,
+                    "axis_neuron": 3,
+                    **network,
+                },
+                "fitting_net": {"neuron": [10, 10], **network},
+            },
+            "learning_rate": {"type": "exp", "start_lr": 1e-3, "stop_lr": 1e-8},
+            "loss": {
+                "type": "ener",
+                "start_pref_e": 0.02,
+                "limit_pref_e": 1,
+                "start_pref_f": 1000,
+                "limit_pref_f": 1,
+                **(prefactors or {}),
+            },
+            "optimizer": optimizer,
+            "training": {
+                "training_data": {"systems": [str(system)], "batch_size": batch_size},
+                "numb_steps": steps,
+                "seed": 1,
+                "disp_freq": 1,
+                "save_freq": 1000,
+            },
+        }
+        (tmp_path / "input.json").write_text(json.dumps(config))
+        threads = {
+            "OMP_NUM_THREADS": "1",
+            "DP_INTRA_OP_PARALLELISM_THREADS": "1",
+            "DP_INTER_OP_PARALLELISM_THREADS": "1",
+            "NUM_WORKERS": "0",  # threads of dp's data loader, which in Python 3.11 sometimes fail
+        }
+        done = subprocess.run(
+            [sys.executable, *program, "--pt", "train", "input.json", "--skip-neighbor-stat", *options],
+            cwd=tmp_path,
+            env={**os.environ, **threads, **environment},
+            capture_output=True,
+            text=True,
+        )
+        text = done.stdout + done.stderr
+        assert (done.returncode != 0) == fails, text
+        return text
+
+    run.folder = tmp_path
+    return run
+
+
+def checkpoint(dp, step):
+    return torch.load(dp.folder / f"model.ckpt-{step}.pt", weights_only=True)
+
+
+def weights(dp, step):
+    return trained(checkpoint(dp, step)["model"])
+
+
+def trained(model):
+    return {name: value for name, value in model.items() if name.endswith(("matrix", "bias")) and "net" in name}
+
+
+def difference(ours, theirs):
+    assert len(ours) == len(theirs) >= 10
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+
+
+def learned(dp, column):
+    """A column of lcurve.out."""
+    header, *rows = (dp.folder / "lcurve.out").read_text().splitlines()
+    place = header[1:].split().index(column)
+    return [float(row.split()[place]) for row in rows if not row.startswith("#")]
+
+
+def test_trains_and_restarts(dp):
+    """Water, which leaves its first plateau after some fifty batches."""
+    asked = {"type": "RLEKF", "block_size": 1024, "force_scale": 3}
+    text = dp(asked, steps=100, neuron=[8, 16])
+    errors = learned(dp, "rmse_f_trn")
+    print(f"\nRMSE of forces, eV/Å: {sum(errors[:10]) / 10:.3f} at first, {sum(errors[-10:]) / 10:.3f} at last")
+    assert sum(errors[-10:]) < 0.3 * sum(errors[:10])
+    assert "in torch.float64" in text
+    before = checkpoint(dp, 100)["optimizer"]
+    # dp goes on from the step that it saved, which it does again; so the filter makes one more batch of updates.
+    dp(asked, "--restart", "model.ckpt-100.pt", steps=100, neuron=[8, 16])
+    after = checkpoint(dp, 100)["optimizer"]
+    memory, rate = 1 - float(before["state"][0]["state"][STATE["forgetting"]]), 0.9987
+    for _ in range(8):
+        memory = rate * memory + 1 - rate
+    assert 1 - float(after["state"][0]["state"][STATE["forgetting"]]) == pytest.approx(memory, abs=1e-14)
+    assert not torch.equal(before["updater"]["generator"], after["updater"]["generator"])
+
+
+def test_virials_are_learned(dp, tmp_path):
+    """From nothing else: NaCl with the energies, forces and virials of a network of ours in place of its labels."""
+    from deepmd.infer import DeepPot
+
+    system = tmp_path / "salt"
+    shutil.copytree(SALT, system)
+    salt = frames(load_systems(system, ["Na", "Cl"]), 4.5, 2)
+    teacher = DeepPotential(["Na", "Cl"], [60, 60], 4.5, neuron=(5, 10), axis_neuron=3, fitting_neuron=(10, 10), seed=7)
+    teacher.fit_statistics(salt)
+    with torch.no_grad():
+        found = [teacher(frame) for frame in salt]
+    np.save(system / "set.000/energy.npy", np.array([float(f.energy) for f in found]))
+    np.save(system / "set.000/force.npy", np.array([f.forces.numpy().ravel() for f in found]))
+    np.save(system / "set.000/virial.npy", np.array([f.virial.numpy().ravel() for f in found]))
+    prefactors = {"start_pref_v": 1, "limit_pref_v": 1}
+    labels = np.array([f.virial.numpy().ravel() for f in found])
+    points, cells = np.load(system / "set.000/coord.npy"), np.load(system / "set.000/box.npy")
+    dp({"type": "RLEKF", "order": ["virial"]}, steps=100, system=system, prefactors=prefactors)
+    model = DeepPot(str(dp.folder / "model.ckpt-100.pt"))
+    predicted = model.eval(points, cells, salt[0].types.numpy(), atomic=False)[2]
+    error, spread = np.sqrt(np.mean((predicted - labels) ** 2)) / 8, np.sqrt(labels.var(axis=0).mean()) / 8
+    print(f"\nRMSE of virials, eV/atom: {error:.1e}; they scatter by {spread:.1e}")
+    assert error < 0.2 * spread
+
+
+def test_restart_restores_every_bit(dp):
+    asked = {"type": "RLEKF", "block_size": 256}
+    dp(asked, steps=3)
+    before = checkpoint(dp, 3)
+    program = ("-c", LOAD_AND_SAVE)
+    dp(asked, "--restart", "model.ckpt-3.pt", steps=3, program=program)
+    after = torch.load(dp.folder / "again.pt", weights_only=True)
+    for name, tensor in before["optimizer"]["state"][0].items():
+        assert torch.equal(tensor, after["optimizer"]["state"][0][name]), name
+    assert torch.equal(before["optimizer"]["updater"]["generator"], after["optimizer"]["updater"]["generator"])
+    for name in weights(dp, 3):
+        assert torch.equal(before["model"][name], after["model"][name])
+
+
+LOAD_AND_SAVE = """
+import deepmd.pt
+from deepmd.pt.train import training
+from deepmd.pt.entrypoints import main
+main.get_trainer, get_trainer = (lambda *a, **k: saved(get_trainer(*a, **k))), main.get_trainer
+def saved(trainer):
+    trainer.save_model("again.pt")
+    raise SystemExit(0)
+from deepmd.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_lkf_parity(dp, batch_size):
+    """After 50 batches with the same atoms drawn, 250 updates, the weights are those of DeePMD-kit's own LKF."""
+    dp({"type": "LKF", "kf_blocksize": 256}, steps=50, batch_size=batch_size, program=("-c", SAME_ATOMS, "1"))
+    theirs = weights(dp, 50)
+    dp({"type": "RLEKF", "preset": "lkf", "block_size": 256}, steps=50, batch_size=batch_size)
+    ours = weights(dp, 50)
+    apart = difference(ours, theirs)
+    print(f"\nLKF parity, {batch_size} frames a batch: the largest difference of a weight is {apart:.1e}")
+    assert apart < 1e-10
+    dp({"type": "LKF", "kf_blocksize": 256}, steps=1, batch_size=batch_size)
+    assert difference(weights(dp, 1), theirs) > 1e-3  # and they have moved
+    dp({"type": "LKF", "kf_blocksize": 256}, steps=50, batch_size=batch_size, RLEKF_DEEPMD="LKF")
+    assert difference(weights(dp, 50), theirs) < 1e-10
+
+
+def test_restart_from_lkf(dp):
+    dp({"type": "LKF", "kf_blocksize": 256}, steps=3)
+    text = dp({"type": "RLEKF", "preset": "lkf", "block_size": 256}, "--restart", "model.ckpt-3.pt", steps=4)
+    assert "come from LKF's checkpoint" in text
+    assert "updater" in checkpoint(dp, 4)["optimizer"]
+
+
+def test_other_types_and_switching_off(dp):
+    text = dp({"type": "LKF", "kf_blocksize": 256}, steps=1)
+    assert "RLEKF" not in text
+    assert "P" in checkpoint(dp, 1)["optimizer"]["state"][0]
+    text = dp({"type": "RLEKF"}, steps=1, fails=True, RLEKF_DEEPMD="0")
+    assert "invalid choice" in text
+
+
+def test_options_are_checked_with_their_names(dp):
+    assert re.search("block_size.*at least 1", dp({"type": "RLEKF", "block_size": 0}, fails=True))
+    assert "blocksize" in dp({"type": "RLEKF", "blocksize": 8}, fails=True)
+
+
+def test_two_processes(dp):
+    """Under torchrun, a frame each: all bits the same on both ranks, and the weights of one process with both frames.
+
+    On a machine without GPUs three calls of dp are replaced: see RECORDED. A force group is all atoms, so that it does
+    not matter that several processes draw other groups than one.
+    """
+    (dp.folder / "recorded.py").write_text(RECORDED)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recorded.py")
+    asked = {"type": "RLEKF", "block_size": 256, "num_groups": 1}
+
+    def same_on_both(moment):
+        one, other = (torch.load(dp.folder / f"{moment}.{rank}.pt") for rank in range(2))
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        return one
+
+    text = dp(asked, steps=4, program=torchrun)
+    assert text.count("in torch.float64") == 1
+    start, (ours, *_) = same_on_both("start"), same_on_both("end")
+    batches = [torch.load(dp.folder / f"batches.{rank}.pt", weights_only=False) for rank in range(2)]
+    assert all(not torch.equal(one[0]["coord"], other[0]["coord"]) for one, other in zip(*batches, strict=True))
+    assert all(torch.equal(value, ours[name.split(".", 2)[2]]) for name, value in weights(dp, 4).items())
+
+    dp(asked, steps=4, program=("recorded.py",))
+    alone, *_ = torch.load(dp.folder / "end.alone.pt")
+    moved, apart = (difference(trained(ours), trained(other)) for other in (start, alone))
+    print(f"\nTwo processes: weights move by up to {moved:.1e}, and differ by {apart:.1e} from those of one process")
+    assert apart < 1e-10 < 1e-3 < moved
+
+    before = checkpoint(dp, 4)["optimizer"]["state"][0]["state"][STATE["forgetting"]]
+    dp(asked, "--restart", "model.ckpt-4.pt", steps=6, program=torchrun)
+    _, filtered, _ = same_on_both("end")
+    assert filtered[0]["state"][STATE["forgetting"]] < before

@@ -1,0 +1,666 @@
+"""The trainer on a few frames of NaCl: what it writes, how it stops and goes on, and what it refuses."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import rlekf_ext.updates
+from rlekf_ext.cli import main
+from rlekf_ext.covariance import STATE
+from rlekf_ext.potential import train as trainer
+from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, save_checkpoint
+from rlekf_ext.potential.data import DataError, frames, load_systems
+from rlekf_ext.potential.evaluate import compare
+from rlekf_ext.potential.input import InputError, TrainingData, read_input
+from rlekf_ext.potential.neighbors import make_frame
+from rlekf_ext.potential.optimizers import StoppedError, build_optimizer
+from rlekf_ext.potential.train import Batches, build_model, interruption, load_frames, train
+
+NACL = Path(__file__).resolve().parents[2] / "examples" / "nacl" / "gpaw_pbe_8"
+RCUT = 3.5
+
+
+def write_data(folder, first=0, count=4, stretch=1.0):
+    """Some frames of the NaCl set; stretched cells have fewer neighbours within the cutoff."""
+    (folder / "set.000").mkdir(parents=True)
+    for name in ("type.raw", "type_map.raw"):
+        (folder / name).write_text((NACL / name).read_text())
+    for file in (NACL / "set.000").glob("*.npy"):
+        factor = stretch if file.stem in ("coord", "box") else 1.0
+        np.save(folder / "set.000" / file.name, factor * np.load(file)[first : first + count])
+    return str(folder)
+
+
+def input_of(folder, optimizer=None, precision="default", **training):
+    """An input file as a dict: three frames train, the fourth is held out, a batch is a frame; output in `folder`."""
+    if not (folder / "data").exists():
+        write_data(folder / "data")
+    return {
+        "model": {
+            "type_map": ["Na", "Cl"],
+            "descriptor": {"rcut": RCUT, "neuron": [4, 4], "axis_neuron": 2, "precision": precision},
+            "fitting_net": {"neuron": [6, 6], "precision": precision},
+        },
+        "optimizer": {"type": "RLEKF", "block_size": 40} if optimizer is None else optimizer,
+        "learning_rate": {"start_lr": 1e-2, "stop_lr": 1e-4, "decay_steps": 2},
+        "training": {
+            "training_data": {"systems": str(folder / "data"), "batch_size": 1},
+            "validation_fraction": 0.25,
+            "numb_steps": 9,
+            "seed": 1,
+            "disp_freq": 2,
+            "save_freq": 100,
+            "disp_file": str(folder / "out" / "lcurve.out"),
+            "save_ckpt": str(folder / "out" / "model.ckpt"),
+            **training,
+        },
+    }
+
+
+def run(given, **arguments):
+    return train(read_input(given), quiet=True, **arguments)
+
+
+def checkpoint_of(folder):
+    return load_checkpoint(folder / "out" / "model.ckpt.pt")
+
+
+def weights_of(folder):
+    return torch.cat([value.flatten().double() for value in checkpoint_of(folder)["weights"].values()])
+
+
+def curve_of(folder):
+    return np.genfromtxt(folder / "out" / "lcurve.out", names=True)  # as DeePMD-kit's documentation reads it
+
+
+def same(one, other):
+    """Whether two checkpoints hold the same bits, times apart."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(key == "seconds" or same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+@pytest.fixture
+def before_batch(monkeypatch):
+    """before_batch(n, do): `do` is called when the trainer fetches its n-th batch."""
+
+    def patch(number, do):
+        count, fetch = iter(range(1, 10**6)), Batches.__next__
+
+        def counted(self):
+            if next(count) == number:
+                do()
+            return fetch(self)
+
+        monkeypatch.setattr(Batches, "__next__", counted)
+        return lambda: monkeypatch.setattr(Batches, "__next__", fetch)
+
+    return patch
+
+
+# What it writes
+
+
+COLUMNS = ("step", "rmse_val", "rmse_trn", "rmse_e_val", "rmse_e_trn", "rmse_f_val", "rmse_f_trn", "lr")
+
+
+def test_a_run_writes_curve_summary_and_checkpoint(tmp_path, capsys):
+    given = input_of(tmp_path)
+    summary = run(given)
+    assert capsys.readouterr() == ("", "")
+    assert sorted(os.listdir(tmp_path / "out")) == ["lcurve.out", "lcurve.out.json", "model.ckpt.pt"]
+
+    curve = curve_of(tmp_path)
+    assert curve.dtype.names == COLUMNS
+    assert curve["step"].tolist() == [2, 4, 6, 8, 9]  # and the last
+    assert set(curve["lr"]) == {1.0}
+
+    model = restored_model(checkpoint_of(tmp_path))
+    (system,) = load_systems(tmp_path / "data", ["Na", "Cl"])
+    held_out = compare(model, frames([system[3:]], RCUT, 2))
+    assert curve["rmse_e_val"][-1] == pytest.approx(held_out.energy_rmse, rel=1e-2)
+    assert curve["rmse_f_val"][-1] == pytest.approx(held_out.force_rmse, rel=1e-2)
+    total = np.sqrt(8 * held_out.energy_rmse**2 + held_out.force_rmse**2)  # the loss in its limit
+    assert curve["rmse_val"][-1] == pytest.approx(total, rel=1e-2)
+    assert curve["rmse_f_trn"][-1] != curve["rmse_f_val"][-1]
+
+    assert json.loads((tmp_path / "out" / "lcurve.out.json").read_text()) == summary
+    assert (summary["step"], summary["updates"], summary["interrupted"]) == (9, 9 * 8, False)
+    assert [row["epoch"] for row in summary["epochs"]] == [1, 2, 3]
+    assert [row["updates"] for row in summary["epochs"]] == [24, 48, 72]
+    assert summary["epochs"][-1]["energy_rmse"] == held_out.energy_rmse
+    assert summary["epochs"][-1]["force_rmse"] == held_out.force_rmse
+    assert 0 < summary["epochs"][0]["seconds"] < summary["seconds"]
+    assert "strategy rlekf" in summary["optimizer"]
+    assert {"version", "torch", "threads", "cpu", "cpu_isa"} <= set(summary)
+
+
+@pytest.mark.parametrize("optimizer", [None, {"type": "RLEKF", "preset": "paper"}, {"type": "LKF"}, {"type": "Adam"}])
+def test_training_lowers_the_errors(tmp_path, optimizer):
+    config = read_input(input_of(tmp_path, optimizer, numb_steps=30))
+    (training,), _ = load_frames(config, quiet=True)
+    before = compare(build_model(config, training, None), training)
+    train(config, quiet=True)
+    after = compare(restored_model(checkpoint_of(tmp_path)), training)
+    assert after.force_rmse < 0.6 * before.force_rmse
+
+
+def test_curve_of_adam_has_its_rate_and_its_weights(tmp_path):
+    given = input_of(tmp_path, {"type": "Adam"}, disp_freq=1)
+    given["loss"] = {"start_pref_e": 0.5, "limit_pref_e": 2, "start_pref_f": 100, "limit_pref_f": 1}
+    run(given)
+    curve = curve_of(tmp_path)
+    share = 0.01 ** (np.arange(9) // 2 * 2 / 9)  # 1e-2 to 1e-4 in stairs of two
+    np.testing.assert_allclose(curve["lr"], 1e-2 * share, rtol=6e-2)  # two digits are written
+    energy, force = 2 - 1.5 * share, 1 + 99 * share
+    for part in ("val", "trn"):
+        squares = 8 * energy * curve[f"rmse_e_{part}"] ** 2 + force * curve[f"rmse_f_{part}"] ** 2
+        np.testing.assert_allclose(curve[f"rmse_{part}"], np.sqrt(squares), rtol=2e-2)
+
+
+def test_epochs_may_end_in_the_middle(tmp_path):
+    given = input_of(tmp_path)
+    del given["training"]["numb_steps"]
+    summary = run({**given, "training": {**given["training"], "num_epochs": 1.5}})
+    assert summary["step"] == 5  # of three batches an epoch
+    assert [row["epoch"] for row in summary["epochs"]] == pytest.approx([1, 5 / 3])
+
+
+def test_output_goes_to_new_folders_and_names_without_suffix(tmp_path):
+    run(
+        input_of(
+            tmp_path, disp_file=str(tmp_path / "a" / "b" / "curve"), save_ckpt=str(tmp_path / "c" / "net"), numb_steps=1
+        )
+    )
+    assert sorted(os.listdir(tmp_path / "a" / "b")) == ["curve", "curve.json"]
+    assert os.listdir(tmp_path / "c") == ["net.pt"]
+
+
+def test_a_new_run_begins_a_new_curve(tmp_path):
+    run(input_of(tmp_path, numb_steps=4))
+    run(input_of(tmp_path, numb_steps=2))
+    assert curve_of(tmp_path)["step"].tolist() == 2
+    assert checkpoint_of(tmp_path)["progress"]["step"] == 2
+
+
+# What it trains on
+
+
+def test_validation_data_validates(tmp_path):
+    given = input_of(tmp_path, disp_freq=1, numb_steps=2)
+    del given["training"]["validation_fraction"]
+    other = write_data(tmp_path / "other", first=10, count=3)
+    given["training"]["validation_data"] = {"systems": other, "batch_size": 1, "numb_btch": 3}
+    summary = run(given)
+    held_out = compare(restored_model(checkpoint_of(tmp_path)), frames(load_systems(other, ["Na", "Cl"]), RCUT, 2))
+    assert summary["epochs"][-1]["epoch"] == 0.5  # four batches: all frames of the other system train
+    assert summary["epochs"][-1]["force_rmse"] == held_out.force_rmse
+    assert curve_of(tmp_path)["rmse_f_val"][-1] == pytest.approx(held_out.force_rmse, rel=1e-2)
+
+
+def test_a_single_frame_validates_itself(tmp_path):
+    write_data(tmp_path / "data", count=1)
+    run(input_of(tmp_path, numb_steps=3))
+    curve = curve_of(tmp_path)
+    assert curve["rmse_f_val"].tolist() == curve["rmse_f_trn"].tolist()
+
+
+def test_batches_of_two_frames(tmp_path):
+    given = input_of(tmp_path, numb_steps=4)
+    given["training"]["training_data"]["batch_size"] = 2
+    summary = run(given)
+    assert [row["epoch"] for row in summary["epochs"]] == [1, 2]  # batches of two frames and of one
+    assert summary["updates"] == 4 * 8
+    single = tmp_path / "single"
+    run(input_of(single, numb_steps=4))
+    assert not torch.equal(weights_of(tmp_path), weights_of(single))
+
+
+def test_the_seed_decides(tmp_path):
+    weights = []
+    for k, (training, descriptor) in enumerate([(1, None), (1, None), (2, None), (1, 5), (2, 5)]):
+        given = input_of(tmp_path / str(k), numb_steps=4, seed=training)
+        given["model"]["descriptor"]["seed"] = descriptor
+        run(given)
+        weights.append(weights_of(tmp_path / str(k)))
+    assert torch.equal(weights[0], weights[1])
+    for one, other in [(0, 2), (0, 3), (3, 4)]:  # the last two begin alike, but see the frames in another order
+        assert not torch.equal(weights[one], weights[other])
+
+
+def test_precision_and_statistics_reach_the_model(tmp_path):
+    given = input_of(tmp_path, precision="float32")
+    given["model"]["descriptor"]["set_davg_zero"] = True
+    config = read_input(given)
+    training, held_out = load_frames(config, quiet=True)
+    assert [[len(system) for system in part] for part in (training, held_out)] == [[3], [1]]
+    model = build_model(config, training[0], None)
+    assert {p.dtype for p in model.parameters()} == {training[0][0].edges.dtype} == {torch.float32}
+    assert not model.descriptor.davg.any()
+    assert (model.descriptor.dstd != 1).all()
+    assert model.config()["sel"] == [8, 8]  # of 6 neighbours at most, times 1.1, to a multiple of 4
+
+
+def test_warm_start_leaves_no_mean_energy_error(tmp_path):
+    config = read_input(input_of(tmp_path))
+    (training,), _ = load_frames(config, quiet=True)
+    model = build_model(config, training, None)
+    errors = compare(model, training).energy
+    before = float((errors[:, 1] - errors[:, 0]).mean())
+    build_optimizer(config, model, training, 9, fresh=True)
+    errors = compare(model, training).energy
+    assert abs(before) > 1e-3
+    assert abs(float((errors[:, 1] - errors[:, 0]).mean())) < 1e-12
+
+
+def numbered(count, num_atoms, first):
+    """Frames whose energies are their numbers."""
+    points = np.arange(3.0 * num_atoms).reshape(-1, 3)
+    return [make_frame(points, None, [0] * num_atoms, 2.0, 1, energy=first + k) for k in range(count)]
+
+
+def numbers(batch):
+    return tuple(int(frame.energy) for frame in batch)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"),
+    [(1, [1] * 12), (2, [1, 1, 2, 2, 2, 2, 2]), (100, [5, 7]), ("auto:12", [1, 1, 2, 2, 3, 3]), ("auto", [5, 7])],
+)
+def test_every_frame_is_in_one_batch_an_epoch(batch_size, sizes):
+    systems = [numbered(5, 6, 0), numbered(7, 4, 100)]  # five frames of 6 atoms, seven of 4
+    batches = Batches(systems, TrainingData(("a",), batch_size), seed=0)
+    epochs = [[numbers(next(batches)) for _ in range(len(batches))] for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(len(batch) for batch in epoch) == sizes
+        assert sorted(number for batch in epoch for number in batch) == [*range(5), *range(100, 107)]
+        assert all(len({number // 100 for number in batch}) == 1 for batch in epoch)  # of one system
+    assert epochs[0] != epochs[1] != epochs[2]
+    systems_in_turn = [batch[0] // 100 for batch in epochs[0]]
+    assert len(sizes) < 7 or systems_in_turn not in (sorted(systems_in_turn), sorted(systems_in_turn, reverse=True))
+    again = Batches(systems, TrainingData(("a",), batch_size), seed=0)
+    assert [numbers(next(again)) for _ in range(len(again))] == epochs[0]
+
+
+def test_batches_go_on_from_the_middle_of_an_epoch():
+    systems = [numbered(5, 2, 0), numbered(7, 3, 100)]
+    data = TrainingData(("a",), 1)
+    batches = Batches(systems, data, seed=0)
+    for place in range(26):  # beyond two epochs, and at each of their ends
+        resumed = Batches(systems, data, seed=9)
+        resumed.load_state_dict(copy.deepcopy(batches.state_dict()))
+        ahead = copy.deepcopy(batches)
+        assert [numbers(next(resumed)) for _ in range(20)] == [numbers(next(ahead)) for _ in range(20)], place
+        next(batches)
+
+
+# Stopping and going on
+
+
+RUNS = {
+    "RLEKF": {},
+    "RLEKF, float32": {"precision": "float32"},
+    "RLEKF, covariance float32": {"optimizer": {"type": "RLEKF", "covariance_dtype": "float32"}},
+    "RLEKF, one pass": {"optimizer": {"type": "RLEKF", "relinearize": False, "preset": "paper"}},
+    "LKF": {"optimizer": {"type": "LKF", "kf_blocksize": 50, "kf_start_pref_e": 2.0, "kf_limit_pref_f": 0.5}},
+    "Adam": {"optimizer": {"type": "Adam"}},
+    "Adam, float32": {"optimizer": {"type": "Adam"}, "precision": "float32"},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_interrupted_and_restarted_is_the_whole_run_bit_for_bit(tmp_path, before_batch, name):
+    """Stopped in the middle of the second epoch, between two rows of the curve."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(input_of(whole, **RUNS[name]))
+    given = input_of(parts, **RUNS[name])
+    undo = before_batch(5, lambda: signal.raise_signal(signal.SIGINT))
+    summary = run(given)
+    undo()
+    assert (summary["step"], summary["interrupted"]) == (5, True)
+    assert checkpoint_of(parts)["progress"]["step"] == 5
+    summary = run(given, restart=True)
+    assert (summary["step"], summary["interrupted"]) == (9, False)
+    one, other = checkpoint_of(whole), checkpoint_of(parts)
+    assert same(one, other)
+    assert (parts / "out" / "lcurve.out").read_text() == (whole / "out" / "lcurve.out").read_text()
+    assert [row["epoch"] for row in summary["epochs"]] == [1, 2, 3]
+
+
+def test_restart_after_a_crash_drops_the_rows_behind_the_checkpoint(tmp_path, before_batch):
+    """As after a power cut: the checkpoint is of batch 4, the curve has a row for batch 5."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(input_of(whole, disp_freq=1, save_freq=2))
+    given = input_of(parts, disp_freq=1, save_freq=2)
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    undo = before_batch(6, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(given)
+    undo()
+    assert checkpoint_of(parts)["progress"]["step"] == 4
+    assert curve_of(parts)["step"].tolist() == [1, 2, 3, 4, 5]
+    run(given, restart=True)
+    assert (parts / "out" / "lcurve.out").read_text() == (whole / "out" / "lcurve.out").read_text()
+    assert same(checkpoint_of(parts), checkpoint_of(whole))
+
+
+def test_restart_of_a_finished_run_changes_nothing_and_more_steps_go_on(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(input_of(whole, numb_steps=8))
+    given = input_of(parts, numb_steps=6)
+    run(given)
+    before, rows = weights_of(parts), (parts / "out" / "lcurve.out").read_text()
+    run(given, restart=True)
+    assert torch.equal(weights_of(parts), before)
+    assert (parts / "out" / "lcurve.out").read_text() == rows
+    given["training"]["numb_steps"] = 8
+    run(given, restart=True)
+    assert same(checkpoint_of(parts), checkpoint_of(whole))
+
+
+def test_restart_without_the_old_curve(tmp_path):
+    given = input_of(tmp_path, numb_steps=4)
+    run(given)
+    (tmp_path / "out" / "lcurve.out").unlink()
+    given["training"]["numb_steps"] = 6
+    run(given, restart=True)
+    assert curve_of(tmp_path)["step"].tolist() == 6
+
+
+@pytest.mark.parametrize(("first", "second"), [(8, 1), (1, 8), (8, 2)])
+def test_restart_with_another_mean_of_the_weights(tmp_path, first, second):
+    """The mean is evaluated and saved; training goes on from the filter's own weights."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    filter_of = {"type": "RLEKF", "block_size": 40}
+    run(input_of(whole, {**filter_of, "average_frames": 1}, numb_steps=7))
+    run(input_of(parts, {**filter_of, "average_frames": first}, numb_steps=4))
+    run(input_of(parts, {**filter_of, "average_frames": second}, numb_steps=7), restart=True)
+    one, other = checkpoint_of(whole), checkpoint_of(parts)
+    assert same(other["optimizer"].get("weights", other["weights"]), one["weights"])
+    assert same(other["optimizer"]["filter"], one["optimizer"]["filter"])
+    assert same(other["weights"], one["weights"]) == (second == 1)
+
+
+def test_restart_with_fewer_frames(tmp_path, before_batch):
+    """The checkpoint stands at the third batch of an epoch, the new data have one."""
+    given = input_of(tmp_path, save_freq=2, numb_steps=2)
+    run(given)
+    given["training"]["training_data"]["systems"] = write_data(tmp_path / "fewer", count=2)
+    given["training"]["numb_steps"] = 5
+    assert run(given, restart=True)["step"] == 5
+
+
+def wait_for_rows(process, file, rows):
+    deadline = time.monotonic() + 120
+    while not file.exists() or len(file.read_text().splitlines()) < rows + 1:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_ctrl_c_leaves_a_checkpoint_from_which_restart_goes_on(tmp_path):
+    """The command itself; it would run for hours, so that the signal surely comes in the middle."""
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    given = input_of(parts, disp_freq=1, numb_steps=10**6)
+    file = tmp_path / "input.json"
+    file.write_text(json.dumps(given))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlekf_ext", "train", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    try:
+        wait_for_rows(process, parts / "out" / "lcurve.out", 3)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    step = checkpoint_of(parts)["progress"]["step"]
+    assert step >= 3
+    assert f"Interrupted after batch {step}; `rlekf train --restart` goes on from {parts}/out/model.ckpt.pt" in output
+    assert curve_of(parts)["step"].tolist() == [*range(1, step + 1)]
+    assert json.loads((parts / "out" / "lcurve.out.json").read_text())["interrupted"] is True
+
+    given["training"]["numb_steps"] = step + 3
+    file.write_text(json.dumps(given))
+    assert main(["train", str(file), "--restart"]) == 0
+    run(input_of(whole, disp_freq=1, numb_steps=step + 3))
+    assert torch.equal(weights_of(parts), weights_of(whole))
+    one, other = (checkpoint_of(folder)["optimizer"] for folder in (parts, whole))
+    assert same(one, other)
+    assert curve_of(parts)["step"].tolist() == [*range(1, step + 4)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_interrupts(number):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with interruption() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(number)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert interrupted()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_signals_are_left_alone_outside_the_main_thread():
+    seen = []
+
+    def work():
+        with interruption() as interrupted:
+            seen.append(interrupted())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+# What it refuses
+
+
+CHANGES = {
+    "neuron": ("descriptor", [5, 5], r"neuron = \[4, 4\] but the input file asks for \[5, 5\]"),
+    "rcut": ("descriptor", 3.4, "rcut = 3.5 but the input file asks for 3.4"),
+    "sel": ("descriptor", [40, 40], r"sel = \[8, 8\] but the input file asks for \[40, 40\]"),
+    "resnet_dt": ("descriptor", True, "resnet_dt = False but the input file asks for True"),
+    "type_one_side": ("descriptor", True, "type_one_side = False"),
+    "precision": (None, "float32", "dtype = float64 but the input file asks for float32"),
+    "type_map": (None, ["Cl", "Na"], r"type_map = \['Na', 'Cl'\]"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of two batches, not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(input_of(folder, numb_steps=2))
+    return folder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_restart_with_another_network(finished, name):
+    section, value, message = CHANGES[name]
+    given, before = input_of(finished), contents(finished)
+    if name == "precision":
+        given = input_of(finished, precision=value)
+    elif section is None:
+        given["model"][name] = value
+    else:
+        given["model"][section][name] = value
+    with pytest.raises(InputError, match=f"The checkpoint's model has {message}.*; start without --restart"):
+        run(given, restart=True)
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ({"type": "Adam"}, r"model\.ckpt\.pt is not of the optimizer Adam .*; start without --restart"),
+        ({"type": "RLEKF", "block_size": 50}, r"The saved covariance has \d+ blocks .* this filter has \d+ blocks"),
+        (
+            {"type": "RLEKF", "block_size": 40, "covariance_dtype": "float32"},
+            "The saved tiles have .*torch.float64 but this filter needs .*torch.float32",
+        ),
+    ],
+)
+def test_restart_with_another_optimizer(finished, optimizer, message):
+    before = contents(finished)
+    with pytest.raises(ValueError, match=message):
+        run(input_of(finished, optimizer), restart=True)
+    assert contents(finished) == before
+
+
+def test_restart_of_adam_with_rlekf_and_of_a_model_alone(tmp_path):
+    run(input_of(tmp_path, {"type": "Adam"}, numb_steps=1))
+    with pytest.raises(InputError, match="is not of the optimizer RLEKF"):
+        run(input_of(tmp_path), restart=True)
+    save_checkpoint(tmp_path / "out" / "model.ckpt.pt", restored_model(checkpoint_of(tmp_path)))
+    with pytest.raises(InputError, match="is not of the optimizer RLEKF"):
+        run(input_of(tmp_path), restart=True)
+
+
+def test_restart_without_a_checkpoint(tmp_path):
+    with pytest.raises(InputError, match=r"The checkpoint .*model\.ckpt\.pt does not exist"):
+        run(input_of(tmp_path), restart=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_when_the_data_are_wrong(tmp_path):
+    given = input_of(tmp_path)
+    file = tmp_path / "data" / "set.000" / "force.npy"
+    forces = np.load(file)
+    forces[2, 4] = np.nan
+    np.save(file, forces)
+    with pytest.raises(DataError, match=r"force\.npy: frame 2, atom 1 has the value nan"):
+        run(given)
+    given["training"]["training_data"]["systems"] = str(tmp_path / "none")
+    with pytest.raises(DataError, match="none does not exist"):
+        run(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sel_that_is_too_small_is_named(tmp_path):
+    given = input_of(tmp_path)
+    given["model"]["descriptor"]["sel"] = [5, 12]
+    with pytest.raises(ValueError, match=r"An atom has 6 neighbours of element Na within 3\.5 Å, more than sel = 5"):
+        run(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_held_out_frame_with_more_neighbours_than_sel_is_found_before_training(tmp_path):
+    write_data(tmp_path / "data", stretch=1.3)
+    given = input_of(tmp_path)
+    del given["training"]["validation_fraction"]
+    given["training"]["validation_data"] = {"systems": write_data(tmp_path / "dense")}
+    with pytest.raises(ValueError, match="more than sel"):
+        run(given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["disp_file", "save_ckpt"])
+def test_output_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch, key):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(trainer, "end_of_epoch", None)  # reaching it would be a TypeError
+    with pytest.raises(InputError, match=r"file/(model\.pt|model) cannot be written"):
+        run(input_of(tmp_path, **{key: str(tmp_path / "file" / "model")}))
+    assert (tmp_path / "file").read_text() == "not a folder"
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_without_held_out_frames_the_errors_are_those_of_training(tmp_path, capsys):
+    given = input_of(tmp_path, numb_steps=1)
+    given["training"]["validation_fraction"] = 0
+    train(read_input(given))
+    assert "No frame is held out: the errors shown are those of the training frames." in capsys.readouterr().out
+
+
+def test_virial_updates_alone_need_virials(tmp_path):
+    with pytest.raises(InputError, match="optimizer/order asks for virial updates alone"):
+        run(input_of(tmp_path, {"type": "RLEKF", "block_size": 40, "order": ["virial"]}, numb_steps=1))
+
+
+def spoil(monkeypatch, from_update):
+    """Energies that are not finite from the update of this number on."""
+    original, calls = rlekf_ext.updates.energy_error, []
+
+    def spoilt(model, frame):
+        calls.append(1)
+        return original(model, frame) * (np.nan if len(calls) > from_update else 1.0)
+
+    monkeypatch.setattr("rlekf_ext.updates.energy_error", spoilt)
+
+
+def test_skipped_measurements_are_told(tmp_path, capsys, monkeypatch):
+    spoil(monkeypatch, 0)
+    train(read_input(input_of(tmp_path, {"type": "RLEKF", "block_size": 40, "preset": "paper"}, numb_steps=2)))
+    assert "skipped so far: error not finite: 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("max_skipped", [1, 3])
+def test_training_stops_when_everything_is_skipped_and_can_go_on(tmp_path, monkeypatch, max_skipped):
+    options = {"type": "RLEKF", "block_size": 40, "order": ["energy"], "max_skipped": max_skipped}
+    given = input_of(tmp_path, options, numb_steps=20)
+    with monkeypatch.context() as patched:
+        spoil(patched, 4)
+        with pytest.raises(StoppedError, match=f"last {max_skipped} .* all skipped.* error not finite: {max_skipped}"):
+            train(read_input(given), quiet=True)
+    saved = load_checkpoint(tmp_path / "out" / "model.ckpt.pt")
+    assert saved["progress"]["step"] == 4 + max_skipped - 1  # the batches that were finished
+    assert saved["optimizer"]["filter"]["state"][0]["state"][STATE["num_updates"]] == 4
+    summary = train(read_input(given), restart=True, quiet=True)
+    assert summary["step"] == 20
+
+
+def test_a_few_skipped_measurements_do_not_stop_training(tmp_path, monkeypatch):
+    """Every second update is bad: never two in a row."""
+    original, calls = rlekf_ext.updates.energy_error, []
+
+    def every_second(model, frame):
+        calls.append(1)
+        return original(model, frame) * (np.nan if len(calls) % 2 else 1.0)
+
+    monkeypatch.setattr("rlekf_ext.updates.energy_error", every_second)
+    options = {"type": "RLEKF", "block_size": 40, "order": ["energy"], "max_skipped": 2}
+    assert train(read_input(input_of(tmp_path, options, numb_steps=10)), quiet=True)["step"] == 10
+
+
+def test_float32_storage_is_guarded_while_training(tmp_path, monkeypatch, capsys):
+    """With a limit that any P is beyond: a warning, or with "auto" float64 from then on, also after a restart."""
+    monkeypatch.setattr("rlekf_ext.filter.FLOAT32_CONDITION", 1.0)
+    monkeypatch.setattr("rlekf_ext.potential.optimizers.UPDATES_PER_GUARD", 10)
+    for dtype, said in (("float32", "about to lose positive definiteness"), ("auto", "stored in float64 from now on")):
+        options = {"type": "RLEKF", "block_size": 40, "covariance_dtype": dtype}
+        given = input_of(tmp_path, options, numb_steps=6, save_ckpt=str(tmp_path / dtype))
+        train(read_input(given))
+        assert said in capsys.readouterr().out
+    saved = load_checkpoint(tmp_path / "auto.pt")["optimizer"]["filter"]["state"][0]
+    assert saved["tiles"].dtype == torch.float64
+    given["training"]["numb_steps"] = 8
+    assert "torch.float64" in train(read_input(given), restart=True, quiet=True)["optimizer"]

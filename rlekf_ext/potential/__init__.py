@@ -1,0 +1,11 @@
+"""Deep Potential: data, model, training, and exchange with DeePMD-kit and ASE."""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Calculator":  # not above: it needs ase, an optional package
+        from rlekf_ext.potential.calculator import Calculator
+
+        return Calculator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

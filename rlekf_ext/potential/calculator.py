@@ -1,0 +1,96 @@
+"""A trained model as a calculator of ASE, for quick use: the neighbour list is made anew for each structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ase.calculators.calculator as ase_calculator
+import numpy as np
+import torch
+from ase import Atoms
+from ase.geometry import complete_cell
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
+from rlekf_ext.potential.model import DeepPotential
+from rlekf_ext.potential.neighbors import make_frame
+
+
+class Calculator(ase_calculator.Calculator):
+    """ASE calculator of a Deep Potential: `atoms.calc = Calculator("model.ckpt.pt")`.
+
+    model is a checkpoint of `rlekf train` or `rlekf import`, or a DeepPotential; device is where it computes, by
+    default where it is (a checkpoint: the CPU). Energy and free energy (the same number) in eV, energies of the atoms
+    in eV, forces in eV/Å, stress in eV/Å³ in ASE's order xx, yy, zz, yz, xz, xy; stress needs three cell vectors.
+    Structures may be periodic in any of the three directions.
+
+    Raises InputError for a file that is no checkpoint, and ValueError for elements that the model does not know, for
+    more neighbours than its sel and for atoms closer than 0.1 Å.
+    """
+
+    # No ClassVar: ASE declares it without.
+    implemented_properties: list[str] = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012
+
+    def __init__(
+        self, model: str | Path | DeepPotential, device: torch.device | str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.model = (
+            model if isinstance(model, DeepPotential) else restored_model(load_checkpoint(model, model_only=True))
+        )
+        if device is not None:
+            self.model.to(device)
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(ase_calculator.all_changes),
+    ) -> None:
+        """Compute everything that is implemented; ASE calls this."""
+        super().calculate(atoms, properties, system_changes)
+        structure: Any = self.atoms  # a copy of atoms, or those of the latest call
+        model = self.model
+        frame = make_frame(
+            structure.positions,
+            _box(structure, model.descriptor.rcut),
+            self._types(structure),
+            model.descriptor.rcut,
+            len(model.type_map),
+            dtype=model.dtype,
+        ).to(device=model.energy_bias.device)
+        prediction = model(frame, create_graph=False)
+        energy = prediction.energy.item()
+        self.results = {
+            "energy": energy,
+            "free_energy": energy,
+            "energies": prediction.atomic_energy.cpu().numpy(),
+            "forces": prediction.forces.double().cpu().numpy(),
+        }
+        if structure.cell.rank == 3:
+            virial = prediction.virial[0].double().cpu().numpy()
+            self.results["stress"] = full_3x3_to_voigt_6_stress(-virial / structure.get_volume())
+
+    def _types(self, atoms: Atoms) -> list[int]:
+        known = {name: index for index, name in enumerate(self.model.type_map)}
+        symbols = atoms.get_chemical_symbols()
+        if unknown := sorted(set(symbols) - set(known)):
+            raise ValueError(f"The model knows the elements {', '.join(known)}, but the atoms are also {unknown}.")
+        return [known[symbol] for symbol in symbols]
+
+
+def _box(atoms: Atoms, rcut: float) -> np.ndarray | None:
+    """The cell, where it is not periodic so thick that no atom sees an image; None where nothing is periodic."""
+    if not atoms.pbc.any():
+        return None
+    if not atoms.cell.lengths()[atoms.pbc].all():
+        raise ValueError(f"The atoms are periodic along a cell vector of length 0: {atoms.cell}; set the cell or pbc.")
+    if atoms.pbc.all():
+        return atoms.cell.array
+    # A zero vector is completed by one of length 1 Å across the others.
+    cell = complete_cell(np.where(atoms.pbc[:, None], atoms.cell.array, 0.0))
+    for k in np.flatnonzero(~atoms.pbc):
+        cell[k] *= np.ptp(atoms.positions @ cell[k]) + 2 * rcut
+    return cell

@@ -1,0 +1,210 @@
+"""Files that are whole or not there: checkpoints of a model and of all that its training needs to go on.
+
+Several processes write one checkpoint together: a file as ever, with notes in place of the tensors that are spread over
+them, and beside it a folder of torch.distributed.checkpoint with these, a part from each process. The file is written
+last, and names its folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import torch
+from torch import Tensor
+
+from rlekf_ext.covariance import StoredTiles
+from rlekf_ext.potential.input import InputError
+from rlekf_ext.potential.model import DeepPotential
+from rlekf_ext.processes import ALONE, Processes
+
+
+def save_checkpoint(path: Path, model: DeepPotential, processes: Processes = ALONE, **rest: Any) -> None:
+    """Write the model and whatever else `rest` holds: tensors, numbers, strings, dicts and lists of them.
+
+    All of `processes` must call it, with the same but for the DTensors in `rest`. Raises InputError where the disk does
+    not take it.
+    """
+    checkpoint = {"model": model.config(), "weights": model.state_dict(), **rest}
+    spread: dict[str, Tensor] = {}
+    checkpoint = _noted(checkpoint, "", spread)
+    folder = _shards(path) / str(processes.gather([time.time_ns()])[0][0])
+    if spread:
+        checkpoint["shards"] = {"folder": folder.name, "checksums": _save_shards(folder, spread, processes)}
+    if processes.rank == 0:
+        _save_file(path, checkpoint)
+        for old in _shards(path).glob("*"):
+            if old != folder:
+                shutil.rmtree(old)
+        if not spread:
+            with suppress(OSError):
+                _shards(path).rmdir()
+
+
+def _shards(path: Path) -> Path:
+    return path.with_name(f"{path.name}.shards")
+
+
+def _noted(tree: Any, place: str, spread: dict[str, Tensor]) -> Any:
+    """The tree with a note in place of every tensor that is spread over processes; those go to `spread`."""
+    if isinstance(tree, dict):
+        return {key: _noted(value, f"{place}/{key}", spread) for key, value in tree.items()}
+    if hasattr(tree, "to_local"):  # a DTensor, whose class takes long to import
+        spread[place] = tree
+        return {"spread": place, "shape": list(tree.shape), "dtype": str(tree.dtype).removeprefix("torch.")}
+    return tree
+
+
+def _with_stored(tree: Any, folder: Path) -> Any:
+    """The tree with what is stored in place of each note."""
+    if not isinstance(tree, dict):
+        return tree
+    if "spread" in tree:
+        return StoredTiles(str(folder), tree["spread"], torch.Size(tree["shape"]), getattr(torch, tree["dtype"]))
+    return {key: _with_stored(value, folder) for key, value in tree.items()}
+
+
+def _save_shards(folder: Path, spread: dict[str, Tensor], processes: Processes) -> dict[str, int]:
+    """Write each process's part, and return the checksum of every file."""
+    from torch.distributed import checkpoint
+
+    try:
+        checkpoint.save(spread, checkpoint_id=str(folder), process_group=processes.group)
+    except checkpoint.CheckpointException as error:
+        if processes.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        reasons = {str(reason[0]) for reason in error.failures.values()}
+        raise InputError(f"{folder} cannot be written: {'; '.join(sorted(reasons))}.") from error
+    own = folder / f"__{processes.rank}_0.distcp"
+    found = processes.gather([_checksum(own) if own.exists() else -1])
+    checksums = {f"__{rank}_0.distcp": value for rank, (value,) in enumerate(found) if value >= 0}
+    return {**checksums, ".metadata": _checksum(folder / ".metadata")}
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with file.open("rb") as opened:
+        while piece := opened.read(1 << 20):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def _check_shards(folder: Path, checksums: dict[str, int], processes: Processes) -> None:
+    """Every process looks at some of the files; all raise the same InputError."""
+    names = sorted(checksums)
+    bad = -1
+    for place in range(processes.rank, len(names), processes.size):
+        file = folder / names[place]
+        if not file.exists() or _checksum(file) != checksums[names[place]]:
+            bad = place
+    for (place,) in processes.gather([bad]):
+        if place >= 0:
+            file = folder / names[place]
+            what = "its checksum is wrong" if file.exists() else "it is missing"
+            raise InputError(
+                f"{file}, a part of the checkpoint, cannot be used: {what}. Restore it, or start without --restart."
+            )
+
+
+def _save_file(path: Path, checkpoint: dict[str, Any]) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+
+    try:
+        write_atomically(path, write)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"{path} cannot be written: {reason}.") from error
+
+
+def load_checkpoint(path: str | Path, processes: Processes = ALONE, *, model_only: bool = False) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, on the CPU, as tensors that are read from the file when they are used: P takes no
+    memory twice, but the file, though it may be replaced, keeps its room on the disk while one of them lives.
+
+    It is read once before, to compare it with the checksums in it (0.3 s a GB). What several processes have written is
+    left in its folder, as StoredTiles; `model_only` does without that folder. Raises InputError, with the reason, for a
+    file that is none or was altered.
+    """
+    path = Path(path)
+    checkpoint = _read(path)
+    shards = checkpoint.pop("shards", None)
+    if shards and not model_only:
+        folder = _shards(path) / shards["folder"]
+        _check_shards(folder, shards["checksums"], processes)
+        checkpoint = _with_stored(checkpoint, folder)
+    return checkpoint
+
+
+def run_of(path: Path) -> str | None:
+    """The name of the run that wrote a checkpoint; None where there is none. Raises InputError."""
+    return _read(path).get("run") if path.exists() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with ZipFile(path) as archive:  # torch.save writes a CRC-32 for each record; torch.load does not look at them
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        if not {"model", "weights"} <= set(checkpoint):
+            raise ValueError("no model in it")
+    except FileNotFoundError as error:
+        raise InputError(f"The checkpoint {path} does not exist; `rlekf train` without --restart makes one.") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise InputError(f"The checkpoint {path} cannot be read: {error.strerror}.") from error
+    except Exception as error:  # whatever a damaged file makes of the unpickler: its own words help nobody
+        raise InputError(
+            f"{path} is not a checkpoint of `rlekf train`: it is damaged, or another program wrote it. Take "
+            "another copy, or train anew."
+        ) from error
+    return checkpoint
+
+
+def restored_model(checkpoint: dict[str, Any]) -> DeepPotential:
+    model = DeepPotential(**checkpoint["model"])
+    model.load_state_dict(checkpoint["weights"])
+    return model
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError where `path` cannot be written, before hours are spent on what should stand in it."""
+    temporary = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.filename}: {error.strerror}.") from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside `path` and move it there: a reader, a full disk, a kill or a power cut finds the old file or the
+    new one whole. What a kill leaves beside it is overwritten by the next write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # some file systems cannot sync a folder: there the move reaches the disk when it may
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")

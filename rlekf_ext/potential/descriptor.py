@@ -1,0 +1,344 @@
+"""The smooth descriptor of Deep Potential (DeePMD-kit's `se_e2_a`) and the small networks it is made of.
+
+Networks of several elements run as one batched product per layer wherever their inputs are of similar size: on small
+cells the number of operations, not their size, decides the time. Atoms and slots are padded to a common number for it.
+A padded atom is read by nobody; a padded slot is an empty slot, of which DeePMD-kit's sum holds sel - neighbours
+anyway. Every neighbour block therefore ends in one empty slot that stands, by its weight, for all that are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from rlekf_ext.potential.neighbors import Frame
+
+
+class Network(nn.Module):
+    """Fully connected tanh layers with DeePMD-kit's shortcuts (`EmbeddingNet`, and with `output` its `FittingNet`).
+
+    A layer adds its input where the width stays the same, its input twice side by side where the width doubles.
+    Parameters in order: W (in, out), b (out,) and, with resnet_dt on a layer with a shortcut, idt (out,), layer after
+    layer; drawn as DeePMD-kit does, W ~ N(0, 1/(in + out)), b ~ N(0, 1), idt ~ N(0.1, 0.001²).
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        neuron: Sequence[int],
+        *,
+        output: bool = False,
+        resnet_dt: bool = False,
+        dtype: torch.dtype = torch.float64,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers: list[tuple[bool, bool, int]] = []  # (hidden, with idt, copies of the input that are added)
+        self.parameter_layers: list[int] = []  # the layer each parameter belongs to
+
+        def add(name: str, shape: tuple[int, ...], mean: float, std: float) -> None:
+            value = torch.randn(shape, dtype=torch.float64, generator=generator) * std + mean
+            self.register_parameter(f"{name}_{len(self.layers)}", nn.Parameter(value.to(dtype)))
+            self.parameter_layers.append(len(self.layers))
+
+        widths = [num_inputs, *neuron] + [1] * output
+        for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
+            hidden = k < len(neuron)
+            copies = fan_out // fan_in if hidden and fan_out in (fan_in, 2 * fan_in) else 0
+            add("weight", (fan_in, fan_out), 0.0, (fan_in + fan_out) ** -0.5)
+            add("bias", (fan_out,), 0.0, 1.0)
+            if resnet_dt and copies:
+                add("timestep", (fan_out,), 0.1, 0.001)
+            self.layers.append((hidden, resnet_dt and copies > 0, copies))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map (rows, in) to (rows, out)."""
+        return run_networks([self], inputs[None])[0]
+
+
+def run_networks(networks: Sequence[Network], inputs: Tensor) -> Tensor:
+    """Map inputs (P, rows, in) to (P, rows, out), row block p by network p; all networks have one shape."""
+    # _parameters: a module's ordinary attribute access would cost as much as the arithmetic.
+    tensors = zip(*(network._parameters.values() for network in networks), strict=True)
+    stacked = (torch.stack(same) if len(same) > 1 else same[0].unsqueeze(0) for same in tensors)
+    values = inputs
+    for hidden, with_timestep, copies in networks[0].layers:
+        weight, bias = next(stacked), next(stacked)
+        result = torch.baddbmm(bias.unsqueeze(1), values, weight)
+        if hidden:
+            result = torch.tanh(result)
+        if with_timestep:
+            result = result * next(stacked).unsqueeze(1)
+        if copies == 1:
+            result = result + values
+        elif copies == 2:
+            result = result + torch.cat([values, values], dim=-1)
+        values = result
+    return values
+
+
+@dataclass(frozen=True)
+class Block:
+    """The neighbours of T elements around atoms of C elements: P = C·T networks run in it side by side."""
+
+    centers: list[int]  # C elements
+    neighbors: list[int]  # T elements
+    num_atoms: int  # A, of each centre element, padded
+    num_slots: int  # S, of each neighbour element, padded
+
+
+@dataclass(frozen=True, eq=False)
+class Environment:
+    """A frame's geometry as the network takes it; N edges in all blocks, padded ones included.
+
+    The lists hold a tensor per block: the scalar that an embedding net sees of each slot, the slot's row of the
+    normalised environment matrix times how many slots it stands for over nnei, and the derivative of both by the edge.
+    """
+
+    batches: list[list[Block]]  # per batch of centre elements its blocks of neighbour elements
+    scalars: list[Tensor]  # (P, A·S, 1)
+    rows: list[Tensor]  # (P·A, S, 4)
+    jacobians: list[Tensor]  # (P·A·S, 5, 3), 1/Å
+    position: Tensor  # (n,) int64, row of each atom among the padded atoms of all batches
+    edges: Tensor  # (N, 3), Å
+    center: Tensor  # (N,) int64, the atom an edge starts from
+    neighbor: Tensor  # (N,) int64, the atom it points to
+
+
+class SeE2A(nn.Module):
+    """Deep Potential's smooth descriptor with radial and angular information, DeePMD-kit's `se_e2_a`.
+
+    sel[t] is DeePMD-kit's number of neighbour slots of element t: it fixes the norm nnei = sum(sel) and the number of
+    empty slots. Embedding net of (centre c, neighbour t): `embeddings[t * num_types + c]`, DeePMD-kit's order, or
+    `embeddings[t]` with type_one_side. rcut and rcut_smth in Å. ValueError where a setting is out of range.
+    """
+
+    davg: Tensor  # (num_types, 4), 1/Å
+    dstd: Tensor  # (num_types, 4), 1/Å
+
+    def __init__(
+        self,
+        num_types: int,
+        sel: Sequence[int],
+        rcut: float = 6.0,
+        rcut_smth: float = 0.5,
+        neuron: Sequence[int] = (25, 25, 25),
+        axis_neuron: int = 16,
+        type_one_side: bool = False,
+        resnet_dt: bool = False,
+        *,
+        activation: str = "tanh",
+        type_map: Sequence[str] | None = None,
+        dtype: torch.dtype = torch.float64,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if len(sel) != num_types or min(sel) < 0 or sum(sel) == 0:
+            raise ValueError(f"sel needs {num_types} numbers of neighbours, one per element, but is {tuple(sel)}.")
+        if not 0 <= rcut_smth < rcut:
+            raise ValueError(f"Radii need 0 <= rcut_smth < rcut, but are {rcut_smth} and {rcut} Å.")
+        if not 0 < axis_neuron <= neuron[-1]:
+            raise ValueError(f"axis_neuron must lie between 1 and neuron[-1] = {neuron[-1]}, but is {axis_neuron}.")
+        if activation != "tanh":
+            raise ValueError(f"The only activation function is 'tanh', but {activation!r} was asked for.")
+        self.num_types, self.sel, self.type_one_side = num_types, tuple(sel), type_one_side
+        self.rcut, self.rcut_smth = float(rcut), float(rcut_smth)
+        self.axis_neuron, self.num_outputs = axis_neuron, neuron[-1] * axis_neuron
+        self.names = [str(t) for t in range(num_types)] if type_map is None else list(type_map)
+        self.embeddings = nn.ModuleList(
+            Network(1, neuron, resnet_dt=resnet_dt, dtype=dtype, generator=generator)
+            for _ in range(num_types if type_one_side else num_types**2)
+        )
+        self.register_buffer("davg", torch.zeros(num_types, 4, dtype=dtype))
+        self.register_buffer("dstd", torch.ones(num_types, 4, dtype=dtype))
+        self._latest: tuple[Frame, tuple[int, ...], Environment] | None = None
+
+    @torch.no_grad()
+    def fit_statistics(self, frames: Iterable[Frame]) -> None:
+        """Set davg and dstd from the environment matrices of the frames (DeePMD-kit's `EnvMatStatSe`).
+
+        Over all sel slots of all atoms of a centre element, empty slots being zeros: mean and standard deviation of the
+        radial column; mean 0 and one standard deviation for the three angular columns together. Standard deviations
+        are at least 0.01, and 0.1 for an element without atoms.
+        """
+        # Per element: atoms, and sums of s, of s² and of the angular columns, whose squares add up to s², too.
+        sums = torch.zeros(self.num_types, 4, dtype=torch.float64, device=self.davg.device)
+        for frame in frames:
+            self.check(frame)
+            _, direction, s, _ = _radial(frame.edges.double(), self.rcut, self.rcut_smth)
+            angular = (s * direction).sum((1, 2))
+            per_atom = [torch.ones_like(angular), s.sum((1, 2)), s.square().sum((1, 2)), angular]
+            sums.index_add_(0, frame.types, torch.stack(per_atom, dim=1))
+        atoms, total, squares, angular = sums.unbind(1)
+        number = (atoms * sum(self.sel)).clamp(min=1)
+        mean = total / number
+        # DeePMD-kit subtracts the small mean of the angular columns here, although their davg is 0.
+        radial = squares / number - mean**2
+        others = squares / (3 * number) - (angular / (3 * number)) ** 2
+        variance = torch.stack([radial, others, others, others])
+        std = variance.clamp(min=0).sqrt().clamp(min=1e-2)
+        self.dstd.copy_(torch.where(atoms > 0, std, 0.1).T)
+        self.davg.zero_()
+        self.davg[:, 0] = mean
+
+    def forward(self, frame: Frame) -> Tensor:
+        """Return the descriptors (n, neuron[-1] * axis_neuron); ValueError where the frame does not fit the network."""
+        environment = self.environment(frame)
+        batches = self.descriptors(environment, environment.scalars, environment.rows)
+        return torch.cat([batch.flatten(0, 1) for batch in batches])[environment.position]
+
+    @torch.no_grad()
+    def environment(self, frame: Frame) -> Environment:
+        """Return the frame's environment matrices; kept for the latest frame, which a filter visits several times.
+
+        ValueError where the frame's cutoff, elements, dtype or number of neighbours do not fit the network.
+        """
+        statistics = (id(self.davg), self.davg._version, id(self.dstd), self.dstd._version)
+        if self._latest is None or self._latest[0] is not frame or self._latest[1] != statistics:
+            self.check(frame)
+            self._latest = (frame, statistics, self._environment(frame))
+        return self._latest[2]
+
+    def descriptors(self, environment: Environment, scalars: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+        """Return each batch's descriptors (C, A, neuron[-1] * axis_neuron) from the environment's scalars and rows."""
+        inputs = zip(scalars, rows, strict=True)
+        results = []
+        for blocks in environment.batches:
+            # D = (Gᵀ R / nnei) (Rᵀ G_< / nnei): the products Rᵀ G of all neighbour elements are added up before.
+            products = [self._product(block, *next(inputs)) for block in blocks]
+            product = products[0] if len(products) == 1 else torch.stack(products).sum(0)
+            descriptor = torch.bmm(product.mT, product[:, :, : self.axis_neuron])
+            results.append(descriptor.view(len(blocks[0].centers), -1, self.num_outputs))
+        return results
+
+    def _product(self, block: Block, scalars: Tensor, rows: Tensor) -> Tensor:
+        """Rᵀ G / nnei, (C·A, 4, M), summed over the block's neighbour elements."""
+        networks = [self._embedding(center, neighbor) for center in block.centers for neighbor in block.neighbors]
+        embedded = run_networks(networks, scalars)
+        product = torch.bmm(rows.mT, embedded.view(-1, block.num_slots, embedded.shape[-1]))
+        if len(block.neighbors) == 1:
+            return product
+        return product.view(len(block.centers), -1, block.num_atoms, *product.shape[1:]).sum(1).flatten(0, 1)
+
+    def _embedding(self, center: int, neighbor: int) -> Network:
+        index = neighbor if self.type_one_side else neighbor * self.num_types + center
+        return self.embeddings[index]  # type: ignore[return-value]
+
+    def check(self, frame: Frame) -> None:
+        """Raise ValueError where the frame's cutoff, elements or number of neighbours do not fit the network."""
+        if len(frame.slots) != self.num_types:
+            raise ValueError(f"The network has {self.num_types} elements, but the frame has {len(frame.slots)}.")
+        if frame.cutoff is not None and frame.cutoff != self.rcut:
+            raise ValueError(f"The network's cutoff is {self.rcut} Å, but the frame was made with {frame.cutoff} Å.")
+        for name, count, sel in zip(self.names, frame.slots, self.sel, strict=True):
+            if count > sel:
+                raise ValueError(
+                    f"An atom has {count} neighbours of element {name} within {self.rcut} Å, more than sel = {sel}: "
+                    'raise sel, or set "sel": "auto", or "auto:1.5" for more room.'
+                )
+
+    def _environment(self, frame: Frame) -> Environment:
+        if frame.edges.dtype != self.davg.dtype:
+            raise ValueError(f"The network is {self.davg.dtype}, the frame {frame.edges.dtype}: call frame.to(dtype).")
+        device = frame.edges.device
+        n, num_slots = frame.neighbors.shape
+        # Row n and slot num_slots are what padding points to.
+        far = frame.edges.new_tensor([2 * self.rcut, 0.0, 0.0])
+        padded_edges = far.repeat(n + 1, num_slots + 1, 1)
+        padded_edges[:n, :num_slots] = frame.edges
+        padded_neighbors = frame.neighbors.new_zeros(n + 1, num_slots + 1)
+        padded_neighbors[:n, :num_slots] = frame.neighbors
+
+        rows = [(frame.types == t).nonzero()[:, 0] for t in range(self.num_types)]
+        columns = torch.arange(num_slots, device=device).split(frame.slots)
+        position = torch.empty(n + 1, dtype=torch.int64, device=device)
+        # An element without slots in this frame still has empty ones, unless its sel is 0.
+        used = [count + 1 if sel else 0 for count, sel in zip(frame.slots, self.sel, strict=True)]
+        neighbor_elements = _similar(used)
+        batches: list[list[Block]] = []
+        inputs: list[tuple[Tensor, Tensor, Tensor]] = []
+        edges, center, neighbor = [], [], []
+        first = 0
+        for elements in _similar([len(row) for row in rows]):
+            atoms = _pad([rows[c] for c in elements], n)
+            position[atoms.flatten()] = torch.arange(first, first + atoms.numel(), device=device)
+            first += atoms.numel()
+            batches.append([])
+            for others in neighbor_elements:
+                slots = _pad([columns[t] for t in others], num_slots, extra=1)
+                where = (atoms[:, None, :, None], slots[None, :, None, :])
+                block, block_edges = Block(elements, others, atoms.shape[1], slots.shape[1]), padded_edges[where]
+                batches[-1].append(block)
+                inputs.append(self._inputs(block, block_edges))
+                edges.append(block_edges.view(-1, 3))
+                center.append((atoms % n)[:, None, :, None].expand(block_edges.shape[:-1]).flatten())
+                neighbor.append(padded_neighbors[where].flatten())
+        return Environment(
+            batches,
+            scalars=[scalars for scalars, _, _ in inputs],
+            rows=[block_rows for _, block_rows, _ in inputs],
+            jacobians=[jacobian for _, _, jacobian in inputs],
+            position=position[:n],
+            edges=torch.cat(edges),
+            center=torch.cat(center),
+            neighbor=torch.cat(neighbor),
+        )
+
+    def _inputs(self, block: Block, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The scalars, rows and jacobian of a block with edges (C, T, A, S, 3)."""
+        nnei = sum(self.sel)
+        davg, dstd = (value[block.centers, None, None, None] for value in (self.davg, self.dstd))  # (C, 1, 1, 1, 4)
+        matrix, jacobian = _environment_matrix(edges, self.rcut, self.rcut_smth)
+        matrix = (matrix - davg) / dstd
+        jacobian = jacobian / dstd.unsqueeze(-1)
+        scalars = matrix[..., :1].reshape(len(block.centers) * len(block.neighbors), -1, 1)
+        # The last slot of each element is empty and stands for all that are missing.
+        share = edges.new_full((len(block.neighbors), 1, block.num_slots, 1), 1 / nnei)
+        for k, element in enumerate(block.neighbors):
+            share[k, 0, -1] = (self.sel[element] - block.num_slots + 1) / nnei
+        # Empty slots do not depend on their edges: for the jacobian every share is 1/nnei.
+        jacobian = torch.cat([jacobian[..., :1, :], jacobian / nnei], dim=-2)
+        return scalars, (matrix * share).view(-1, block.num_slots, 4), jacobian.view(-1, 5, 3)
+
+
+def _radial(edges: Tensor, rcut: float, rcut_smth: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Distance r, direction, s(r) and s'(r), each (..., 1) but the direction (..., 3)."""
+    r = torch.linalg.vector_norm(edges, dim=-1, keepdim=True)
+    u = ((r - rcut_smth) / (rcut - rcut_smth)).clamp(0, 1)
+    smooth = u**3 * (-6 * u**2 + 15 * u - 10) + 1
+    slope = -30 * (u * (1 - u)) ** 2 / (rcut - rcut_smth)
+    return r, edges / r, smooth / r, (slope - smooth / r) / r
+
+
+def _environment_matrix(edges: Tensor, rcut: float, rcut_smth: float) -> tuple[Tensor, Tensor]:
+    """R = s (1, x/r, y/r, z/r) of edges (..., 3) as (..., 4), and its derivative (..., 4, 3)."""
+    r, direction, s, slope = _radial(edges, rcut, rcut_smth)
+    matrix = torch.cat([s, s * direction], dim=-1)
+    radial = (slope * direction).unsqueeze(-2)
+    along = direction.unsqueeze(-1) * direction.unsqueeze(-2)
+    identity = torch.eye(3, dtype=edges.dtype, device=edges.device)
+    angular = (slope - s / r).unsqueeze(-1) * along + (s / r).unsqueeze(-1) * identity
+    return matrix, torch.cat([radial, angular], dim=-2)
+
+
+def _similar(sizes: Sequence[int]) -> list[list[int]]:
+    """Batches of the indices of similar size (within 30 %: the padding then costs less than the operations saved)."""
+    batches: list[list[int]] = []
+    for index in sorted((i for i, size in enumerate(sizes) if size), key=lambda i: -sizes[i]):
+        if batches and sizes[index] >= 0.7 * sizes[batches[-1][0]]:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _pad(rows: Sequence[Tensor], value: int, extra: int = 0) -> Tensor:
+    """The rows below each other, filled up with `value` to the longest and `extra` more."""
+    padded = rows[0].new_full((len(rows), max(map(len, rows)) + extra), value)
+    for k, row in enumerate(rows):
+        padded[k, : len(row)] = row
+    return padded

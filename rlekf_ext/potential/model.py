@@ -1,0 +1,197 @@
+"""The Deep Potential: descriptor, one fitting net per element, and energy, forces and virial from them.
+
+Positions never enter the autograd graph. Its leaves are the environment matrices; one backward pass gives dE/dR, and
+the analytic derivative of R by the edge turns that into forces with one small product per neighbour. A force loss is
+then differentiated through the networks alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlekf_ext.potential.descriptor import Environment, Network, SeE2A, run_networks
+from rlekf_ext.potential.neighbors import Frame
+
+
+class Prediction(NamedTuple):
+    """What the network says of a frame of n atoms in B structures; forces and virial are None where not asked for."""
+
+    energy: Tensor  # (B,), eV, float64
+    forces: Tensor | None  # (n, 3), eV/Å
+    virial: Tensor | None  # (B, 3, 3), eV, -dE/dstrain
+    atomic_energy: Tensor  # (n,), eV, float64
+
+
+class DeepPotential(nn.Module):
+    """Deep Potential network, number for number DeePMD-kit's `se_e2_a` descriptor with its `ener` fitting net.
+
+    The defaults are the network of the RLEKF paper, 26 551 weights for one element. type_map names the elements, sel is
+    the number of neighbour slots of each (see SeE2A), rcut and rcut_smth are in Å; the weights are drawn from
+    `generator`, or from a fresh one with `seed`. dtype is that of weights, edges and forces; energies are float64.
+    Parameters lie in the order W_0, b_0, W_1, ... of each net, embedding nets first.
+    """
+
+    energy_bias: Tensor  # (num_types,), eV, float64
+
+    def __init__(
+        self,
+        type_map: Sequence[str],
+        sel: Sequence[int],
+        rcut: float = 6.0,
+        rcut_smth: float = 0.5,
+        neuron: Sequence[int] = (25, 25, 25),
+        axis_neuron: int = 16,
+        type_one_side: bool = False,
+        resnet_dt: bool = False,
+        fitting_neuron: Sequence[int] = (50, 50, 50),
+        fitting_resnet_dt: bool = False,
+        dtype: torch.dtype | str = torch.float64,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if generator is None and seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+        self.type_map, self.dtype = list(type_map), dtype
+        self._config = {
+            "type_map": list(type_map),
+            "sel": list(sel),
+            "rcut": rcut,
+            "rcut_smth": rcut_smth,
+            "neuron": list(neuron),
+            "axis_neuron": axis_neuron,
+            "type_one_side": type_one_side,
+            "resnet_dt": resnet_dt,
+            "fitting_neuron": list(fitting_neuron),
+            "fitting_resnet_dt": fitting_resnet_dt,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        self.descriptor = SeE2A(
+            len(type_map),
+            sel,
+            rcut,
+            rcut_smth,
+            neuron,
+            axis_neuron,
+            type_one_side,
+            resnet_dt,
+            type_map=type_map,
+            dtype=dtype,
+            generator=generator,
+        )
+        self.fittings = nn.ModuleList(
+            Network(
+                self.descriptor.num_outputs,
+                fitting_neuron,
+                output=True,
+                resnet_dt=fitting_resnet_dt,
+                dtype=dtype,
+                generator=generator,
+            )
+            for _ in type_map
+        )
+        self.register_buffer("energy_bias", torch.zeros(len(type_map), dtype=torch.float64))
+
+    def config(self) -> dict[str, Any]:
+        """Return the settings as plain values: `DeepPotential(**config)` and `load_state_dict` restore the model."""
+        return {key: list(value) if isinstance(value, list) else value for key, value in self._config.items()}
+
+    def parameter_layers(self) -> list[int]:
+        """Return for each tensor of `parameters()` the number of its layer, which W, b and idt share."""
+        layers: list[int] = []
+        for network in [*self.descriptor.embeddings, *self.fittings]:
+            first = layers[-1] + 1 if layers else 0
+            layers += [first + k for k in network.parameter_layers]
+        return layers
+
+    def fit_statistics(self, frames: Iterable[Frame]) -> None:
+        """Set the descriptor's davg and dstd from the frames, see SeE2A.fit_statistics."""
+        self.descriptor.fit_statistics(frames)
+
+    @torch.no_grad()
+    def fit_energy_bias(self, frames: Iterable[Frame], *, with_network: bool = False) -> None:
+        """Set the energy of each element by least squares of the energies on the element counts.
+
+        with_network: of what the network, as it is, leaves of the energies. The smallest solution is taken where the
+        counts do not determine it. ValueError where a frame has no energy.
+        """
+        counts, energies = [], []
+        for frame in frames:
+            if frame.energy is None:
+                raise ValueError("The energy bias is fitted to energies, but a frame has none: leave it out.")
+            count = torch.zeros(len(frame.num_atoms), len(self.type_map), dtype=torch.float64)
+            one = torch.ones(len(frame.types), dtype=torch.float64)
+            count.index_put_((frame.structure.cpu(), frame.types.cpu()), one, accumulate=True)
+            counts.append(count)
+            network = self(frame, forces=False).energy.cpu() - count @ self.energy_bias.cpu() if with_network else 0.0
+            energies.append(frame.energy.double().cpu() - network)
+        # gelsd, as numpy's lstsq: the minimum norm solution, whatever the rank.
+        solution = torch.linalg.lstsq(torch.cat(counts), torch.cat(energies)[:, None], driver="gelsd").solution
+        self.energy_bias.copy_(solution[:, 0])
+
+    def forward(self, frame: Frame, create_graph: bool | None = None, *, forces: bool = True) -> Prediction:
+        """Predict the energies, forces and virials of a frame.
+
+        create_graph: whether the results can be differentiated by the weights; by default where autograd is enabled.
+        forces=False gives energies alone, whose gradient then costs one forward and one plain backward pass.
+        ValueError where the frame's cutoff, elements, dtype or number of neighbours do not fit the network.
+        """
+        create_graph = torch.is_grad_enabled() if create_graph is None else create_graph
+        environment = self.descriptor.environment(frame)
+        # Fresh leaves each time: what one loss leaves in their .grad must not reach the next.
+        leaves = [value.detach().requires_grad_(forces) for value in (*environment.scalars, *environment.rows)]
+        with torch.set_grad_enabled(create_graph or forces):
+            atomic = self._atomic_energies(environment, leaves)
+            atomic_energy = atomic.double() + self.energy_bias[frame.types]
+            energy = _sum_rows(atomic_energy, frame.structure, len(frame.num_atoms))
+            force = virial = None
+            if forces:
+                # Every atom's own share: padded atoms are not among `atomic`, nor is the constant bias.
+                gradients = torch.autograd.grad(atomic.sum(), leaves, create_graph=create_graph)
+                force, virial = _forces(frame, environment, gradients)
+        results = Prediction(energy, force, virial, atomic_energy)
+        if create_graph:
+            return results
+        return Prediction(*(None if result is None else result.detach() for result in results))  # type: ignore[arg-type]
+
+    def _atomic_energies(self, environment: Environment, leaves: Sequence[Tensor]) -> Tensor:
+        scalars, rows = _halves(leaves)
+        descriptors = self.descriptor.descriptors(environment, scalars, rows)
+        energies = [
+            run_networks([self.fittings[c] for c in blocks[0].centers], descriptor).flatten()  # type: ignore[misc]
+            for blocks, descriptor in zip(environment.batches, descriptors, strict=True)
+        ]
+        return _joined(energies)[environment.position]
+
+
+def _forces(frame: Frame, environment: Environment, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Forces and virials from the derivatives of the energy by the scalars and by the rows of all blocks."""
+    parts = []
+    for scalar, row, jacobian in zip(*_halves(gradients), environment.jacobians, strict=True):
+        gradient = torch.cat([scalar.view(*row.shape[:2], 1), row], dim=-1)
+        parts.append(torch.bmm(gradient.view(-1, 1, 5), jacobian).squeeze(1))
+    by_edge = _joined(parts)
+    num_atoms = len(frame.types)
+    forces = _sum_rows(by_edge, environment.center, num_atoms) - _sum_rows(by_edge, environment.neighbor, num_atoms)
+    if len(frame.num_atoms) == 1:
+        return forces, -(environment.edges.T @ by_edge).unsqueeze(0)
+    outer = environment.edges.unsqueeze(-1) * by_edge.unsqueeze(-2)
+    return forces, -_sum_rows(outer, frame.structure[environment.center], len(frame.num_atoms))
+
+
+def _sum_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    return values.new_zeros(num_rows, *values.shape[1:]).index_add(0, rows, values)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _halves(values: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    return values[: len(values) // 2], values[len(values) // 2 :]

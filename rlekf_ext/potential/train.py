@@ -1,0 +1,309 @@
+"""The trainer, to be read from top to bottom: `train` is the story, the rest are its parts in the order they appear."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rlekf_ext.environment import this_machine
+from rlekf_ext.potential.checkpoint import (
+    check_writable,
+    load_checkpoint,
+    restored_model,
+    run_of,
+    save_checkpoint,
+    write_atomically,
+)
+from rlekf_ext.potential.data import System, auto_sel, frames, load_systems, split
+from rlekf_ext.potential.evaluate import rmse
+from rlekf_ext.potential.input import Config, InputError, TrainingData
+from rlekf_ext.potential.model import DeepPotential
+from rlekf_ext.potential.neighbors import Frame
+from rlekf_ext.potential.optimizers import StoppedError, build_optimizer, prefactors
+from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts
+
+Systems = list[list[Frame]]  # the frames of each system
+
+
+def train(
+    config: Config, *, restart: bool = False, quiet: bool = False, processes: Processes = ALONE
+) -> dict[str, Any]:
+    """Train a Deep Potential as an input file says, and return the summary that is also written as JSON.
+
+    Writes DeePMD-kit's lcurve.out, a checkpoint, and in lcurve.out.json a summary with the held-out RMSE at the end of
+    every epoch. Ctrl-C writes the checkpoint and ends after the batch at hand. `restart` goes on from the
+    checkpoint, bit for bit. Several processes share the frames of each batch and P, and the first writes the files.
+
+    Raises InputError and DataError before anything is written, and StoppedError, with the checkpoint written, when the
+    filter has skipped `max_skipped` measurements in a row.
+    """
+    settings = config.training
+    curve_file, checkpoint_file = Path(settings.disp_file), Path(f"{settings.save_ckpt}.pt")
+    summary_file = Path(f"{settings.disp_file}.json")
+    quiet = quiet or processes.rank > 0
+    restart = restart or processes.any(torchrun_restarts() and run_of(checkpoint_file) == torchrun_name())
+    checkpoint = load_checkpoint(checkpoint_file, processes) if restart else None
+    training, validation = load_frames(config, quiet)
+    everything = [frame for system in training for frame in system]
+    held_out = [frame for system in validation for frame in system] or everything
+
+    model = build_model(config, everything, checkpoint)
+    for frame in [*everything, *held_out]:
+        model.descriptor.check(frame)  # more neighbours than sel has slots for: an error now, not hours later
+    batches = Batches(training, settings.training_data, settings.seed or 0)
+    num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
+    optimize = build_optimizer(config, model, everything, num_steps, not restart, processes)
+    progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
+    if checkpoint:
+        try:
+            optimize.load_state_dict(checkpoint["optimizer"])
+        except KeyError as error:
+            raise InputError(
+                f"The checkpoint {checkpoint_file} is not of the optimizer {config.optimizer.type} that the input file "
+                "asks for; start without --restart, or restore the input file."
+            ) from error
+        batches.load_state_dict(checkpoint["batches"])
+        progress = checkpoint["progress"]
+        del checkpoint  # its tensors are parts of the file, which is about to be replaced
+    processes.agree(model.state_dict().values())  # the last bit may differ between kinds of CPU
+    say = (lambda *_: None) if quiet else tqdm.write
+    if processes.size > 1:
+        say(f"{processes.size} processes share P and the frames of each batch.")
+        if (idle := processes.size - batches.most_frames) > 0:
+            say(f"Frames in the largest batch: {batches.most_frames}; processes without any: {idle}. Raise batch_size.")
+    num_held_out = sum(map(len, validation))
+    say(f"{len(everything)} frames train, {num_held_out} are held out; {len(batches)} batches an epoch")
+    if not num_held_out:
+        say("No frame is held out: the errors shown are those of the training frames.")
+    say(repr(optimize))
+
+    def save() -> None:
+        state = {"optimizer": optimize.state_dict(), "batches": batches.state_dict(), "progress": progress}
+        save_checkpoint(checkpoint_file, optimize.result, processes, **state, run=torchrun_name())
+
+    if processes.rank == 0:
+        for path in (curve_file, summary_file, checkpoint_file):
+            check_writable(path)
+    curve = LearningCurve(curve_file, config, held_out, progress["step"], processes)
+    bar = tqdm(total=num_steps, initial=progress["step"], unit="batch", disable=quiet or None, mininterval=0.5)
+    with interruption() as interrupted, bar:
+        while progress["step"] < num_steps and not processes.any(interrupted()):
+            started = time.perf_counter()
+            batch = next(batches)
+            try:
+                progress["updates"] += optimize(batch, progress["step"])
+            except StoppedError:
+                save()
+                raise
+            progress["seconds"] += time.perf_counter() - started
+            progress["step"] += 1
+            bar.update()
+            last = progress["step"] == num_steps
+            for remark in optimize.remarks():
+                say(remark)
+            if progress["step"] % settings.disp_freq == 0 or last:
+                errors = curve.write(progress["step"], optimize.result, batch, optimize.learning_rate)
+                bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")
+            if progress["step"] % len(batches) == 0 or last:
+                row = end_of_epoch(progress, len(batches), optimize.result, held_out, processes)
+                progress["epochs"].append(row)
+                say(EPOCH_LINE.format(**row))
+                if skipped := optimize.skipped():
+                    say(f"skipped so far: {skipped}")
+            if progress["step"] % settings.save_freq == 0:
+                save()
+    save()
+    stopped = processes.any(interrupted())
+    if stopped:
+        say(f"Interrupted after batch {progress['step']}; `rlekf train --restart` goes on from {checkpoint_file}.")
+    machine = {"processes": processes.size, **this_machine()}
+    summary = {**progress, "interrupted": stopped, "optimizer": repr(optimize), **machine}
+    if processes.rank == 0:
+        write_atomically(summary_file, lambda path: path.write_text(json.dumps(summary, indent=1)))
+    return summary
+
+
+EPOCH_LINE = "epoch {epoch:<5.4g} {seconds:8.1f} s   E {energy_rmse:.3e} eV/atom   F {force_rmse:.3e} eV/Å"
+
+
+def load_frames(config: Config, quiet: bool) -> tuple[Systems, Systems]:
+    """Training and held-out frames with their neighbours, system by system."""
+    settings, network = config.training, config.model
+    training = load_systems(settings.training_data.systems, network.type_map)
+    if settings.validation_data is not None:
+        validation = load_systems(settings.validation_data.systems, network.type_map)
+    else:
+        training, validation = split(training, 1 - settings.validation_fraction)
+    dtype = model_dtype(config)
+
+    def with_neighbors(systems: Sequence[System]) -> Systems:
+        cutoff, num_types = network.descriptor.rcut, len(network.type_map)
+        shown = tqdm(systems, desc="neighbours", unit="system", disable=quiet or None, leave=False)
+        return [frames([system], cutoff, num_types, dtype) for system in shown]
+
+    return with_neighbors(training), with_neighbors(validation)
+
+
+def build_model(config: Config, training: Sequence[Frame], checkpoint: dict[str, Any] | None) -> DeepPotential:
+    """The network of the input file, with statistics of the training frames, or that of the checkpoint."""
+    descriptor, fitting = config.model.descriptor, config.model.fitting_net
+    wanted: dict[str, Any] = {
+        "type_map": list(config.model.type_map),
+        "rcut": descriptor.rcut,
+        "rcut_smth": descriptor.rcut_smth,
+        "neuron": list(descriptor.neuron),
+        "axis_neuron": descriptor.axis_neuron,
+        "type_one_side": descriptor.type_one_side,
+        "resnet_dt": descriptor.resnet_dt,
+        "fitting_neuron": list(fitting.neuron),
+        "fitting_resnet_dt": fitting.resnet_dt,
+        "dtype": str(model_dtype(config)).removeprefix("torch."),
+    }
+    factor = descriptor.sel_factor
+    if factor is None:
+        wanted["sel"] = list(descriptor.sel)
+    if checkpoint:
+        for name, value in wanted.items():
+            if checkpoint["model"][name] != value:
+                raise InputError(
+                    f"The checkpoint's model has {name} = {checkpoint['model'][name]} but the input file asks for "
+                    f"{value}; start without --restart, or restore the input file."
+                )
+        return restored_model(checkpoint)
+    if factor is not None:
+        wanted["sel"] = auto_sel(training, factor)
+    seed = next((s for s in (descriptor.seed, fitting.seed, config.training.seed) if s is not None), 0)
+    model = DeepPotential(**wanted, seed=seed)
+    model.fit_statistics(training)
+    if descriptor.set_davg_zero:
+        model.descriptor.davg.zero_()
+    model.fit_energy_bias(training)
+    return model
+
+
+def model_dtype(config: Config) -> torch.dtype:
+    return torch.float32 if config.model.descriptor.precision == "float32" else torch.float64
+
+
+class Batches:
+    """Batches of frames without end, shuffled anew each epoch; each holds frames of one system."""
+
+    def __init__(self, systems: Systems, data: TrainingData, seed: int):
+        self._systems, self._data = systems, data
+        self._generator = torch.Generator().manual_seed(seed)
+        self._shuffle()
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._order)
+
+    @property
+    def most_frames(self) -> int:
+        """Frames in the largest batch."""
+        return max(map(len, self._order))
+
+    def __next__(self) -> list[Frame]:
+        if self._place >= len(self._order):  # above it where a restart has fewer frames
+            self._shuffle()
+        self._place += 1
+        return self._order[self._place - 1]
+
+    def _shuffle(self) -> None:
+        self._epoch_state, self._place = self._generator.get_state(), 0
+        batches = []
+        for system in self._systems:
+            size = self._data.frames_per_batch(len(system[0].types))
+            order = torch.randperm(len(system), generator=self._generator).tolist()
+            batches += [[system[i] for i in order[first : first + size]] for first in range(0, len(system), size)]
+        self._order = [batches[i] for i in torch.randperm(len(batches), generator=self._generator).tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch_state": self._epoch_state, "place": self._place}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self._generator.set_state(saved["epoch_state"])
+        self._shuffle()
+        self._place = saved["place"]
+
+
+class LearningCurve:
+    """DeePMD-kit's lcurve.out; a restart keeps the rows up to the batch that it goes on from."""
+
+    COLUMNS = ("rmse_val", "rmse_trn", "rmse_e_val", "rmse_e_trn", "rmse_f_val", "rmse_f_trn")
+
+    def __init__(self, path: Path, config: Config, held_out: Sequence[Frame], step: int, processes: Processes):
+        self._path, self._loss, self._held_out, self._processes = path, config.loss, held_out, processes
+        self._start_rate = config.learning_rate.start_lr if config.optimizer.type == "Adam" else None
+        data = config.training.validation_data
+        self._num_batches, self._data = (data.numb_btch, data) if data else (1, config.training.training_data)
+        rows = ["#  step" + "".join(f"{name:>12}" for name in self.COLUMNS) + f"{'lr':>9}"]
+        if step and path.exists():
+            old = [row for row in path.read_text().splitlines() if not row.startswith("#")]
+            rows += [row for row in old if int(row.split()[0]) <= step]
+        if processes.rank == 0:
+            write_atomically(path, lambda temporary: temporary.write_text("\n".join(rows) + "\n"))
+
+    def write(self, step: int, model: DeepPotential, batch: Sequence[Frame], rate: float) -> str:
+        """Add a row: RMSE on the batch just used and on held-out frames, taken in turn. Returns the latter as text."""
+        count = self._num_batches * self._data.frames_per_batch(len(self._held_out[0].types))
+        taken = [self._held_out[(step + i) % len(self._held_out)] for i in range(min(count, len(self._held_out)))]
+        factor = prefactors(self._loss, rate / self._start_rate if self._start_rate else 0.0)
+        values = []
+        for part in (taken, batch):
+            energy, force = rmse(model, part, self._processes)
+            atoms = sum(len(frame.types) for frame in part) / len(part)
+            values.append((math.sqrt(factor["e"] * atoms * energy**2 + factor["f"] * force**2), energy, force))
+        (total, energy, force), trained = values
+        row = (total, trained[0], energy, trained[1], force, trained[2])
+        if self._processes.rank == 0:
+            with self._path.open("a") as file:
+                file.write(f"{step:7d}" + "".join(f"{value:12.2e}" for value in row) + f"{rate:9.1e}\n")
+        return f"E {energy:.1e} eV/atom, F {force:.1e} eV/Å"
+
+
+def end_of_epoch(
+    progress: dict[str, Any],
+    batches_per_epoch: int,
+    model: DeepPotential,
+    held_out: Sequence[Frame],
+    processes: Processes,
+) -> dict[str, float]:
+    """A row of the summary: where training stands, and the RMSE on all held-out frames."""
+    energy, force = rmse(model, held_out, processes)
+    return {
+        "epoch": progress["step"] / batches_per_epoch,
+        "updates": progress["updates"],
+        "seconds": progress["seconds"],
+        "energy_rmse": energy,
+        "force_rmse": force,
+    }
+
+
+@contextmanager
+def interruption() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C (or SIGTERM) only makes the yielded function return True; the second one interrupts."""
+    seen: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    try:
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -1,0 +1,136 @@
+"""How far off the filter expects a model to be, frame by frame (sqrt(HᵀPH)), beside how far off it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlekf_ext import RLEKF
+from rlekf_ext.covariance import TILE, Covariance
+from rlekf_ext.potential.input import InputError
+from rlekf_ext.potential.model import DeepPotential
+from rlekf_ext.potential.neighbors import Frame
+
+DRAWS = 7  # of random signs; with the energy that is 8 measurements of a frame, and so one pass over P
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Errors and predicted deviations, a row for each frame.
+
+    A predicted deviation is sqrt(HᵀPH), on the scale of the filter's own measurement noise: it puts frames in an order,
+    and is an error bar only after it is multiplied by a factor that labelled frames give (`factors`).
+    """
+
+    energy: np.ndarray  # (frames, 2): prediction - label in eV/atom; predicted deviation
+    force: np.ndarray  # (frames, 2): RMSE of the frame's components in eV/Å; their predicted RMS deviation
+
+    @property
+    def spearman(self) -> tuple[float, float]:
+        """Rank correlation of the size of the error with the predicted deviation: of energies, of forces."""
+        energy, force = (spearman(*abs(pairs.T)) for pairs in (self.energy, self.force))
+        return energy, force
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """RMS error / RMS deviation on these frames, of energies and of forces; NaN where no deviation is above 0."""
+        energy, force = (np.square(pairs).sum(0) for pairs in (self.energy, self.force))
+        return _root_of_ratio(*energy), _root_of_ratio(*force)
+
+    def save(self, prefix: str | Path) -> Path:
+        """Write PREFIX.uncertainty.out, a line for each frame."""
+        path = Path(f"{prefix}.uncertainty.out")
+        np.savetxt(
+            path,
+            np.column_stack([np.arange(len(self.energy)), self.energy, self.force]),
+            fmt=["%8d", *["%24.16e"] * 4],
+            header="frame error_e deviation_e rmse_f deviation_f (eV/atom, eV/Å; the scale of deviations is relative)",
+            encoding="utf-8",
+        )
+        return path
+
+
+def filter_of(checkpoint: dict[str, Any], model: DeepPotential) -> RLEKF:
+    """The filter of a checkpoint, around `model`, its restored model; P is not copied.
+
+    P is that of the filter's own weights at the end of training. The saved model is, in the preset `robust`, their mean
+    over the last few frames, and Jacobians are taken there: it is the model whose errors are asked for.
+
+    Raises InputError for the checkpoint of another optimizer.
+    """
+    saved = checkpoint.get("optimizer", {}).get("filter")
+    if saved is None:
+        raise InputError(
+            "The predicted uncertainty needs the covariance P of a Kalman filter, which this checkpoint does not hold; "
+            "train with the optimizer RLEKF or LKF."
+        )
+    # Blocks of one tile make the smallest P, which the saved one replaces at once, whatever its blocks and dtype.
+    optimizer = RLEKF(model.named_parameters(), transpose=True, block_size=TILE)
+    optimizer.filter.covariance = Covariance.from_state_dict(saved["state"][0])
+    return optimizer
+
+
+def uncertainty(optimizer: RLEKF, model: DeepPotential, frames: Iterable[Frame]) -> Uncertainty:
+    """Errors and predicted deviations of labelled frames, each of one structure: one pass over P a frame.
+
+    Raises InputError where a variance is negative or not finite, so that P is no covariance any more.
+    """
+    rows = []
+    for i, frame in enumerate(frames):
+        energy, forces, jacobian = measured(optimizer, model, frame)
+        variance = optimizer.variance(jacobian).cpu().numpy()
+        if not (variance.min() >= 0 and variance.max() < math.inf):
+            raise InputError(
+                f"The variance HᵀPH of frame {i} should be at least 0 and finite but is {variance.min():.3g}: P was "
+                "spoilt by rounding. Train with covariance_dtype float64, or with a memory_factor nearer to 1."
+            )
+        assert frame.energy is not None  # for mypy: frames here have labels
+        assert frame.forces is not None
+        error = float(energy - frame.energy[0]) / len(frame.types)
+        rmse = float((forces - frame.forces).square().mean().sqrt())
+        rows.append((error, math.sqrt(variance[0]), rmse, math.sqrt(variance[1:].mean())))
+    columns = np.array(rows)
+    return Uncertainty(columns[:, :2], columns[:, 2:])
+
+
+def measured(optimizer: RLEKF, model: DeepPotential, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
+    """Energy () in eV, forces (n, 3) in eV/Å, and the Jacobians (1 + DRAWS, N) of E/n and of the draws g_s.
+
+    g_s = Σ_i s_i F_i / sqrt(3n) with random signs s_i: the mean of its variance over all s is the mean of the variances
+    of the 3n components, as E[s_i s_j] = δ_ij. The signs are the same for all frames of n atoms, so that chance
+    disturbs their order little, and a frame's deviation does not depend on the other frames.
+    """
+    prediction = model(frame)
+    assert prediction.forces is not None  # for mypy: asked for
+    components = prediction.forces.flatten()
+    signs = torch.randint(2, (DRAWS, len(components)), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    draws = signs.to(components) @ components / math.sqrt(len(components))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rows = [
+        optimizer.flatten(torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True))
+        for value in (prediction.energy[0] / len(frame.types), *draws)
+    ]
+    return prediction.energy[0].detach(), prediction.forces.detach(), torch.stack(rows)
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation of x (n,) and y (n,); equal values share their mean rank. NaN where all of one are equal."""
+    x, y = (ranks - ranks.mean() for ranks in (_ranks(x), _ranks(y)))
+    size = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y) / size if size else math.nan
+
+
+def _root_of_ratio(error: float, deviation: float) -> float:
+    return math.sqrt(error / deviation) if deviation else math.nan
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
