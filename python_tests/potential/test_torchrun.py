@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dp.test_train import checkpoint_of, curve_of, input_of, run, weights_of, write_data
+from potential.test_train import checkpoint_of, curve_of, input_of, run, weights_of, write_data
 
 from rlekf_ext.cli import main
 from rlekf_ext.potential.checkpoint import load_checkpoint
