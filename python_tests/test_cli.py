@@ -232,8 +232,8 @@ def test_ctrl_c_before_training_begins(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"training/numb_setps": 5}, "training/numb_setps is not a known key; did you mean numb_steps?"),
-        ({"optimizer/blocksize": 5}, "optimizer/blocksize is not a known key; did you mean block_size?"),
+        ({"training/numb_setps": 5}, "training/numb_setps is not a known option; did you mean numb_steps?"),
+        ({"optimizer/blocksize": 5}, "optimizer/blocksize is not a known option; did you mean block_size?"),
         ({"model/descriptor/type": "dpa2"}, 'model/descriptor/type = "dpa2" is not supported; supported: "se_e2_a"'),
         ({"model/type": "pairtab"}, 'model/type = "pairtab" is not supported; supported: "standard"'),
         ({"optimizer/type": "SGD"}, 'optimizer/type = "SGD" is not supported; supported: "RLEKF", "LKF", "Adam"'),

@@ -11,9 +11,9 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 from ase.md.verlet import VelocityVerlet
 
+from rlekf_ext.errors import InputError
 from rlekf_ext.potential import Calculator
 from rlekf_ext.potential.checkpoint import save_checkpoint
-from rlekf_ext.potential.input import InputError
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import make_frame
 

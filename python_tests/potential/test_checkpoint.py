@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlekf_ext import RLEKF
+from rlekf_ext.errors import InputError
 from rlekf_ext.potential.checkpoint import (
     check_writable,
     load_checkpoint,
@@ -18,7 +19,6 @@ from rlekf_ext.potential.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from rlekf_ext.potential.input import InputError
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import make_frame
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from rlekf_ext.errors import InputError
 from rlekf_ext.potential.deepmd_format import export_model, import_model
-from rlekf_ext.potential.input import InputError
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import make_frame
 

@@ -227,11 +227,11 @@ def test_the_examples(name, kind):
     ("path", "value", "message"),
     [
         # keys
-        ("model/descriptor/neurn", [1], "model/descriptor/neurn is not a known key; did you mean neuron?"),
-        ("optimizer/blocksize", 1, "optimizer/blocksize is not a known key; did you mean block_size?"),
-        ("optimizer/xyz", 1, "optimizer/xyz is not a known key; known keys are block_size, strategy,"),
-        ("learning", {}, "learning is not a known key; did you mean learning_rate?"),
-        ("training/disp_frq", 1, "training/disp_frq is not a known key; did you mean disp_freq?"),
+        ("model/descriptor/neurn", [1], "model/descriptor/neurn is not a known option; did you mean neuron?"),
+        ("optimizer/blocksize", 1, "optimizer/blocksize is not a known option; did you mean block_size?"),
+        ("optimizer/xyz", 1, "optimizer/xyz is not a known option; known options are block_size, strategy,"),
+        ("learning", {}, "learning is not a known option; did you mean learning_rate?"),
+        ("training/disp_frq", 1, "training/disp_frq is not a known option; did you mean disp_freq?"),
         ("training/num_epoch", 3, "training/num_epochs and training/num_epoch mean the same; keep one."),
         # types
         ("model", [], "model must be a JSON object {...} but is: []."),

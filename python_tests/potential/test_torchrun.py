@@ -14,8 +14,8 @@ import torch
 from potential.test_train import checkpoint_of, curve_of, input_of, run, weights_of, write_data
 
 from rlekf_ext.cli import main
+from rlekf_ext.errors import InputError
 from rlekf_ext.potential.checkpoint import load_checkpoint
-from rlekf_ext.potential.input import InputError
 
 OPTIMIZER = {"type": "RLEKF", "block_size": 150}
 

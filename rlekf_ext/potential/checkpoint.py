@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rlekf_ext.covariance import StoredTiles
-from rlekf_ext.potential.input import InputError
+from rlekf_ext.errors import InputError
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.processes import ALONE, Processes
 

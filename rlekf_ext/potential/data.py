@@ -12,19 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlekf_ext.errors import DataError
 from rlekf_ext.potential.neighbors import Frame, make_frame
-
-
-class OneLineError(ValueError):
-    """What is wrong with the user's files: one line of bounded length, whatever stands in the files that it quotes."""
-
-    def __init__(self, message: str):
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        super().__init__(line if len(line) <= 2000 else f"{line[:1500]} ... {line[-400:]}")
-
-
-class DataError(OneLineError):
-    """Data that cannot be used; the message is one sentence that names the file, the frame or the atom."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from rlekf_ext import _C
+from rlekf_ext.errors import InputError
 from rlekf_ext.potential.checkpoint import check_writable, write_atomically
 from rlekf_ext.potential.descriptor import Network
-from rlekf_ext.potential.input import InputError
 from rlekf_ext.potential.model import DeepPotential
 
 # The versions that DeePMD-kit 3.0 writes, which every later one reads, and the newest whose meaning is known here.

@@ -1,0 +1,201 @@
+"""Every option of RLEKF, once: its name, type, default, range and help, and who takes it.
+
+From this table come the checks of KalmanFilter, RLEKF and FrameUpdater and their signatures in `help()`, the section
+`optimizer` of an input file, DeePMD-kit's checks and help, and the table in docs/options.md. Defaults are the paper's;
+a preset is what it changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+
+from rlekf_ext.partition import STRATEGIES
+from rlekf_ext.schema import option, range_text, read, values
+
+KINDS = ("energy", "force", "virial")
+BATCHES = ("mean", "sum", "joint")
+PRESETS: dict[str, dict[str, Any]] = {
+    # Hu et al. 2023: x = 6, y = 4, λ_1 = 0.98, energy first.
+    "paper": {},
+    # Leaves the first plateau of liquids, and holds energies across volumes: docs/algorithm.md has the trials.
+    "robust": {
+        "memory_factor": 0.998,
+        "group_size": None,
+        "order": ("force", "energy"),
+        "energy_scale": 3.0,
+        "adaptive_scale": True,
+        "early_scale": 5.0,
+        "warm_start": True,
+        "average_frames": 8,
+    },
+    # DeePMD-kit's own LKF, number for number.
+    "lkf": {"strategy": "deepmd", "batch": "sum", "force_per_atom": True},
+}
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """How the weights are cut into the blocks of P. Taken by RLEKF."""
+
+    block_size: int = option(
+        5120, "N_b, the most weights in a block of P; memory and time grow with it. LKF calls it `kf_blocksize`.", low=1
+    )
+    strategy: str = option(
+        "rlekf",
+        "How weights become blocks: `rlekf` of the paper, `deepmd` (the blocks of LKF), `lekf` (a block per layer), "
+        "`sekf` (blocks of equal size) or `gekf` (one block).",
+        choices=tuple(STRATEGIES),
+    )
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """The Kalman filter. Taken by KalmanFilter and RLEKF."""
+
+    memory_factor: float = option(0.98, "λ at the first update (λ_1 in the paper); it goes to 1.", above=0, high=1)
+    forgetting_rate: float = option(
+        0.9987, "ν in λ <- ν λ + 1 - ν. A larger ν forgets for longer: 1 - λ falls by ν per update.", low=0, high=1
+    )
+    initial_covariance: float = option(1.0, "p_0: P starts as this times the identity.", above=0)
+    measurement_noise: float | None = option(
+        None, "R, the noise of a measurement (α²R in the paper). null: the number of blocks, L.", above=0
+    )
+    process_noise: float = option(0.0, "q, added to the diagonal of P after every update.", low=0)
+    covariance_dtype: str = option(
+        "float64",
+        "How P is stored: `float64`, `float32` (half the memory) or `auto`, which is float32 until that is too coarse.",
+        choices=("float64", "float32", "auto"),
+    )
+    max_pending: int = option(32, "Rank-1 updates that may be pending before they are folded into the stored P.", low=1)
+
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """How the frames of a batch become updates of the filter. Taken by FrameUpdater."""
+
+    group_size: int | None = option(
+        6, "Atoms per structure in a force update (x in the paper). null: all atoms, in `num_groups` parts.", low=1
+    )
+    num_groups: int = option(
+        4,
+        "Force updates per batch (y in the paper), over disjoint random groups of atoms; fewer if atoms run out.",
+        low=1,
+    )
+    order: tuple[str, ...] = option(
+        ("energy", "force", "force", "force", "force"),
+        "The updates of a batch, repeated until no force group is left. Kinds without labels are left out.",
+        choices=KINDS,
+    )
+    energy_scale: float = option(1.0, "Multiplies H and ε of energy updates.", above=0)
+    force_scale: float = option(1.0, "Multiplies H and ε of force updates.", above=0)
+    virial_scale: float = option(1.0, "Multiplies H and ε of virial updates.", above=0)
+    force_per_atom: bool = option(
+        False, "Whether H and ε of force updates are divided by the number of atoms once more, as in LKF."
+    )
+    adaptive_scale: bool = option(False, "Whether scales are divided by the running mean of ε of their kind.")
+    early_scale: float = option(
+        1.0, "Multiplies all scales at the first update, and goes to 1 by 0.13 % per update.", above=0
+    )
+    relinearize: bool = option(
+        True, "Whether the model is evaluated again before each update; if not, one evaluation serves a whole batch."
+    )
+    batch: str = option(
+        "mean",
+        "What B frames make: `mean`, one measurement of the mean error; `sum`, one whose H is summed and whose ε is √B "
+        "times the mean, as in LKF; `joint`, B measurements at the same weights.",
+        choices=BATCHES,
+    )
+    warm_start: bool = option(
+        False, "Whether the energy bias is fitted once more, to what the untrained network leaves, before training."
+    )
+    average_frames: int = option(
+        1, "The weights that are evaluated and saved are a running mean over about this many batches.", low=1
+    )
+    max_skipped: int = option(
+        20,
+        "Training stops after this many measurements in a row that were not finite or had a negative variance.",
+        low=1,
+    )
+
+
+@dataclass(frozen=True)
+class Options(UpdateOptions, FilterOptions, BlockOptions):
+    """All options, as section `optimizer` of an input file gives them."""
+
+    preset: str = option("robust", "What the options that are not given default to.", choices=tuple(PRESETS))
+
+
+def resolve(given: Mapping[str, Any], path: str = "") -> Options:
+    """The preset that is named, "robust" if none is, changed by the options that are given.
+
+    Raises OptionError for an option that is unknown or out of range; `path` is where the options are.
+    """
+    found = values(Options, named_dtypes(given), path)
+    preset = found.get("preset", "robust")
+    return Options(**{**PRESETS[preset], **found, "preset": preset})
+
+
+def part(options: Any, section: type) -> dict[str, Any]:
+    """The options that `section` has, by name."""
+    return {f.name: getattr(options, f.name) for f in fields(section)}
+
+
+def checked(section: type, given: Mapping[str, Any]) -> Any:
+    """A section from keyword arguments. Raises OptionError."""
+    return read(section, named_dtypes(given))
+
+
+def named_dtypes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """torch.float32 is as good as "float32"."""
+    return {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in given.items()
+    }
+
+
+Class = TypeVar("Class", bound=type)
+
+
+def takes(*sections: type) -> Callable[[Class], Class]:
+    """Show the fields of the sections as keywords of a class, in place of its `**options`: in its signature, and with
+    their help in its docstring."""
+
+    def decorate(cls: Class) -> Class:
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        listed = [f for section in sections for f in fields(section)]
+        keywords = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in listed
+            if f.name not in signature.parameters
+        ]
+        cls.__init__.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[misc]
+        lines = [f"    {f.name} = {f.default!r}: {f.metadata['help']}" for f in listed]
+        cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Options:", *lines])
+        return cls
+
+    return decorate
+
+
+def table() -> list[list[str]]:
+    """The rows of the table in docs/options.md, its header first."""
+    header = ["option", "default", *(f"`{name}`" for name in PRESETS if PRESETS[name]), "range", "what it does"]
+    rows = [header]
+    for section in (BlockOptions, FilterOptions, UpdateOptions):
+        for f in fields(section):
+            changed = [_cell(preset[f.name]) if f.name in preset else "" for preset in PRESETS.values() if preset]
+            rows.append([f"`{f.name}`", _cell(f.default), *changed, range_text(f.metadata), f.metadata["help"]])
+    return rows
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "null" if value is None else str(value).lower()
