@@ -10,8 +10,8 @@ log = logging.getLogger("deepmd.rlekf_ext")
 
 if os.environ.get("RLEKF_DEEPMD") != "0":
     try:
-        from rlekf_ext.integrations.deepmd import register
+        from rlekf_ext.integrations.deepmd.patch import register
 
         register()
     except Exception as error:
-        log.warning("rlekf_ext: optimizer type RLEKF is not there, all else is as without it (%r).", error)
+        log.warning("rlekf_ext: optimizer type RLEKF is not available, and dp runs as if rlekf_ext were not installed (%r).", error)

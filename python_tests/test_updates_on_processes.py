@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 from oracles import relative
 from spawn import spawn
-from test_updates import E, F, Quadratic, V, by_hand, dense_of, flat, generator, in_order_of, make_frame
+from test_updates import E, F, Quadratic, V, by_hand, dense_of, flat, generator, in_order_of, make_frame, recipe
 
 from rlekf_ext import RLEKF
-from rlekf_ext.updates import BATCHES, FrameUpdater, Measurement, force_groups
+from rlekf_ext.batch_parts import force_groups
+from rlekf_ext.options import BATCHES
+from rlekf_ext.updates import FrameUpdater
 
 COUNTS = [(5,), (7, 2), (4,), (6,), (3, 3)]  # atoms of the structures of each frame
 
@@ -36,8 +38,8 @@ def test_a_list_of_frames_is_these_frames_side_by_side(batch, relinearize):
         torch.manual_seed(0)
         model = Quadratic()
         optimizer = RLEKF(model.parameters(), block_size=4)
-        measurement = Measurement(0.98, 3, 4, (F, E, V), batch=batch, relinearize=relinearize, adaptive_scale=True)
-        updater = FrameUpdater(optimizer, model, measurement, seed=3)
+        measurement = recipe(3, 4, (F, E, V), batch=batch, relinearize=relinearize, adaptive_scale=True)
+        updater = FrameUpdater(model, optimizer, **measurement, seed=3)
         errors = []
         for step in range(4):
             frames = [make_frame(model, 10 * step + i, counts) for i, counts in enumerate(COUNTS)]
@@ -53,10 +55,8 @@ def test_joint_measures_each_frame_and_uses_all_at_one_w(relinearize):
     model = Quadratic()
     optimizer = RLEKF(model.parameters(), block_size=4)
     dense, weights = dense_of(optimizer, model)
-    measurement = Measurement(
-        0.98, 2, 2, (E, F), batch="joint", energy_scale=2.0, force_scale=0.5, relinearize=relinearize
-    )
-    updater = FrameUpdater(optimizer, model, measurement, seed=1)
+    measurement = recipe(2, 2, (E, F), batch="joint", energy_scale=2.0, force_scale=0.5, relinearize=relinearize)
+    updater = FrameUpdater(model, optimizer, **measurement, seed=1)
     source = generator(1)
     for step in range(3):
         frames = [make_frame(model, 10 * step + i, (5,)) for i in range(10)]
@@ -68,7 +68,7 @@ def test_joint_measures_each_frame_and_uses_all_at_one_w(relinearize):
         place = 0
         jacobian, innovation = [], []
         for kind, number in ((E, 0), (F, 0), (E, 0), (F, 1)):
-            scale = measurement.scale(kind)
+            scale = measurement[f"{kind}_scale"]
             for frame, own in zip(frames, groups, strict=True):
                 error, h = by_hand(before, frame, kind, own[number] if kind == F else None)
                 assert found[place][0] == kind
@@ -91,7 +91,7 @@ def test_joint_measures_each_frame_and_uses_all_at_one_w(relinearize):
 
 def test_joint_takes_as_many_groups_as_the_smallest_frame_has():
     model = Quadratic()
-    updater = FrameUpdater(RLEKF(model.parameters()), model, Measurement(0.98, 6, 4, (F,), batch="joint"))
+    updater = FrameUpdater(model, RLEKF(model.parameters()), **recipe(6, 4, (F,), batch="joint"))
     found = updater([make_frame(model, 0, (30,)), make_frame(model, 1, (8,))])
     assert len(found) == 2 * 2
 
@@ -105,8 +105,8 @@ def trained(frames_of_step, group=None):
             model = Quadratic()
             optimizer = RLEKF(model.parameters(), block_size=4, process_group=group)
             settings = {"adaptive_scale": True, "early_scale": 5.0, "relinearize": order == (F, E)}
-            measurement = Measurement(0.98, 3, 2, order, batch=batch, **settings)
-            updater = FrameUpdater(optimizer, model, measurement, seed=3, process_group=group)
+            measurement = recipe(3, 2, order, batch=batch, **settings)
+            updater = FrameUpdater(model, optimizer, **measurement, seed=3, process_group=group)
             errors = []
             for step in range(4):
                 frames = [make_frame(labeller(), 10 * step + i, counts) for i, counts in enumerate(COUNTS)]

@@ -1,6 +1,6 @@
 """The command `rlekf`: train | test | plot | export | import | info.
 
-Exit code 2: the input was wrong, and the message says where.
+Exit code 2: what the user gave was wrong, and the message says where. A fault of this package shows its traceback.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 
 from rlekf_ext import _C
+from rlekf_ext.errors import RlekfError
 from rlekf_ext.ops import backends
-from rlekf_ext.processes import LostProcessError, Processes, torchrun_group
+from rlekf_ext.processes import Processes, torchrun_group
 
 INTERRUPTED = 130
+EXTRAS = {"matplotlib": "plot", "vesin": "potential", "dpdata": "potential", "tqdm": "potential", "h5py": "potential"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,12 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except ModuleNotFoundError as error:
-        extra = {"matplotlib": "plot"}.get(error.name or "", "potential")
-        return wrong(f"`rlekf {parsed.command}` needs {error.name}: run `pip install 'rlekf_ext[{extra}]'`.")
-    except (ValueError, MemoryError, LostProcessError) as error:  # InputError and DataError are ValueErrors
+        if error.name not in EXTRAS:
+            raise
+        return wrong(
+            f"`rlekf {parsed.command}` needs {error.name}: run `pip install 'rlekf_ext[{EXTRAS[error.name]}]'`."
+        )
+    except RlekfError as error:  # all else is a fault of this package, and shows where
         return wrong(str(error))
-    except OSError as error:
-        return wrong(f"{error.filename or 'a file'}: {error.strerror or error}.")
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -3,82 +3,125 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlekf_ext.covariance import Covariance
 from rlekf_ext.diagnostics import Diagnostics
+from rlekf_ext.errors import OptionError
 from rlekf_ext.filter import KalmanFilter
+from rlekf_ext.options import FilterOptions, OptimizerOptions, checked, part, takes
 from rlekf_ext.partition import partition
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+@takes(OptimizerOptions)
 class RLEKF(torch.optim.Optimizer):
     """Reorganized layer extended Kalman filtering (Hu et al., AAAI 2023, Algorithm 2).
 
     `params` are tensors, named tensors or groups, as for any torch optimizer; those that need no gradient are left
     out of P. Each is flattened as it is stored: pass `transpose=True` for models that store matrices [in, out], so
     that the weights of a neuron stay adjacent. With named parameters the strategy "lekf" takes the tensors of one
-    module as a layer.
+    module as a layer. `lr` scales the weight increment; it is 1 in the paper, and is there for schedulers. `backend`
+    and `process_group` are those of `KalmanFilter`.
 
-    `block_size`, `strategy`: see `partition`. `lr` scales the weight increment; it is 1 in the paper, and is there for
-    schedulers. All other keywords are those of `KalmanFilter`: memory_factor (λ_1 = 0.98), forgetting_rate (ν =
-    0.9987), initial_covariance, measurement_noise, process_noise, covariance_dtype, pending, backend, process_group,
-    and the options that keep P healthy.
+        optimizer = RLEKF(model.parameters(), block_size=1024)
 
-    Raises ValueError for settings out of range, for parameters on several devices, complex, sparse or given twice, and
-    MemoryError when P will not fit.
+        def closure():
+            optimizer.zero_grad()
+            error = (model(x) - y).abs().mean()
+            error.backward()
+            return error
+
+        optimizer.step(closure)
+
+    Raises OptionError (a ValueError) for options out of range, ValueError for parameters on several devices, complex,
+    sparse or given twice, NotEnoughMemoryError when P will not fit, and BackendError for an absent backend.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
         *,
-        block_size: int = 5120,  # N_b in the paper
-        strategy: str = "rlekf",
         transpose: bool = False,
         lr: float = 1.0,
-        **filter_settings: Any,
+        backend: str = "auto",
+        process_group: Any = None,
+        **options: Any,
     ):
         if not lr > 0:
-            raise ValueError(f"lr should be above 0 but is {lr}.")
+            raise OptionError(f"lr must be > 0 but is: {lr}.")
         super().__init__(params, {"lr": lr})
-        self._strategy, self._block_size, self._transpose = strategy, block_size, transpose
-        parameters = self._parameters()
+        self.options: OptimizerOptions = checked(OptimizerOptions, options)
+        self._transpose = transpose
+        parameters = self.parameters()
         _check(parameters)
         layers = self._layers() or range(len(parameters))
         sized = [(p.numel(), layer) for p, layer in zip(parameters, layers, strict=True) if p.numel()]
-        plan = partition([size for size, _ in sized], block_size, strategy, [layer for _, layer in sized])
-        self.filter = KalmanFilter(plan, device=parameters[0].device, **filter_settings)
+        plan = partition(
+            [size for size, _ in sized],
+            self.options.block_size,
+            self.options.strategy,
+            [layer for _, layer in sized],
+        )
+        self.filter = KalmanFilter(
+            plan,
+            backend=backend,
+            device=parameters[0].device,
+            process_group=process_group,
+            **part(FilterOptions, self.options),
+        )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from a closure that returns the error ε >= 0 and leaves its gradient in `.grad`. Returns ε.
 
         The closure is the usual one: a mean absolute error, `backward()`. Its gradient is -H, its value errY
-        (Algorithm 2, lines 1 to 7).
+        (Algorithm 2, lines 1 to 7). A squared error also trains, but weights each H by twice its error, and ε is then
+        a square.
         """
         if closure is None:
             raise ValueError(
-                "RLEKF.step needs a closure that returns the error; with gradients set, call update(innovation)."
+                "RLEKF.step needs a closure that returns the error; with the prediction's gradients set, call "
+                "update(optimizer.jacobian(), innovation)."
             )
         with torch.enable_grad():
-            loss = closure()
-        innovation = loss.detach() if isinstance(loss, Tensor) else loss
-        self._apply(-self.flatten([p.grad for p in self._parameters()]), innovation)
-        return loss
+            error = closure()
+        self.update(-self.jacobian(), error.detach() if isinstance(error, Tensor) else error)
+        return error
 
-    def update(self, innovation: Tensor | float, jacobian: Tensor | None = None) -> None:
-        """One or several updates from innovations and H, the gradient of what was measured.
+    @torch.no_grad()
+    def update(self, jacobian: Tensor, innovation: Tensor | float) -> None:
+        """One update, or M of them, from H and the innovations (Algorithm 2, lines 8 to 14).
 
-        Without `jacobian`, `.grad` holds +H of one measurement. With it: (M, N) in the order of `flatten`, and M
-        innovations, all taken at the present weights. An innovation is label minus prediction and may have either
-        sign.
+        jacobian: +H (N,) or (M, N), the gradients of what was measured in the order of `flatten`; innovation: a number
+        or (M,), label minus prediction, of either sign. All are taken at the present weights.
         """
-        if jacobian is None:
-            jacobian = self.flatten([p.grad for p in self._parameters()])
-        self._apply(jacobian, innovation)
+        increment = self.filter.update(jacobian, innovation)
+        parameters = self.parameters()
+        rates = [group["lr"] for group in self.param_groups for p in group["params"] if p.requires_grad]
+        pieces = increment.split([p.numel() for p in parameters])
+        for p, piece, lr in zip(parameters, pieces, rates, strict=True):
+            stored = self._stored(p)
+            # Added in float64 and rounded once, whatever the dtype of the model.
+            stored.copy_(stored + lr * piece.view(stored.shape))
+
+    def jacobian(self) -> Tensor:
+        """The gradients that are set in `.grad`, as a vector (N,) in the order of `flatten`."""
+        return self.flatten([p.grad for p in self.parameters()])
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters that have weights in P, in order."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if hasattr(self, "filter") and sum(p.numel() for p in parameters) != self.filter.plan.num_weights:
+            raise RuntimeError(
+                f"The parameters that require a gradient have {sum(p.numel() for p in parameters)} weights but P has "
+                f"{self.filter.plan.num_weights}: make a new RLEKF after a change of requires_grad or of a shape."
+            )
+        return parameters
 
     def variance(self, jacobian: Tensor) -> Tensor:
         """HᵀPH of a jacobian (N,) or several (M, N), in the order of `flatten`: its prediction's variance."""
@@ -87,7 +130,7 @@ class RLEKF(torch.optim.Optimizer):
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One tensor per parameter, or None for zeros, as a vector (N,) float64 in the order of the weights. Sparse
         ones are made dense."""
-        parameters = self._parameters()
+        parameters = self.parameters()
         if all(tensor is None for tensor in tensors):
             raise RuntimeError("No parameter has a gradient; call backward() before the update.")
         tensors = [t if t is None or t.layout == torch.strided else t.to_dense() for t in tensors]
@@ -116,13 +159,18 @@ class RLEKF(torch.optim.Optimizer):
         return {**super().state_dict(), "state": {0: self.filter.state_dict()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on exactly where the saved optimizer stood, whatever its device and backend.
+        """Continue exactly where the saved optimizer was, whatever its device and backend.
 
-        Raises ValueError for another model, plan or dtype of P; `Covariance.reblock` tells how to take over its P.
+        Raises ValueError for another model, plan or dtype of P; `take_over` takes P nevertheless.
         """
         self.filter.load_state_dict(state_dict["state"].get(0, {}))
         # The base class would cast the covariance to the parameters' dtype.
         super().load_state_dict({**state_dict, "state": {}})
+
+    def take_over(self, covariance: Covariance) -> None:
+        """Replace P by that of another filter of the same weights, whatever its blocks and storage: see
+        `Covariance.reblock`."""
+        self.filter.take_over(covariance)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "filter"):
@@ -130,41 +178,22 @@ class RLEKF(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("filter", "_strategy", "_block_size", "_transpose")
+        own = ("filter", "options", "_transpose")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __repr__(self) -> str:
         plan, p = self.filter.plan, self.filter.covariance
+        changed = [
+            f"{f.name} {value}" for f in fields(self.options) if (value := getattr(self.options, f.name)) != f.default
+        ]
         return (
             f"RLEKF({plan.num_weights} weights in {plan.num_blocks} blocks of at most {max(plan.sizes)}, "
-            f"strategy {self._strategy}, block_size {self._block_size}, backend {self.filter.backend} on "
-            f"{p.tiles.device}, P {p.num_bytes / 1e6:.1f} MB in {p.tiles.dtype})"
+            f"P {p.num_bytes / 1e6:.1f} MB in {p.tiles.dtype} on {p.tiles.device}, backend {self.filter.backend}"
+            f"{''.join(f', {text}' for text in changed)})"
         )
-
-    @torch.no_grad()
-    def _apply(self, jacobian: Tensor, innovation: Tensor | float) -> None:
-        plan = self.filter.plan
-        increment = torch.zeros(plan.num_weights, dtype=torch.float64, device=jacobian.device)
-        self.filter.step(increment, jacobian, innovation)
-        parameters = self._parameters()
-        rates = [group["lr"] for group in self.param_groups for p in group["params"] if p.requires_grad]
-        parts = increment.split([p.numel() for p in parameters])
-        for p, part, lr in zip(parameters, parts, rates, strict=True):
-            stored = self._stored(p)
-            # Added in float64 and rounded once, whatever the dtype of the model.
-            stored.copy_(stored + lr * part.view(stored.shape))
 
     def _stored(self, tensor: Tensor) -> Tensor:
         return tensor.T if self._transpose and tensor.dim() == 2 else tensor
-
-    def _parameters(self) -> list[Tensor]:
-        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        if hasattr(self, "filter") and sum(p.numel() for p in parameters) != self.filter.plan.num_weights:
-            raise RuntimeError(
-                f"The parameters that require a gradient have {sum(p.numel() for p in parameters)} weights but P has "
-                f"{self.filter.plan.num_weights}: make a new RLEKF after a change of requires_grad or of a shape."
-            )
-        return parameters
 
     def _layers(self) -> list[int] | None:
         """An id per parameter, from the names where they are known: a.weight and a.bias are one layer."""

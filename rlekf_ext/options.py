@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """How the weights are cut into the blocks of P. Taken by RLEKF."""
+    """How the weights are cut into the blocks of P."""
 
     block_size: int = option(
         5120, "N_b, the most weights in a block of P; memory and time grow with it. LKF calls it `kf_blocksize`.", low=1
@@ -55,7 +55,7 @@ class BlockOptions:
 
 @dataclass(frozen=True)
 class FilterOptions:
-    """The Kalman filter. Taken by KalmanFilter and RLEKF."""
+    """What KalmanFilter takes."""
 
     memory_factor: float = option(0.98, "λ at the first update (λ_1 in the paper); it goes to 1.", above=0, high=1)
     forgetting_rate: float = option(
@@ -75,8 +75,13 @@ class FilterOptions:
 
 
 @dataclass(frozen=True)
+class OptimizerOptions(FilterOptions, BlockOptions):
+    """What RLEKF takes."""
+
+
+@dataclass(frozen=True)
 class UpdateOptions:
-    """How the frames of a batch become updates of the filter. Taken by FrameUpdater."""
+    """How the frames of a batch become updates of the filter."""
 
     group_size: int | None = option(
         6, "Atoms per structure in a force update (x in the paper). null: all atoms, in `num_groups` parts.", low=1
@@ -124,8 +129,8 @@ class UpdateOptions:
 
 
 @dataclass(frozen=True)
-class Options(UpdateOptions, FilterOptions, BlockOptions):
-    """All options, as section `optimizer` of an input file gives them."""
+class Options(UpdateOptions, OptimizerOptions):
+    """All options: what FrameUpdater takes, and section `optimizer` of an input file."""
 
     preset: str = option("robust", "What the options that are not given default to.", choices=tuple(PRESETS))
 
@@ -140,8 +145,8 @@ def resolve(given: Mapping[str, Any], path: str = "") -> Options:
     return Options(**{**PRESETS[preset], **found, "preset": preset})
 
 
-def part(options: Any, section: type) -> dict[str, Any]:
-    """The options that `section` has, by name."""
+def part(section: type, options: Any) -> dict[str, Any]:
+    """Those of the options that `section` has, by name."""
     return {f.name: getattr(options, f.name) for f in fields(section)}
 
 
@@ -161,18 +166,17 @@ def named_dtypes(given: Mapping[str, Any]) -> dict[str, Any]:
 Class = TypeVar("Class", bound=type)
 
 
-def takes(*sections: type) -> Callable[[Class], Class]:
-    """Show the fields of the sections as keywords of a class, in place of its `**options`: in its signature, and with
-    their help in its docstring."""
+def takes(section: type) -> Callable[[Class], Class]:
+    """Show the fields of a section as keywords of a class, instead of its `**options`: in its signature, and with their
+    help in its docstring."""
 
     def decorate(cls: Class) -> Class:
         signature = inspect.signature(cls.__init__)  # type: ignore[misc]
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        listed = [f for section in sections for f in fields(section)]
+        listed = fields(section)
         keywords = [
             inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
             for f in listed
-            if f.name not in signature.parameters
         ]
         cls.__init__.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[misc]
         lines = [f"    {f.name} = {f.default!r}: {f.metadata['help']}" for f in listed]
@@ -180,6 +184,13 @@ def takes(*sections: type) -> Callable[[Class], Class]:
         return cls
 
     return decorate
+
+
+def help_text(name: str) -> str:
+    """What an option does, and its defaults, in sentences."""
+    f = next(f for f in fields(Options) if f.name == name)
+    changed = [f"`{preset}`: {_cell(values[name])}" for preset, values in PRESETS.items() if name in values]
+    return f"{f.metadata['help']} Default: {_cell(f.default)}{''.join(f', {text}' for text in changed)}."
 
 
 def table() -> list[list[str]]:

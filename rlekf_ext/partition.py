@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from math import ceil
 
+from rlekf_ext.errors import OptionError
+
 Layers = Sequence[int] | None
 
 
@@ -57,9 +59,9 @@ def partition(
     Raises ValueError for an unknown strategy, a block size below 1, or sizes that are empty or not positive.
     """
     if strategy not in STRATEGIES:
-        raise ValueError(f"strategy should be one of {', '.join(STRATEGIES)} but is {strategy!r}.")
+        raise OptionError(f"strategy must be one of {', '.join(STRATEGIES)} but is: {strategy!r}.")
     if block_size < 1:
-        raise ValueError(f"block_size should be at least 1 but is {block_size}.")
+        raise OptionError(f"block_size must be >= 1 but is: {block_size}.")
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes should hold at least one number, each at least 1, but is {list(sizes)}.")
     return BlockPlan(tuple(STRATEGIES[strategy](sizes, block_size, layers)))

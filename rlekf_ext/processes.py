@@ -13,11 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlekf_ext.errors import LostProcessError
+
 TIMEOUT = timedelta(minutes=5)  # a process that is silent for so long is lost
-
-
-class LostProcessError(RuntimeError):
-    """A process of the group has ended or hangs; the message names it. Nothing can be sent in the group any more."""
 
 
 class Processes:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from oracles import DenseFilter, relative
 
+from rlekf_ext.batch_parts import force_groups
 from rlekf_ext.partition import partition
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import collate, make_frame
 from rlekf_ext.potential.optimizers import build_optimizer, mean_squared_loss, prefactors
-from rlekf_ext.updates import force_groups
 
 RCUT, NUM_STEPS = 4.0, 8
 
@@ -40,6 +40,13 @@ def labelled(model, seed, num_atoms=12, virial=True):
     return make_frame(points, cell, types, RCUT, 2, **labels)
 
 
+def built(config, model, frames, *, fresh=True, num_steps=NUM_STEPS):
+    optimize = build_optimizer(config, model, num_steps)
+    if fresh:
+        optimize.start(frames)
+    return optimize
+
+
 @pytest.fixture
 def model():
     return DeepPotential(["A", "B"], [30, 30], RCUT, neuron=(3, 6), axis_neuron=2, fitting_neuron=(5, 5), seed=1)
@@ -53,7 +60,7 @@ def in_filter(steps, model):
     return steps.optimizer.flatten([p.detach() for p in model.parameters()])
 
 
-# LKF: KFWrapper.py and LKF.py of DeePMD-kit, as shared/peers.md tells of them
+# LKF: the formulas of KFWrapper.py and LKF.py of DeePMD-kit 3.2
 
 
 def deepmd_lkf(model, optimizer, dense, weights, frame, groups, energy_pref, force_pref):
@@ -89,7 +96,7 @@ def test_lkf_is_deepmd_kits(model, batch_size):
     keys = {"kf_start_pref_e": 2.0, "kf_limit_pref_e": 8.0, "kf_start_pref_f": 3.0, "kf_limit_pref_f": 0.5}
     config = config_of({"type": "LKF", "kf_blocksize": 60, **keys})
     frames = [labelled(model, seed) for seed in range(3)]
-    steps = build_optimizer(config, model, frames, NUM_STEPS, fresh=True)
+    steps = built(config, model, frames)
     sizes = partition([p.numel() for p in model.parameters()], 60, "deepmd").sizes
     assert steps.optimizer.filter.plan.sizes == sizes
     dense, weights = DenseFilter(sizes, 0.98, 0.9987), in_filter(steps, model)
@@ -107,8 +114,9 @@ def test_lkf_is_deepmd_kits(model, batch_size):
 
 
 def test_lkf_defaults_are_deepmd_kits(model):
-    steps = build_optimizer(config_of({"type": "LKF"}), model, [], NUM_STEPS, fresh=True)
-    assert "strategy deepmd, block_size 5120" in repr(steps)
+    steps = built(config_of({"type": "LKF"}), model, [])
+    assert "strategy deepmd" in repr(steps)
+    assert steps.optimizer.options.block_size == 5120
     assert steps.optimizer.filter.memory_factor == pytest.approx(0.98)
     assert steps.learning_rate == 1.0
     frame = labelled(model, 0)
@@ -124,13 +132,11 @@ def test_lkf_defaults_are_deepmd_kits(model):
 
 def test_rlekf_is_robust_unless_told_otherwise(model):
     frame = labelled(model, 0)
-    assert build_optimizer(config_of({"type": "RLEKF"}), model, [frame], NUM_STEPS, fresh=True)([frame], 0) == 8
+    assert built(config_of({"type": "RLEKF"}), model, [frame])([frame], 0) == 8
     paper = config_of({"type": "RLEKF", "preset": "paper"})
-    assert (
-        build_optimizer(paper, model, [frame], NUM_STEPS, fresh=True)([frame], 0) == 3
-    )  # 12 atoms are two groups of 6
+    assert built(paper, model, [frame])([frame], 0) == 3  # 12 atoms are two groups of 6
     changed = config_of({"type": "RLEKF", "preset": "paper", "group_size": None, "order": ["force", "energy"]})
-    assert build_optimizer(changed, model, [frame], NUM_STEPS, fresh=True)([frame], 0) == 8
+    assert built(changed, model, [frame])([frame], 0) == 8
 
 
 def test_rlekf_settings_reach_the_filter(model):
@@ -150,7 +156,7 @@ def test_rlekf_settings_reach_the_filter(model):
         "adaptive_scale": False,
     }
     frame = labelled(model, 0)
-    steps = build_optimizer(config_of({"type": "RLEKF", **options}), model, [frame], NUM_STEPS, fresh=True)
+    steps = built(config_of({"type": "RLEKF", **options}), model, [frame])
     kalman = steps.optimizer.filter
     assert kalman.covariance.tiles.dtype == torch.float32
     dense = DenseFilter(kalman.plan.sizes, 0.9, 0.5, p0=4.0, noise=2.0, q=0.125)
@@ -172,7 +178,7 @@ def test_rlekf_settings_reach_the_filter(model):
 def test_frames_of_a_batch(model, batch, of_jacobian, of_innovation, relinearize):
     frames = collate([labelled(model, seed) for seed in range(3)])
     asked = {"type": "RLEKF", "preset": "paper", "order": ["energy"], "batch": batch, "relinearize": relinearize}
-    steps = build_optimizer(config_of(asked), model, [frames], NUM_STEPS, fresh=True)
+    steps = built(config_of(asked), model, [frames])
     weights, dense = in_filter(steps, model), DenseFilter(steps.optimizer.filter.plan.sizes, 0.98, 0.9987)
     error = ((frames.energy - model(frames).energy).abs() / 12).mean()
     jacobian = steps.optimizer.flatten(torch.autograd.grad(-error, list(model.parameters())))
@@ -193,10 +199,10 @@ def test_warm_start_moves_the_mean_energy_error_into_the_bias(model):
     assert abs(before) > 1
     paper = config_of({"type": "RLEKF", "preset": "paper"})
     robust = config_of({"type": "RLEKF"})
-    build_optimizer(paper, model, frames, NUM_STEPS, fresh=True)
-    build_optimizer(robust, model, frames, NUM_STEPS, fresh=False)  # a restart brings its own bias
+    built(paper, model, frames)
+    built(robust, model, frames, fresh=False)  # a restart brings its own bias
     assert mean_error() == before
-    build_optimizer(robust, model, frames, NUM_STEPS, fresh=True)
+    built(robust, model, frames)
     assert abs(mean_error()) < 1e-12 * abs(before)
 
 
@@ -206,8 +212,8 @@ def test_result_is_a_running_mean_of_the_weights(model, average_frames):
     config = config_of({"type": "RLEKF", "average_frames": average_frames})
     frames = [labelled(model, seed) for seed in range(4)]
     alone = copy.deepcopy(model)
-    steps = build_optimizer(config, model, frames, NUM_STEPS, fresh=True)
-    plain = build_optimizer(config_of({"type": "RLEKF", "average_frames": 1}), alone, frames, NUM_STEPS, fresh=True)
+    steps = built(config, model, frames)
+    plain = built(config_of({"type": "RLEKF", "average_frames": 1}), alone, frames)
     mean = None
     for step, frame in enumerate(frames):
         steps([frame], step)
@@ -239,7 +245,7 @@ def test_result_is_a_running_mean_of_the_weights(model, average_frames):
 def test_learning_rate_is_deepmd_kits(model, section, num_steps, rates):
     config = config_of({"type": "Adam"}, learning_rate={"start_lr": 1e-3, "stop_lr": 1e-5, **section})
     frame = labelled(model, 0, num_atoms=2)
-    steps = build_optimizer(config, model, [frame], num_steps, fresh=True)
+    steps = built(config, model, [frame], num_steps=num_steps)
     for step, rate in rates.items():
         assert steps([frame], step) == 1
         assert steps.learning_rate == pytest.approx(rate, rel=1e-12)
@@ -289,7 +295,7 @@ def test_adam_by_hand(model):
         loss={"start_pref_e": 0.5, "limit_pref_e": 1, "start_pref_f": 10, "limit_pref_f": 1},
     )
     other, frame = copy.deepcopy(model), labelled(model, 0)
-    steps = build_optimizer(config, model, [frame], NUM_STEPS, fresh=True)
+    steps = built(config, model, [frame])
     weights = flat(other)
     first, second = torch.zeros_like(weights), torch.zeros_like(weights)
     for step in range(3):

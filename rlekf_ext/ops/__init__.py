@@ -22,6 +22,7 @@ from types import ModuleType
 
 import torch
 
+from rlekf_ext.errors import BackendError, OptionError
 from rlekf_ext.ops import native, reference
 
 
@@ -29,15 +30,15 @@ def backend(name: str, device: torch.device, parts: bool = False) -> ModuleType:
     """The ops of backend `name` for tensors on `device`: "native" (compiled), "triton", "reference" (dense torch), or
     "auto": native, and on a GPU that it has no kernels for, triton. `parts`: ops that take a part of a block's tiles.
 
-    Raises ValueError for an unknown name, and RuntimeError, with the reason, for one that is absent.
+    Raises OptionError for an unknown name, and BackendError, with the reason, for one that is absent.
     """
     if name not in ("auto", "native", "triton", "reference"):
-        raise ValueError(f"backend should be 'auto', 'native', 'triton' or 'reference' but is {name!r}.")
+        raise OptionError(f"backend must be 'auto', 'native', 'triton' or 'reference' but is: {name!r}.")
     if name == "reference" and not parts:
         return reference
-    reasons = (
-        ["The reference backend takes whole blocks, but here processes share them."] if name == "reference" else []
-    )
+    reasons = []
+    if name == "reference":
+        reasons.append("The reference backend needs whole blocks, but with process_group blocks are split.")
     if name in ("auto", "native"):
         reason = native.why_absent(device.type)
         if not reason and parts and device.type == "cuda":
@@ -52,7 +53,7 @@ def backend(name: str, device: torch.device, parts: bool = False) -> ModuleType:
 
             return triton
         reasons.append(f"The triton backend cannot run on {device}: {reason}")
-    raise RuntimeError(
+    raise BackendError(
         " ".join([*reasons, "backend='auto' finds another." if parts else "backend='reference' runs anywhere."])
     )
 

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from rlekf_ext.environment import this_machine
+from rlekf_ext.errors import InputError, StoppedError
 from rlekf_ext.potential.checkpoint import (
     check_writable,
     load_checkpoint,
@@ -25,10 +26,10 @@ from rlekf_ext.potential.checkpoint import (
 )
 from rlekf_ext.potential.data import System, auto_sel, frames, load_systems, split
 from rlekf_ext.potential.evaluate import rmse
-from rlekf_ext.potential.input import Config, InputError, TrainingData
+from rlekf_ext.potential.input import Config, TrainingData
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
-from rlekf_ext.potential.optimizers import StoppedError, build_optimizer, prefactors
+from rlekf_ext.potential.optimizers import build_optimizer, prefactors
 from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts
 
 Systems = list[list[Frame]]  # the frames of each system
@@ -61,21 +62,17 @@ def train(
         model.descriptor.check(frame)  # more neighbours than sel has slots for: an error now, not hours later
     batches = Batches(training, settings.training_data, settings.seed or 0)
     num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
-    optimize = build_optimizer(config, model, everything, num_steps, not restart, processes)
+    say = (lambda *_: None) if quiet else tqdm.write
+    optimize = build_optimizer(config, model, num_steps, processes, say)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
     if checkpoint:
-        try:
-            optimize.load_state_dict(checkpoint["optimizer"])
-        except KeyError as error:
-            raise InputError(
-                f"The checkpoint {checkpoint_file} is not of the optimizer {config.optimizer.type} that the input file "
-                "asks for; start without --restart, or restore the input file."
-            ) from error
+        optimize.load_state_dict(checkpoint["optimizer"])
         batches.load_state_dict(checkpoint["batches"])
         progress = checkpoint["progress"]
         del checkpoint  # its tensors are parts of the file, which is about to be replaced
+    else:
+        optimize.start(everything)
     processes.agree(model.state_dict().values())  # the last bit may differ between kinds of CPU
-    say = (lambda *_: None) if quiet else tqdm.write
     if processes.size > 1:
         say(f"{processes.size} processes share P and the frames of each batch.")
         if (idle := processes.size - batches.most_frames) > 0:
@@ -108,8 +105,6 @@ def train(
             progress["step"] += 1
             bar.update()
             last = progress["step"] == num_steps
-            for remark in optimize.remarks():
-                say(remark)
             if progress["step"] % settings.disp_freq == 0 or last:
                 errors = curve.write(progress["step"], optimize.result, batch, optimize.learning_rate)
                 bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")

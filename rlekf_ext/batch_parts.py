@@ -1,0 +1,96 @@
+"""How the frames of a batch, each of them on some process, make measurements of all processes together.
+
+A frame holds `num_atoms` (B,) of its B structures and the labels `energy` (B,), `forces` and `virial` (B, 3, 3), each
+None if it has none. `forces` are (n, 3), the structures one after another, or (n, B, 3), the same n positions in B
+structures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlekf_ext.options import KINDS, UpdateOptions
+from rlekf_ext.processes import Processes
+
+
+@dataclass(frozen=True)
+class Part:
+    """A frame, the row of the measurement that it belongs to, and its share in it: of the mean over structures, and of
+    each mean over a group of atoms."""
+
+    frame: Any
+    row: int
+    share: float
+    groups: list[tuple[Tensor, float]]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The batch of all processes."""
+
+    num_rows: int  # measurements per update
+    num_structures: int
+    num_groups: int
+    atoms_per_structure: float
+    kinds: tuple[str, ...]  # for which all frames have labels
+
+
+def force_groups(num_atoms: int, group_size: int | None, num_groups: int, generator: torch.Generator) -> list[Tensor]:
+    """Disjoint random groups of atoms: num_groups of group_size, fewer if atoms run out; None: all atoms."""
+    atoms = torch.randperm(num_atoms, generator=generator)
+    if group_size is None:
+        return [group for group in atoms.tensor_split(num_groups) if len(group)]
+    return list(atoms[: group_size * num_groups].split(group_size))
+
+
+def divide(
+    frames: Sequence[Any],
+    options: UpdateOptions,
+    processes: Processes,
+    generator: torch.Generator,
+    device: torch.device | str,
+) -> tuple[list[Part], Whole]:
+    """What this process has of each measurement, and what all processes have together. Every process must call it, with
+    a generator in the same state."""
+    atoms = [0 if frame.forces is None else len(frame.forces) for frame in frames]  # rows of forces
+    structures = [len(frame.num_atoms) for frame in frames]
+    abreast = [
+        1 if frame.forces is not None and frame.forces.dim() == 3 else n
+        for frame, n in zip(frames, structures, strict=True)
+    ]
+    labels = ["forces" if kind == "force" else kind for kind in KINDS]
+    missing = [sum(getattr(frame, label) is None for frame in frames) for label in labels]
+    least = min(atoms, default=2**62)
+    rows = processes.gather([len(frames), sum(structures), sum(atoms), sum(abreast), least, *missing], device)
+    num_frames, num_structures, num_atoms, num_abreast, _, *missing = (
+        sum(column) for column in zip(*rows, strict=True)
+    )
+    kinds = tuple(kind for kind, count in zip(KINDS, missing, strict=True) if not count)
+    first_frame, first_atom = (sum(row[column] for row in rows[: processes.rank]) for column in (0, 2))
+    atoms_per_structure = num_atoms / max(num_abreast, 1)
+
+    def groups_of(num_atoms: int, num_structures: int, generator: torch.Generator) -> list[Tensor]:
+        size = options.group_size and options.group_size * num_structures
+        return force_groups(num_atoms, size, options.num_groups, generator)
+
+    if options.batch == "joint":
+        seed = int(torch.randint(2**62, (), generator=generator))
+        num_groups = len(groups_of(min(row[4] for row in rows), 1, torch.Generator()))
+        parts = []
+        for row, (frame, n, together) in enumerate(zip(frames, atoms, abreast, strict=True), first_frame):
+            own = groups_of(n, together, torch.Generator().manual_seed(seed + row))
+            parts.append(Part(frame, row, 1.0, [(group, 1.0) for group in own]))
+        return parts, Whole(num_frames, num_structures, num_groups, atoms_per_structure, kinds)
+    groups = groups_of(num_atoms, num_abreast, generator)
+    parts = []
+    for frame, n, count in zip(frames, atoms, structures, strict=True):
+        own = [group[(group >= first_atom) & (group < first_atom + n)] - first_atom for group in groups]
+        shares = [(some, len(some) / len(group)) for some, group in zip(own, groups, strict=True)]
+        parts.append(Part(frame, 0, count / num_structures, shares))
+        first_atom += n
+    return parts, Whole(1, num_structures, len(groups), atoms_per_structure, kinds)

@@ -1,0 +1,165 @@
+"""RLEKF in the form in which DeePMD-kit's trainer makes, calls and saves an optimizer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rlekf_ext.integrations.lkf import from_lkf
+from rlekf_ext.optim import RLEKF
+from rlekf_ext.options import KINDS, OptimizerOptions, Options, part, resolve
+from rlekf_ext.processes import Processes
+from rlekf_ext.updates import FrameUpdater
+
+log = logging.getLogger("deepmd.rlekf_ext")
+log.addFilter(lambda _: Processes(group()).rank == 0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an input asks of RLEKF."""
+
+    options: Options
+    seed: int
+    prefactors: dict[str, float]  # kf_start_pref_e, ..., of type LKF
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Settings | None:
+        """None for an input that does not ask for RLEKF. Raises OptionError."""
+        given = dict(config.get("optimizer") or {})
+        kind = given.pop("type", "Adam")
+        prefactors: dict[str, float] = {}
+        if kind == "LKF" and os.environ.get("RLEKF_DEEPMD") == "LKF":
+            prefactors = {name: value for name, value in given.items() if name.startswith("kf_") and "pref" in name}
+            given = {"preset": "lkf", "block_size": given.get("kf_blocksize", 5120)}
+        elif kind != "RLEKF":
+            return None
+        options = resolve(given, "optimizer")
+        if "order" not in given:  # virials, too, in batches that have them
+            order = list(options.order)
+            order.insert(order.index("energy"), "virial")
+            options = resolve({**given, "order": order}, "optimizer")
+        return cls(options, config["training"].get("seed") or 0, prefactors)
+
+    def as_lkf(self) -> dict[str, Any]:
+        """The section `optimizer` that makes DeePMD-kit's trainer treat the optimizer as its LKF."""
+        neutral = {f"kf_{end}_pref_{kind}": 1.0 for end in ("start", "limit") for kind in "ef"}
+        return {"type": "LKF", **neutral, **self.prefactors, "kf_blocksize": self.options.block_size}
+
+
+class DeepmdRLEKF(RLEKF):
+    """RLEKF as DeePMD-kit's trainer makes and saves it; holds what must outlast a batch.
+
+    Every process of torchrun has all of it, since DeePMD-kit has rank 0 alone save, and makes the same updates.
+    """
+
+    def __init__(self, params: Iterable[Any], settings: Settings):
+        super().__init__(params, transpose=True, **part(OptimizerOptions, settings.options))
+        self.labels: dict[str, Any] = {}  # of the batch at hand
+        # dp averages weights by its own enable_ema, and has fitted its energy bias already.
+        chosen = {**part(Options, settings.options), "average_frames": 1, "warm_start": False}
+        self.updater = FrameUpdater(
+            lambda frame, forces: frame.predict(),
+            self,
+            seed=settings.seed,
+            process_group=group(),
+            say=lambda sentence: log.warning("RLEKF: %s", sentence),
+            **chosen,
+        )
+        self._said = ""
+        dense = sum(8 * size**2 for size in self.filter.plan.sizes)
+        log.info("%r; dense in float64, as in LKF, P would take %.1f MB.", self, dense / 1e6)
+
+    def update_on(self, frame: Any, factors: dict[str, float]) -> None:
+        """All updates of a batch, with this process's part of it; `factors` multiply the scales of the kinds of update.
+
+        Raises StoppedError when `max_skipped` measurements in a row had to be skipped.
+        """
+        self.updater(frame, factors)
+        if (skipped := self.updater.skipped()) != self._said:
+            self._said = skipped
+            log.warning("RLEKF has skipped measurements so far: %s.", skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "updater": self.updater.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where a run stopped: RLEKF's, or LKF's, whose P and λ are taken over."""
+        if "P" in state_dict["state"].get(0, {}):
+            self.take_over(from_lkf(state_dict))
+            log.info("P and its memory factor come from LKF's checkpoint.")
+            return
+        if "updater" not in state_dict:
+            raise ValueError(
+                "The checkpoint should be of an optimizer of type RLEKF or LKF but is of another; begin with "
+                "--init-model, which takes its weights alone, instead of --restart."
+            )
+        super().load_state_dict(state_dict)
+        self.updater.load_state_dict(state_dict["updater"])
+
+
+class Updates:
+    """KFOptimizerWrapper's two calls a batch. The updates are all made in the second, which has all labels."""
+
+    def __init__(self, wrapper: torch.nn.Module, optimizer: DeepmdRLEKF, *_: Any):
+        # Gradients are taken without DDP's sums over the processes.
+        self._wrapper = wrapper.module if isinstance(wrapper, DistributedDataParallel) else wrapper
+        self._optimizer = optimizer
+        self._energy_factor = 1.0
+
+    def update_energy(self, inputs: dict[str, Any], label: Tensor, update_prefactor: float = 1.0) -> None:
+        self._energy_factor = update_prefactor
+
+    def update_force(
+        self, inputs: dict[str, Any], label: Tensor, update_prefactor: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """All updates of the batch. Returns energy (B, 1) and forces (B, n, 3) as last predicted."""
+        frame = self._frame(inputs)
+        self._optimizer.update_on(frame, {"energy": self._energy_factor, "force": update_prefactor})
+        if frame.last is None:  # all force groups were drawn from the atoms of other processes
+            frame.predict()
+        return frame.last["energy"], frame.last["force"]
+
+    def _frame(self, inputs: dict[str, Any]) -> Any:
+        """The batch in the form of batch_parts.py: a force group is the same atoms of every frame."""
+        labels = self._optimizer.labels
+        num_atoms = (inputs["atype"] >= 0).sum(-1)  # -1 fills up batches of mixed systems
+        shapes = dict(zip(KINDS, ((), (-1, 3), (3, 3)), strict=True))
+        found = {
+            kind: labels[kind].reshape(len(num_atoms), *shape)
+            for kind, shape in shapes.items()
+            if kind in labels and float(labels.get(f"find_{kind}", 1.0)) > 0
+        }
+        frame = SimpleNamespace(
+            energy=found.get("energy"),
+            forces=found["force"].transpose(0, 1) if "force" in found else None,
+            virial=found.get("virial"),
+            num_atoms=num_atoms,
+            last=None,
+        )
+        frame.predict = lambda: self._predict(frame, inputs)
+        return frame
+
+    def _predict(self, frame: Any, inputs: dict[str, Any]) -> Any:
+        predicted, _, _ = self._wrapper(**inputs, skip_loss=True)
+        frame.last = {name: predicted[name].detach() for name in ("energy", "force")}
+        return SimpleNamespace(
+            energy=predicted["energy"].reshape(-1),
+            forces=predicted["force"].transpose(0, 1),
+            virial=predicted["virial"].reshape(-1, 3, 3) if "virial" in predicted else None,
+        )
+
+
+def group() -> dist.ProcessGroup | None:
+    """All processes of torchrun, or None where this one is alone."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if several else None
