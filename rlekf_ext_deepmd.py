@@ -14,4 +14,7 @@ if os.environ.get("RLEKF_DEEPMD") != "0":
 
         register()
     except Exception as error:
-        log.warning("rlekf_ext: optimizer type RLEKF is not available, and dp runs as if rlekf_ext were not installed (%r).", error)
+        log.warning(
+            "rlekf_ext: optimizer type RLEKF is not available, and dp runs as if rlekf_ext were not installed (%r).",
+            error,
+        )

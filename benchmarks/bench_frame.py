@@ -20,9 +20,10 @@ from bench_training import ROOT, STUDY, available, config_of, load, method_of
 from rows import MACHINE, append, machine
 
 from rlekf_ext import RLEKF
+from rlekf_ext.batch_parts import force_groups
 from rlekf_ext.potential.optimizers import build_optimizer
 from rlekf_ext.potential.train import build_model
-from rlekf_ext.updates import energy_error, force_error, force_groups
+from rlekf_ext.updates import energy_error, force_error
 
 RESULTS = ROOT / "benchmarks/results/frame.csv"
 COLUMNS = ["system", "network", "weights", "part", "ms", *MACHINE]
@@ -49,10 +50,11 @@ def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callabl
     jacobian = torch.randn(sum(p.numel() for p in parameters), dtype=torch.float64)
     for size in BLOCK_SIZES:
         optimizer = RLEKF(parameters, block_size=size, transpose=True)
-        found[f"filter, N_b = {size}"] = lambda o=optimizer: o.update(0.0, jacobian)  # type: ignore[misc]
+        found[f"filter, N_b = {size}"] = lambda o=optimizer: o.update(jacobian, 0.0)  # type: ignore[misc]
     for label in ("paper's settings", "RLEKF", "Adam 2e-3"):
         other = config_of(system, network, method_of(label), seed=1)
-        steps = build_optimizer(other, build_model(other, frames, None), frames, 10**6, fresh=True)
+        steps = build_optimizer(other, build_model(other, frames, None), 10**6)
+        steps.start(frames)
         name = "Adam: an iteration" if label.startswith("Adam") else f"{label}: a frame, N_b = 1024"
         found[name] = lambda s=steps: s([frame], 0)  # type: ignore[misc]
     return len(jacobian), found

@@ -18,8 +18,9 @@ import torch
 from rows import MACHINE, append, machine
 
 from rlekf_ext.potential.input import read_input
-from rlekf_ext.potential.optimizers import UPDATES_PER_GUARD, build_optimizer
+from rlekf_ext.potential.optimizers import build_optimizer
 from rlekf_ext.potential.train import Batches, build_model, load_frames
+from rlekf_ext.updates import UPDATES_PER_GUARD
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results/storage.csv"
@@ -40,7 +41,7 @@ def main() -> None:
     everything = [frame for system in training for frame in system]
     model = build_model(config, everything, None)
     batches = Batches(training, config.training.training_data, config.training.seed or 0)
-    optimize = build_optimizer(config, model, everything, 1, fresh=True)
+    optimize = build_optimizer(config, model, 1, say=lambda _: None)
     done, shown = 0, 0
     while done < arguments.updates:
         done += optimize(next(batches), 0)

@@ -139,7 +139,8 @@ def curve(
         draw_skip_connections(model, *skip, seed)
     batches = Batches(by_composition(training), TrainingData(data.systems, data.batch_size), seed)
     steps = round(epochs * len(batches))
-    optimize = build_optimizer(config, model, training, steps, fresh=True)
+    optimize = build_optimizer(config, model, steps)
+    optimize.start(training)
     shown = {**parts, "train": training[:: -(-len(training) // SHOWN)]}
     stops = {round((i + 1) * steps / looks) for i in range(looks)}
     updates, seconds, cpu = 0, 0.0, 0.0
@@ -148,7 +149,6 @@ def curve(
         updates += optimize(next(batches), step)
         seconds += time.perf_counter() - started[0]
         cpu += time.process_time() - started[1]
-        optimize.remarks()
         if step + 1 in stops:
             row = {"epoch": round((step + 1) / len(batches), 4), "updates": updates}
             row |= {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2)}

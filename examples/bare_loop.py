@@ -2,8 +2,7 @@
 
 import torch
 
-from rlekf_ext import RLEKF
-from rlekf_ext.stepper import Stepper
+from rlekf_ext import RLEKF, Stepper
 
 
 def distances(x):

@@ -3,8 +3,7 @@
 import lightning
 import torch
 
-from rlekf_ext import RLEKF
-from rlekf_ext.stepper import Stepper
+from rlekf_ext import RLEKF, Stepper
 
 
 class Regression(lightning.LightningModule):

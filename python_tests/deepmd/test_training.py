@@ -25,7 +25,7 @@ SALT = ROOT / "examples" / "nacl" / "gpaw_pbe_8"
 SAME_ATOMS = """
 import sys, torch
 from types import SimpleNamespace
-from rlekf_ext.updates import force_groups
+from rlekf_ext.batch_parts import force_groups
 generator = torch.Generator().manual_seed(int(sys.argv.pop(1)))
 def choice(atoms, count):
     return torch.cat(force_groups(len(atoms), 6, count // 6, generator)).numpy()

@@ -75,15 +75,15 @@ class Wrapper(torch.nn.Module):
     def __init__(self, seed):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        shapes = ((3, 7), (7,), (7, 5), (5,), (5, 1))
-        self.layers = torch.nn.ParameterList(
-            [torch.randn(shape, generator=generator, dtype=torch.float64) / 2 for shape in shapes]
-        )
+        self.layers = torch.nn.ModuleList()
+        for shapes in (((3, 7), (7,)), ((7, 5), (5,)), ((5, 1),)):
+            drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) / 2 for shape in shapes]
+            self.layers.append(torch.nn.ParameterList(drawn))
         self.register_buffer("bias", torch.zeros((), dtype=torch.float64))
 
     def forward(self, coord, atype, box=None, skip_loss=False):
         x = coord.clone().requires_grad_()
-        w, b, v, c, u = self.layers
+        w, b, v, c, u = self.parameters()
         energy = (((x @ w + b).tanh() @ v + c).tanh() @ u).sum((1, 2)) + self.bias * atype.shape[-1]
         (gradient,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
         virial = -gradient.mT @ x

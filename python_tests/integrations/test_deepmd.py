@@ -1,4 +1,4 @@
-"""The plugin of DeePMD-kit against a stand-in for its argument checker and its trainer. The real ones: test_dp.py."""
+"""DeePMD-kit's plugin against stand-ins for its argument checker and its trainer; the real ones: ../deepmd/."""
 
 import copy
 import importlib.util
@@ -12,8 +12,11 @@ import torch
 import torch.distributed as dist
 from spawn import spawn
 
-from rlekf_ext.integrations import deepmd
-from rlekf_ext.updates import FrameUpdater, force_groups
+from rlekf_ext.batch_parts import force_groups
+from rlekf_ext.integrations.deepmd import optimizer as deepmd
+from rlekf_ext.integrations.deepmd import patch as plugin
+from rlekf_ext.options import Options, help_text
+from rlekf_ext.updates import FrameUpdater
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -281,7 +284,12 @@ def test_updates_follow_the_labels(dp, monkeypatch, given, changed, kinds):
     labels = {name: value for name, value in changed.items() if "find" in name}
     trainer = dp.trainer({"type": "RLEKF", **options}, batches(1, 2, **given, **labels), steps=1)
     found, call = [], FrameUpdater.__call__
-    recording = lambda self, frame: found.extend(done := call(self, frame)) or done  # noqa: E731
+
+    def recording(self, *given):
+        done = call(self, *given)
+        found.extend(done)
+        return done
+
     monkeypatch.setattr(FrameUpdater, "__call__", recording)
     trainer.run()
     assert [kind for kind, _ in found] == kinds
@@ -335,15 +343,15 @@ def test_options_arrive(dp):
     assert optimizer.filter.plan.sizes == (28, 40, 5)  # layers
     assert optimizer.filter.memory_factor == 1
     assert optimizer.filter.covariance.tiles.dtype == torch.float32
-    measurement = optimizer.settings.measurement
-    assert (measurement.group_size, measurement.num_groups, measurement.energy_scale) == (3, 2, 2)
-    assert measurement.order == ("force", "energy")
+    options = optimizer.updater.options
+    assert (options.group_size, options.num_groups, options.energy_scale) == (3, 2, 2)
+    assert options.order == ("force", "energy")
 
 
-def test_every_option_of_the_filter_has_help():
-    from rlekf_ext.potential.input import RLEKFKeys
-
-    assert set(deepmd.HELP) == set(RLEKFKeys.__dataclass_fields__) - {"average_frames"}
+def test_every_option_is_an_argument_with_help(dp):
+    made = plugin.arguments(dp.modules["deepmd.utils.argcheck"].Argument)
+    assert [one.name for one in made] == [name for name in Options.__dataclass_fields__ if name != "average_frames"]
+    assert "`robust`: 0.998" in help_text("memory_factor")
 
 
 def test_unsupported_inputs(dp):
@@ -366,7 +374,7 @@ def test_the_entry_point_never_raises(dp, monkeypatch, caplog, damage):
     elif damage == "argcheck":
         del dp.modules["deepmd.utils.argcheck"].opt_args_plugin
     else:
-        monkeypatch.setitem(sys.modules, "rlekf_ext.integrations.deepmd", None)
+        monkeypatch.setitem(sys.modules, "rlekf_ext.integrations.deepmd.patch", None)
     dp.load()
     assert len(caplog.messages) == 1
     assert "\n" not in caplog.messages[0]

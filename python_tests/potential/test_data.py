@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlekf_ext.potential.data import DataError, System, auto_sel, frames, load_systems, split, split_format
+from rlekf_ext.errors import DataError
+from rlekf_ext.potential.data import System, auto_sel, frames, load_systems, split, split_format
 from rlekf_ext.potential.neighbors import Frame
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

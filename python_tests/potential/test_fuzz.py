@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from test_data import arrays
 from test_input import RLEKF, SMALL, WATER, changed
 
-from rlekf_ext.potential.data import DataError, frames, load_systems
-from rlekf_ext.potential.input import Config, InputError, read_input
+from rlekf_ext.errors import DataError, InputError
+from rlekf_ext.potential.data import frames, load_systems
+from rlekf_ext.potential.input import Config, read_input
 
 quick = settings(max_examples=400, derandomize=True, deadline=None)
 long = settings(max_examples=30_000, deadline=None)

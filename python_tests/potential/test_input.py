@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlekf_ext.potential.input import IGNORED, LACKING, Config, InputError, read_input
+from rlekf_ext.potential.deepmd_keys import IGNORED, LACKING
+from rlekf_ext.potential.input import Config, read_input
 
 NACL = Path(__file__).resolve().parents[2] / "examples" / "nacl"
 

@@ -17,13 +17,14 @@ import torch
 import rlekf_ext.updates
 from rlekf_ext.cli import main
 from rlekf_ext.covariance import STATE
+from rlekf_ext.errors import DataError, InputError, StoppedError
 from rlekf_ext.potential import train as trainer
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, save_checkpoint
-from rlekf_ext.potential.data import DataError, frames, load_systems
+from rlekf_ext.potential.data import frames, load_systems
 from rlekf_ext.potential.evaluate import compare
-from rlekf_ext.potential.input import InputError, TrainingData, read_input
+from rlekf_ext.potential.input import TrainingData, read_input
 from rlekf_ext.potential.neighbors import make_frame
-from rlekf_ext.potential.optimizers import StoppedError, build_optimizer
+from rlekf_ext.potential.optimizers import build_optimizer
 from rlekf_ext.potential.train import Batches, build_model, interruption, load_frames, train
 
 NACL = Path(__file__).resolve().parents[2] / "examples" / "nacl" / "gpaw_pbe_8"
@@ -261,7 +262,7 @@ def test_warm_start_leaves_no_mean_energy_error(tmp_path):
     model = build_model(config, training, None)
     errors = compare(model, training).energy
     before = float((errors[:, 1] - errors[:, 0]).mean())
-    build_optimizer(config, model, training, 9, fresh=True)
+    build_optimizer(config, model, 9).start(training)
     errors = compare(model, training).energy
     assert abs(before) > 1e-3
     assert abs(float((errors[:, 1] - errors[:, 0]).mean())) < 1e-12

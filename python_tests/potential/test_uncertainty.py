@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from rlekf_ext.errors import InputError
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, save_checkpoint
 from rlekf_ext.potential.evaluate import compare
-from rlekf_ext.potential.input import InputError, read_input
+from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import make_frame
 from rlekf_ext.potential.optimizers import build_optimizer
@@ -37,7 +38,8 @@ def trained(folder, optimizer, num_batches=5, dtype=torch.float64):
     training = {"training_data": {"systems": "a"}, "numb_steps": num_batches, "seed": 3}
     config = read_input({"model": {"type_map": ["A", "B"]}, "training": training, "optimizer": optimizer})
     model, frames = small_model(dtype), [labelled(seed, dtype=dtype) for seed in range(num_batches)]
-    steps = build_optimizer(config, model, frames, num_batches, fresh=True)
+    steps = build_optimizer(config, model, num_batches)
+    steps.start(frames)
     for i, frame in enumerate(frames):
         steps([frame], i)
     file = folder / "model.ckpt.pt"
