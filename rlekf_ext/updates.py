@@ -139,7 +139,7 @@ class FrameUpdater:
         return ", ".join(f"{text}: {self._health[name]}" for name, text in CAUSES.items() if self._health.get(name))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to continue with the same bits, beside the state of `optimizer` and the model's weights."""
+        """What is needed to continue with the same bits, beside the state of `optimizer` and the weights."""
         return {
             "generator": self._generator.get_state(),
             "means": dict(self._means),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlekf_ext.errors import InputError
 from rlekf_ext.potential.deepmd_keys import IGNORED, LACKING
 from rlekf_ext.potential.input import Config, read_input
 
