@@ -25,35 +25,46 @@ constexpr int64_t kTileSize = kTile * kTile;
 /// The most measurements that one pass over S takes.
 constexpr int kMaxMeasurements = 8;
 
-/// Scalars of the filter, float64, in this order in the `state` tensor. Counters are whole numbers.
-enum State : int {
-  kForgetting,         // 1 - lambda: lambda itself, rounded near 1, would be off by 1e-13 for good
-  kForgettingRate,     // nu
-  kMeasurementNoise,   // alpha^2 R of the paper
-  kProcessNoise,       // q, added to the diagonal of P after every update
-  kProcessNoiseDecay,  // q <- max(least q, decay q) after every update
-  kLeastProcessNoise,
-  kDiagonalCeiling,    // forgetting pauses rather than let the diagonal of P grow beyond
-  kLeastExcitation,    // forgetting pauses while H^T P H is less than this times the measurement noise
-  kScale,              // beta
-  kShift,              // delta
-  kLargestDiagonal,    // no diagonal entry of S is larger
-  kNumPending,         // vectors u_i that wait to be folded into S
-  kVariance,           // H^T P H of the last measurement used
-  kRankOne,            // a beta of the last measurement used
-  kNumUpdates,         // measurements used so far
-  kSkippedInnovation,  // measurements skipped because the innovation was not finite
-  kSkippedJacobian,    // ... because H or H^T P H was not finite
-  kSkippedVariance,    // ... because H^T P H was negative
-  kSkippedInARow,      // skipped since the last one that was used
-  kNumState
+/// A whole number, held in a double.
+using Count = double;
+
+// The filter's scalars, as F(type, name). Whatever lists them, here or in Python, is made from this list or checked
+// against it.
+#define RLEKF_STATE(F)                                                                                 \
+  F(double, forgetting)        /* 1 - lambda: lambda, rounded near 1, would be off by 1e-13 forever */ \
+  F(double, forgetting_rate)   /* nu */                                                                \
+  F(double, measurement_noise) /* alpha^2 R of the paper */                                            \
+  F(double, process_noise)     /* q, added to the diagonal of P after every update */                  \
+  F(double, scale)             /* beta */                                                              \
+  F(double, shift)             /* delta */                                                             \
+  F(Count, num_pending)        /* vectors u_i not yet folded into S */                                 \
+  F(double, variance)          /* H^T P H of the last measurement used */                              \
+  F(double, rank_one)          /* a beta of the last measurement used */                               \
+  F(Count, num_updates)        /* measurements used so far */                                          \
+  F(Count, skipped_innovation) /* measurements skipped because the innovation was not finite */        \
+  F(Count, skipped_jacobian)   /* ... because H or H^T P H was not finite */                           \
+  F(Count, skipped_variance)   /* ... because H^T P H was negative */                                  \
+  F(Count, skipped_in_a_row)   /* measurements skipped since the last one that was used */
+
+/// The `state` tensor: these scalars, float64, in this order.
+struct State {
+#define RLEKF_MEMBER(type, name) type name;
+  RLEKF_STATE(RLEKF_MEMBER)
+#undef RLEKF_MEMBER
 };
 
-constexpr const char* kStateNames[kNumState] = {
-    "forgetting",          "forgetting_rate",  "measurement_noise", "process_noise",   "process_noise_decay",
-    "least_process_noise", "diagonal_ceiling", "least_excitation",  "scale",           "shift",
-    "largest_diagonal",    "num_pending",      "variance",          "rank_one",        "num_updates",
-    "skipped_innovation",  "skipped_jacobian", "skipped_variance",  "skipped_in_a_row"};
+constexpr int kNumState = sizeof(State) / sizeof(double);
+
+struct StateName {
+  const char* type;
+  const char* name;
+};
+
+constexpr StateName kStateNames[kNumState] = {
+#define RLEKF_NAME(type, name) {#type, #name},
+    RLEKF_STATE(RLEKF_NAME)
+#undef RLEKF_NAME
+};
 
 /// At a fold, a scale beyond this is moved into S by a power of two (exact), so that it cannot overflow.
 constexpr double kLargestScale = 1099511627776.0;  // 2^40

@@ -82,7 +82,7 @@ Covariance covariance_of(const Tensor& tiles, const Tensor& pending, const Tenso
           tiles.size(0),
           float64_of(pending),
           pending.size(0),
-          float64_of(state),
+          static_cast<State*>(state.mutable_data_ptr()),
           static_cast<const Block*>(layout.const_data_ptr()),
           layout.size(0),
           pending.size(1)};

@@ -66,8 +66,16 @@ bool advise_huge_pages(uintptr_t address, size_t num_bytes) {
 
 py::dict state_indices() {
   py::dict indices;
-  for (int i = 0; i < kNumState; ++i) indices[kStateNames[i]] = i;
+  for (int i = 0; i < kNumState; ++i) indices[kStateNames[i].name] = i;
   return indices;
+}
+
+py::set state_counters() {
+  py::set counters;
+  for (const StateName& scalar : kStateNames) {
+    if (std::string(scalar.type) == "Count") counters.add(scalar.name);
+  }
+  return counters;
 }
 
 }  // namespace
@@ -78,6 +86,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_MEASUREMENTS") = kMaxMeasurements;
   m.attr("LARGEST_SCALE") = kLargestScale;
   m.attr("STATE") = state_indices();
+  m.attr("COUNTERS") = state_counters();
   m.def("build_info", &build_info, "Versions, compiler and CUDA architectures of this build.");
   m.def("cpu_isa", &cpu_isa, "The instruction set that the CPU kernels use on this machine.");
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("num_bytes"),

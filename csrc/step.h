@@ -21,9 +21,9 @@ struct Covariance {
   void* tiles;      // (num_tiles, kTile, kTile)
   Storage storage;  // dtype of tiles
   int64_t num_tiles;
-  double* pending;  // (capacity, N), the first state[kNumPending] rows wait
+  double* pending;  // (capacity, N), of which state->num_pending rows are in use
   int64_t capacity;
-  double* state;        // (kNumState)
+  State* state;
   const Block* blocks;  // (num_blocks)
   int64_t num_blocks;
   int64_t num_weights;

@@ -6,14 +6,10 @@ import torch
 class DenseFilter:
     """Blocks of P as plain matrices; M measurements of one w as the batch filter does them, one after another."""
 
-    def __init__(
-        self, sizes, lam, nu, p0=1.0, noise=None, q=0.0, *, decay=1.0, least_q=0.0, ceiling=float("inf"), excitation=0.0
-    ):
+    def __init__(self, sizes, lam, nu, p0=1.0, noise=None, q=0.0):
         self.blocks = [p0 * torch.eye(n, dtype=torch.float64) for n in sizes]
         self.sizes, self.lam, self.nu, self.q = list(sizes), lam, nu, q
         self.noise = len(self.sizes) if noise is None else noise
-        self.decay, self.least_q, self.ceiling, self.excitation = decay, least_q, ceiling, excitation
-        self.wound_up = p0  # P of a weight that no measurement ever excited
 
     def step(self, weights, jacobian, innovation):
         start = weights.clone()
@@ -21,16 +17,12 @@ class DenseFilter:
             parts = h.split(self.sizes)
             gains = [p @ part for p, part in zip(self.blocks, parts, strict=True)]
             variance = sum(float(part @ k) for part, k in zip(parts, gains, strict=True))
-            lam = 1.0 if variance < self.excitation * self.noise else self.lam
-            lam = min(1.0, max(lam, self.wound_up / self.ceiling))
-            a = 1 / (self.noise * lam + variance)
+            a = 1 / (self.noise * self.lam + variance)
             remaining = error - h @ (weights - start)
             weights += a * remaining * torch.cat(gains)
             for i, k in enumerate(gains):
-                p = (self.blocks[i] - a * torch.outer(k, k)) / lam
+                p = (self.blocks[i] - a * torch.outer(k, k)) / self.lam
                 self.blocks[i] = p + self.q * torch.eye(len(p), dtype=torch.float64)
-            self.wound_up = self.wound_up / lam + self.q
-            self.q = max(self.least_q, self.q * self.decay)
             self.lam = self.lam * self.nu + 1 - self.nu
 
 

@@ -1,11 +1,12 @@
 import io
+from typing import get_type_hints
 
 import pytest
 import torch
 from oracles import DenseFilter, relative
 
 from rlekf_ext import _C, BlockPlan, KalmanFilter
-from rlekf_ext.covariance import STATE, TILE, Covariance, from_lkf, identity, pack, required_bytes, unpack
+from rlekf_ext.covariance import TILE, Covariance, Scalars, from_lkf, identity, pack, required_bytes, unpack
 from rlekf_ext.partition import partition
 
 PLAN = BlockPlan((1, 63, 64, 65, 200))
@@ -48,11 +49,21 @@ def test_identity(dtype):
     assert int(p.tiles.count_nonzero()) == PLAN.num_weights
 
 
+def test_scalars_are_those_of_the_kernels():
+    assert Scalars._fields == tuple(_C.STATE)
+    assert {name for name, kind in get_type_hints(Scalars).items() if kind is int} == _C.COUNTERS
+    p = identity(PLAN)
+    p.set(num_pending=2, shift=torch.tensor(0.5))
+    assert p.scalars() == Scalars(*(0,) * 14)._replace(scale=1.0, shift=0.5, num_pending=2)
+    assert isinstance(p.scalars().num_pending, int)
+    assert p.scale == 1.0
+
+
 def test_dense_is_the_formula():
     p = identity(PLAN, pending=3)
     p.tiles.copy_(pack(symmetric_blocks(PLAN)))
     p.pending.normal_()
-    p.state[STATE["scale"]], p.state[STATE["shift"]], p.state[STATE["num_pending"]] = 2.0, 0.5, 2
+    p.set(scale=2.0, shift=0.5, num_pending=2)
     parts = zip(unpack(p.tiles, PLAN), p.pending[:2].split(PLAN.sizes, 1), p.dense(), strict=True)
     for s, u, block in parts:
         wanted = 2.0 * (s + 0.5 * torch.eye(len(s)) - torch.outer(u[0], u[0]) - torch.outer(u[1], u[1]))
@@ -89,7 +100,7 @@ def test_load_refuses_what_is_no_covariance():
     p = identity(PLAN)
     with pytest.raises(ValueError, match="it has no sizes, pending"):
         p.load_state_dict({"tiles": p.tiles, "state": p.state})
-    with pytest.raises(ValueError, match=r"The saved state should have shape \(19,\) .* another version of rlekf_ext"):
+    with pytest.raises(ValueError, match=r"The saved state should have shape \(14,\) .* another version of rlekf_ext"):
         p.load_state_dict({**p.state_dict(), "state": p.state[:-1]})
     with pytest.raises(ValueError, match=r"The saved tiles should have shape \(16, 64, 64\)"):
         p.load_state_dict({**p.state_dict(), "tiles": p.tiles[:-1]})
@@ -99,7 +110,7 @@ def used(plan=PLAN, steps=11, **settings):
     """A filter after some steps, with vectors that wait beside folded ones."""
     filter_ = KalmanFilter(plan, **{"pending": 7, "initial_covariance": 0.5, "process_noise": 1e-4, **settings})
     go_on(filter_, steps, seed=1)
-    assert 0 < filter_.covariance.scalar("num_pending") < 7
+    assert 0 < filter_.covariance.scalars().num_pending < 7
     return filter_
 
 
@@ -136,8 +147,7 @@ def test_reblock_keeps_what_both_plans_hold(sizes, dtype):
     assert new.tiles.shape == identity(new.plan).tiles.shape
     for tile, same in zip(new.tiles, pack(unpack(new.tiles, new.plan), dtype), strict=True):
         assert torch.equal(tile, same)  # diagonal tiles whole and symmetric, padding zero
-    changed = {name for name in STATE if new.scalar(name) != p.scalar(name)}
-    assert changed == {"num_pending"}
+    assert new.scalars() == p.scalars()._replace(num_pending=0)
     assert all(torch.equal(a, b) for a, b in zip(before, p.state_dict().values(), strict=True))
 
 
@@ -159,8 +169,8 @@ def test_a_filter_goes_on_with_the_reblocked_covariance():
     filter_ = KalmanFilter(BlockPlan((128, 265)))
     filter_.covariance = Covariance.from_state_dict(saved).reblock(filter_.plan)
     p = filter_.covariance
-    lam, nu = filter_.memory_factor, p.scalar("forgetting_rate")
-    dense = DenseFilter(p.plan.sizes, lam, nu, noise=PLAN.num_blocks, q=p.scalar("process_noise"))
+    lam, nu = filter_.memory_factor, p.scalars().forgetting_rate
+    dense = DenseFilter(p.plan.sizes, lam, nu, noise=PLAN.num_blocks, q=p.scalars().process_noise)
     dense.blocks = p.dense()
     weights, wanted = go_on(filter_, 20), torch.zeros(393, dtype=torch.float64)
     generator = torch.Generator().manual_seed(2)
@@ -207,7 +217,6 @@ def test_lkf_goes_on_from_its_checkpoint():
     assert p.plan.sizes == (80, 128, 128, 44, 13)
     assert p.tiles.dtype == torch.float64
     assert relative(torch.block_diag(*p.dense()), torch.block_diag(*dense.blocks)) < 1e-14
-    assert p.scalar("largest_diagonal") == max(float(block.diagonal().max()) for block in dense.blocks)
     filter_ = KalmanFilter(p.plan, memory_factor=0.5, pending=3)
     filter_.covariance = p.reblock(filter_.plan)
     weights, wanted = go_on(filter_, 40), torch.zeros(393, dtype=torch.float64)

@@ -212,7 +212,7 @@ def test_backends_load_each_others_checkpoints(saver, loader):
 
     model, optimizer, here = start(*saver)
     train(model, optimizer, here[:10])
-    assert optimizer.filter.covariance.scalar("num_pending") == 3
+    assert optimizer.filter.covariance.scalars().num_pending == 3
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     train(model, optimizer, here[10:])

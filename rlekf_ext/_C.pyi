@@ -2,6 +2,7 @@ TILE: int
 MAX_MEASUREMENTS: int
 LARGEST_SCALE: float
 STATE: dict[str, int]
+COUNTERS: set[str]
 
 def build_info() -> dict[str, str]: ...
 def cpu_isa() -> str: ...

@@ -6,8 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +18,37 @@ from rlekf_ext.partition import BlockPlan
 TILE: int = _C.TILE
 MAX_MEASUREMENTS: int = _C.MAX_MEASUREMENTS
 LARGEST_SCALE: float = _C.LARGEST_SCALE  # at a fold, what is beyond goes from the scale into S
-STATE: dict[str, int] = _C.STATE  # name of a scalar -> its place in `state`
+STATE: dict[str, int] = _C.STATE  # name of a scalar -> its index in `state`
 STORAGE_DTYPES = {torch.float64, torch.float32}
+
+
+class Scalars(NamedTuple):
+    """The scalars of the filter, in the order of `state`. csrc/covariance.h owns the list and says what each is."""
+
+    forgetting: float
+    forgetting_rate: float
+    measurement_noise: float
+    process_noise: float
+    scale: float
+    shift: float
+    num_pending: int
+    variance: float
+    rank_one: float
+    num_updates: int
+    skipped_innovation: int
+    skipped_jacobian: int
+    skipped_variance: int
+    skipped_in_a_row: int
+
+    @classmethod
+    def of(cls, state: Tensor) -> Scalars:
+        """Those in a `state` tensor. Waits for the device."""
+        now = zip(STATE, state.tolist(), strict=True)
+        return cls(**{name: int(value) if name in _C.COUNTERS else value for name, value in now})
+
+
+if Scalars._fields != tuple(STATE):
+    raise ImportError(f"rlekf_ext._C has the scalars {list(STATE)}, not those of this source: build the package again.")
 
 
 @dataclass(frozen=True)
@@ -48,7 +76,7 @@ class Covariance:
     """P = scale (S + shift I - Σ u_i u_iᵀ), block by block: S in packed tiles, the u_i that wait, and the filter's
     scalars.
 
-    tiles (num_tiles, 64, 64) float64 or float32; pending (capacity, N) float64; state (19,) float64, see STATE;
+    tiles (num_tiles, 64, 64) float64 or float32; pending (capacity, N) float64; state (14,) float64, see Scalars;
     layout (L, 3) int64. All on one device. One of several processes that share P keeps the tiles from `first_tile` on
     alone; `dense`, `from_state_dict` and another plan's `reblock` need all of them (KalmanFilter.gathered).
     """
@@ -64,20 +92,30 @@ class Covariance:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self.tiles, self.pending, self.state, self.layout))
 
-    def scalar(self, name: str) -> float:
-        """One of the scalars named in STATE. Waits for the device."""
-        return float(self.state[STATE[name]])
+    @property
+    def scale(self) -> Tensor:
+        """The scalar `scale`, () on the device: this waits for nothing."""
+        return self.state[STATE["scale"]]
+
+    def scalars(self) -> Scalars:
+        """All scalars of the filter. Waits for the device."""
+        return Scalars.of(self.state)
+
+    def set(self, **scalars: float | Tensor) -> None:
+        """Write the scalars named, as in `set(measurement_noise=4.0)`; the others stay."""
+        for name, value in scalars.items():
+            self.state[STATE[name]] = value
 
     def dense(self) -> list[Tensor]:
         """The blocks of P, each (n_l, n_l) float64, exactly symmetric."""
-        scale, shift, count = (self.scalar(name) for name in ("scale", "shift", "num_pending"))
+        now = self.scalars()
         blocks = []
         for block, u in zip(
-            unpack(self.tiles, self.plan), self.pending[: int(count)].split(self.plan.sizes, 1), strict=True
+            unpack(self.tiles, self.plan), self.pending[: now.num_pending].split(self.plan.sizes, 1), strict=True
         ):
             block -= u.T @ u
-            block.diagonal().add_(shift)
-            blocks.append(scale * torch.tril(block) + scale * torch.tril(block, -1).T)
+            block.diagonal().add_(now.shift)
+            blocks.append(now.scale * torch.tril(block) + now.scale * torch.tril(block, -1).T)
         return blocks
 
     def diagonal(self) -> Tensor:
@@ -95,9 +133,8 @@ class Covariance:
 
     def diagonal_of(self, stored: Tensor) -> Tensor:
         """The diagonal of P from that of S."""
-        count = int(self.scalar("num_pending"))
-        waiting = self.pending[:count].square().sum(0)
-        return self.state[STATE["scale"]] * (stored + self.state[STATE["shift"]] - waiting)
+        now = self.scalars()
+        return now.scale * (stored + now.shift - self.pending[: now.num_pending].square().sum(0))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What must be saved; the tensors are not copied."""
@@ -171,7 +208,7 @@ class Covariance:
         On other blocks the vectors that wait are folded into S; on the same ones they go on waiting, and in the same
         dtype P is the same bit for bit. All scalars carry over, `measurement_noise` too: its default is the number of
         blocks, but P was earned against the old one. To have the new default, set
-        p.state[STATE["measurement_noise"]] = plan.num_blocks.
+        p.set(measurement_noise=plan.num_blocks).
 
         It works by rows of tiles, in about 4 kB a weight of the largest new block beside the two covariances. An
         optimizer with other blocks, dtype or `pending` than a saved one takes over its P by
@@ -202,8 +239,8 @@ class Covariance:
             new.tiles.copy_(self.tiles)
             new.pending.copy_(self.pending)
             return new
-        new.state[STATE["num_pending"]] = 0
-        waiting = self.pending[: int(self.scalar("num_pending"))]
+        new.set(num_pending=0)
+        waiting = self.pending[: self.scalars().num_pending]
         block = torch.arange(self.plan.num_blocks, device=self.tiles.device)
         block = block.repeat_interleave(self.layout[:, 1])
         row, col = (places.to(self.tiles.device) for places in _places(self.plan))
@@ -262,12 +299,10 @@ def identity(
     place = row + col - own.start * TILE * TILE
     s.view(-1)[place[(place >= 0) & (place < s.numel())].to(device)] = initial_covariance
     state = torch.zeros(len(STATE), dtype=torch.float64, device=device)
-    state[STATE["scale"]] = 1.0
-    state[STATE["largest_diagonal"]] = initial_covariance
-    state[STATE["process_noise_decay"]] = 1.0
-    state[STATE["diagonal_ceiling"]] = inf
     waiting = torch.zeros(pending, plan.num_weights, dtype=torch.float64, device=device)
-    return Covariance(plan, s, waiting, state, layout.to(device), own.start)
+    p = Covariance(plan, s, waiting, state, layout.to(device), own.start)
+    p.set(scale=1.0)
+    return p
 
 
 def from_lkf(saved: dict[str, Any]) -> Covariance:
@@ -308,13 +343,7 @@ def from_lkf(saved: dict[str, Any]) -> Covariance:
         tiles = pack([(exact + exact.T) / 2])
         p.tiles[tile : tile + len(tiles)] = tiles
         tile += len(tiles)
-    for name, value in (
-        ("forgetting", forgetting),
-        ("forgetting_rate", rate),
-        ("measurement_noise", float(len(sizes))),
-        ("largest_diagonal", max(float(block.diagonal().max()) for block in blocks)),
-    ):
-        p.state[STATE[name]] = value
+    p.set(forgetting=forgetting, forgetting_rate=rate, measurement_noise=len(sizes))
     return p
 
 

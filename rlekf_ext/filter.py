@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlekf_ext import ops
-from rlekf_ext.covariance import MAX_MEASUREMENTS, STATE, Covariance, identity
+from rlekf_ext.covariance import MAX_MEASUREMENTS, Covariance, identity
 from rlekf_ext.diagnostics import FLOAT32_CONDITION, Diagnostics, ritz_values
 from rlekf_ext.partition import BlockPlan
 from rlekf_ext.processes import Processes
@@ -29,10 +29,7 @@ class KalmanFilter:
     finds that too coarse. Up to `pending` rank-1 updates wait before they are written into S. `backend` is "auto",
     "native", "triton" or "reference".
 
-    `process_noise` q is added to the diagonal of P after every update; q then goes to `least_process_noise` by a
-    factor of `process_noise_decay` an update. Two options keep P from winding up in directions that nothing excites,
-    by a λ nearer to 1 for that one update: `diagonal_ceiling` bounds every diagonal entry of P, and an update whose
-    HᵀPH is below `least_excitation` times the measurement noise forgets nothing.
+    `process_noise` q is added to the diagonal of P after every update.
 
     With a `process_group` of torch.distributed, P is spread over its processes (see sharding.py): every one makes the
     same calls with the same arguments, and keeps the same weights.
@@ -50,10 +47,6 @@ class KalmanFilter:
         initial_covariance: float = 1.0,  # p_0
         measurement_noise: float | None = None,  # α²R = L
         process_noise: float = 0.0,  # q
-        process_noise_decay: float = 1.0,
-        least_process_noise: float = 0.0,
-        diagonal_ceiling: float = inf,
-        least_excitation: float = 0.0,
         covariance_dtype: torch.dtype | str = torch.float64,
         pending: int = 32,
         backend: str = "auto",
@@ -71,20 +64,6 @@ class KalmanFilter:
             raise ValueError(f"measurement_noise should be above 0 but is {noise}.")
         if not process_noise >= 0:
             raise ValueError(f"process_noise should be at least 0 but is {process_noise}.")
-        if not 0 <= process_noise_decay <= 1:
-            raise ValueError(f"process_noise_decay should be between 0 and 1 but is {process_noise_decay}.")
-        if not 0 <= least_process_noise <= process_noise:
-            raise ValueError(
-                f"least_process_noise should be between 0 and process_noise = {process_noise} but is "
-                f"{least_process_noise}."
-            )
-        if not diagonal_ceiling >= initial_covariance:
-            raise ValueError(
-                f"diagonal_ceiling should be at least initial_covariance = {initial_covariance} but is "
-                f"{diagonal_ceiling}."
-            )
-        if not least_excitation >= 0:
-            raise ValueError(f"least_excitation should be at least 0 but is {least_excitation}.")
         ops.backend(backend, torch.device(device), process_group is not None)  # an absent one: before P is allocated
         self.backend = backend
         self._promotes = covariance_dtype == "auto"
@@ -99,17 +78,12 @@ class KalmanFilter:
             tiles=self._shard.tiles if self._shard else None,
         )
         self._recent: deque[Tensor] = deque(maxlen=MAX_MEASUREMENTS)  # Jacobians, for diagnostics
-        for name, value in (
-            ("forgetting", 1 - memory_factor),
-            ("forgetting_rate", forgetting_rate),
-            ("measurement_noise", noise),
-            ("process_noise", process_noise),
-            ("process_noise_decay", process_noise_decay),
-            ("least_process_noise", least_process_noise),
-            ("diagonal_ceiling", diagonal_ceiling),
-            ("least_excitation", least_excitation),
-        ):
-            self.covariance.state[STATE[name]] = value
+        self.covariance.set(
+            forgetting=1 - memory_factor,
+            forgetting_rate=forgetting_rate,
+            measurement_noise=noise,
+            process_noise=process_noise,
+        )
 
     @property
     def plan(self) -> BlockPlan:
@@ -118,7 +92,7 @@ class KalmanFilter:
     @property
     def memory_factor(self) -> float:
         """λ now. Waits for the device."""
-        return 1 - self.covariance.scalar("forgetting")
+        return 1 - self.covariance.scalars().forgetting
 
     @torch.no_grad()
     def step(self, weights: Tensor, jacobian: Tensor, innovation: Tensor | float) -> None:
@@ -156,18 +130,18 @@ class KalmanFilter:
             return h.new_zeros(0)
         project = self._projector()
         sums = [project(batch)[1][0].sum(0).diagonal() for batch in h.split(MAX_MEASUREMENTS)]
-        return (self.covariance.state[STATE["scale"]] * torch.cat(sums)).reshape(jacobian.shape[:-1])
+        return (self.covariance.scale * torch.cat(sums)).reshape(jacobian.shape[:-1])
 
     def health(self) -> dict[str, int]:
         """How many measurements were used, and how many skipped, by cause. Waits for the device."""
-        state = self.covariance.state.tolist()
-        return {name: int(state[i]) for name, i in STATE.items() if name.startswith(("num_updates", "skipped"))}
+        now = self.covariance.scalars()._asdict()
+        return {name: count for name, count in now.items() if name.startswith(("num_updates", "skipped"))}
 
     @torch.no_grad()
     def diagnostics(self, lanczos_steps: int = 10) -> Diagnostics:
         """P in a few numbers, for the price of so many reads of it. Changes nothing, and waits for the device."""
         p = self.covariance
-        now = dict(zip(STATE, p.state.tolist(), strict=True))
+        now = p.scalars()
         stored, project = p.stored_diagonal(), self._projector()
         diagonal = p.diagonal_of(self._shard.processes.sum(stored) if self._shard else stored)
         start = self._most_certain_of_recent(project)
@@ -176,19 +150,19 @@ class KalmanFilter:
             start[diagonal.argmin()] = 1
         noise = torch.randn(len(start), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         start = start / start.norm() + 1e-3 * (noise / noise.norm()).to(start.device)
-        values = now["scale"] * ritz_values(lambda x: project(x[None])[0][0], start, lanczos_steps)
-        last = p.pending[max(int(now["num_pending"]) - 1, 0)]  # sqrt(a β) y of the last measurement used
+        values = now.scale * ritz_values(lambda x: project(x[None])[0][0], start, lanczos_steps)
+        last = p.pending[max(now.num_pending - 1, 0)]  # sqrt(a β) y of the last measurement used
         return Diagnostics(
-            memory_factor=1 - now["forgetting"],
-            scale=now["scale"],
-            shift=now["shift"],
+            memory_factor=1 - now.forgetting,
+            scale=now.scale,
+            shift=now.shift,
             trace=float(diagonal.sum()),
             smallest_diagonal=float(diagonal.min()),
             largest_diagonal=float(diagonal.max()),
             smallest_eigenvalue=min(float(values[0]), float(diagonal.min())),
             largest_eigenvalue=max(float(values[-1]), float(diagonal.max())),
-            variance=now["variance"],
-            gain_norm=now["rank_one"] ** 0.5 * float(last.norm()),
+            variance=now.variance,
+            gain_norm=now.rank_one**0.5 * float(last.norm()),
         )
 
     def _most_certain_of_recent(self, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor | None:

@@ -273,7 +273,7 @@ RLEKF_EVERY_ISA void reduce_block(const Covariance& p, const Measurements& m, co
                                   const std::vector<Run>& runs, int64_t index) {
   const Block& block = p.blocks[index];
   const int64_t begin = block.first_weight, end = begin + block.size;
-  const auto num_pending = static_cast<int64_t>(p.state[kNumPending]);
+  const auto num_pending = static_cast<int64_t>(p.state->num_pending);
   double* inner = out.gram + index * m.count * m.count;
   double* plain = inner + p.num_blocks * m.count * m.count;
   for (int k = 0; k < m.count; ++k) {
@@ -284,7 +284,7 @@ RLEKF_EVERY_ISA void reduce_block(const Covariance& p, const Measurements& m, co
       const int64_t from = std::max(run.lo, begin), to = std::min(run.hi, end);
       if (from < to) add(1.0, run.sums + k * (run.hi - run.lo) + from - run.lo, z + from - begin, to - from);
     }
-    add(p.state[kShift], h, z, block.size);
+    add(p.state->shift, h, z, block.size);
     for (int64_t i = 0; i < num_pending; ++i) {
       const double* u = p.pending + i * p.num_weights + begin;
       add(-dot(u, h, block.size), u, z, block.size);
@@ -311,12 +311,12 @@ struct Plan {
 Plan plan_updates(const Covariance& p, const Measurements& m, const Projection& projection) {
   const int count = m.count;
   const double* plain = projection.gram + p.num_blocks * count * count;
-  const double first_shift = p.state[kShift];
+  const double first_shift = p.state->shift;
   Plan plan{};
   plan.products.assign(static_cast<size_t>(p.num_blocks * count * count), 0.0);
   double totals[kMaxMeasurements][kMaxMeasurements] = {};  // y_i^T h_j over all blocks
   for (int i = 0; i < count; ++i) {
-    const double shift = p.state[kShift] - first_shift;
+    const double shift = p.state->shift - first_shift;
     for (int64_t block = 0; block < p.num_blocks; ++block) {
       double* y = plan.products.data() + block * count * count;
       for (int j = i; j < count; ++j) {
@@ -333,7 +333,7 @@ Plan plan_updates(const Covariance& p, const Measurements& m, const Projection& 
     for (int k = 0; k < i; ++k) {
       if (plan.updates[k].used) left -= plan.updates[k].gain * totals[k][i];
     }
-    plan.updates[i] = take_measurement(p.state, first_shift, totals[i][i], m.innovation[i], left);
+    plan.updates[i] = take_measurement(*p.state, first_shift, totals[i][i], m.innovation[i], left);
   }
   return plan;
 }
@@ -378,11 +378,11 @@ int64_t scratch_size(const Covariance& covariance, int num_measurements, int64_t
 
 void project(const Covariance& p, const Measurements& m, const Projection& out, double* scratch,
              const Parallel& parallel) {
-  const Fold due = fold_due(p.state, m.count, p.capacity);
+  const Fold due = fold_due(*p.state, m.count, p.capacity);
   const std::vector<Run> runs = plan_runs(p, m.count, parallel.num_workers, scratch);
   const auto visit = p.storage == Storage::kFloat64 ? visit_tiles_float64 : visit_tiles_float32;
   parallel.run(static_cast<int64_t>(runs.size()), [&](int64_t i) { visit(p, m, due, runs[static_cast<size_t>(i)]); });
-  note_fold(p.state, due);
+  note_fold(*p.state, due);
   parallel.run(p.num_blocks, [&](int64_t block) { reduce_block(p, m, out, runs, block); });
 }
 

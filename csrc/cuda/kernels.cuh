@@ -53,10 +53,16 @@ RLEKF_DEVICE T* shared_at(int64_t offset) {
 }
 
 /// The worker's own copy of the filter's scalars: it holds while the first worker changes those in memory.
-RLEKF_DEVICE double* own_state() { return shared_at<double>(0); }
+RLEKF_DEVICE State& own_state() { return *shared_at<State>(0); }
+
+RLEKF_DEVICE void copy_state(const State& from, State& to) {
+  const auto* in = reinterpret_cast<const double*>(&from);
+  auto* out = reinterpret_cast<double*>(&to);
+  for (int n = thread(); n < kNumState; n += kThreads) out[n] = in[n];
+}
 
 RLEKF_DEVICE void load_state(const Task& task) {
-  for (int n = thread(); n < kNumState; n += kThreads) own_state()[n] = task.p.state[n];
+  copy_state(*task.p.state, own_state());
   sync_threads();
 }
 
@@ -240,7 +246,7 @@ RLEKF_PHASE Fold visit(const Task& task) {
   Ring<Scalar> ring(task, at_shared.ring, at);
   load_state(task);  // while the first tiles are on their way
   const Fold due = fold_due(own_state(), task.m.count, p.capacity);
-  if (due.num_vectors == 0) dot_pending<kM>(task, static_cast<int>(own_state()[kNumPending]));
+  if (due.num_vectors == 0) dot_pending<kM>(task, static_cast<int>(own_state().num_pending));
 
   while (at.left > 0) {
     // --- a strip: the Jacobians' entries for its columns, and sums that start at zero
@@ -350,8 +356,8 @@ RLEKF_PHASE void reduce(const Task& task) {
   const int count = task.m.count;
   const Width width = task.launch.width;
   const int64_t num_weights = p.num_weights;
-  const auto num_pending = static_cast<int64_t>(own_state()[kNumPending]);
-  const double shift = own_state()[kShift];
+  const auto num_pending = static_cast<int64_t>(own_state().num_pending);
+  const double shift = own_state().shift;
   // Shared memory: what visit() kept there is done with.
   constexpr int kGroups = kThreads / kTile;
   auto* parts = shared_at<double>(shared_layout(kM, 0, 0, 8).columns);  // (kM, kGroups, kTile)
@@ -498,14 +504,14 @@ RLEKF_PHASE void plan_updates(const Task& task) {
   const double* plain = inner + p.num_blocks * count * count;
   double* products = task.workspace + task.places.products;
   auto* updates = reinterpret_cast<Update*>(task.workspace + task.places.updates);
-  double* state = own_state();
+  State& state = own_state();
   auto* totals = shared_at<double>(shared_layout(kM, 0, 0, 8).columns);  // (kM, kM) y_i^T h_j over all blocks
   double* parts = totals + kM * kM;                                      // (kWarps, kM)
 
   sync_threads();
-  const double first_shift = state[kShift];
+  const double first_shift = state.shift;
   for (int i = 0; i < count; ++i) {
-    const double shift = state[kShift] - first_shift;
+    const double shift = state.shift - first_shift;
     double sums[kM] = {};
     for (int64_t index = thread(); index < p.num_blocks; index += kThreads) {
       double* y = products + index * kM * kM;
@@ -592,7 +598,7 @@ RLEKF_DEVICE void filter_step(const Task& task) {
   }
   if (worker() == 0) {
     if (task.phases & kCorrect) plan_updates<kM>(task);
-    for (int n = thread(); n < kNumState; n += kThreads) task.p.state[n] = own_state()[n];
+    copy_state(own_state(), *task.p.state);
   }
   if (task.phases & kCorrect) {
     sync_grid();

@@ -32,7 +32,7 @@ constexpr int blocks_per_processor(int num_measurements) { return num_measuremen
 
 /// Offsets in shared memory, in bytes.
 struct Shared {
-  int64_t state;      // (kNumState) the worker's own copy
+  int64_t state;      // the worker's own copy
   int64_t columns;    // (M, width, kThreads) pairs: sums of the strip's columns, each pair one thread's own
   int64_t x_columns;  // (M, width * kTile) the Jacobians' entries for the strip's columns
   int64_t x_rows;     // (kWarps, M, kRowsPerThread) ... for the tile's rows
@@ -43,7 +43,7 @@ struct Shared {
 
 RLEKF_INLINE_HD Shared shared_layout(int m, int64_t columns, int64_t stages, int64_t bytes_each) {
   Shared s{};
-  s.columns = (kNumState * 8 + 15) / 16 * 16;
+  s.columns = (sizeof(State) + 15) / 16 * 16;
   s.x_columns = s.columns + m * columns * kThreads * 16;
   s.x_rows = s.x_columns + m * columns * kTile * 8;
   s.u_rows = s.x_rows + kWarps * m * kRowsPerThread * 8;

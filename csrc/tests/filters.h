@@ -63,10 +63,12 @@ template <typename Scalar>
 struct PackedFilter {
   std::vector<Block> blocks;
   std::vector<Scalar> tiles;
-  std::vector<double> pending, state;
+  std::vector<double> pending;
+  State state{};
   Covariance p;
 
-  PackedFilter(const DenseFilter& dense, int64_t capacity) : state(kNumState, 0.0) {
+  PackedFilter(const PackedFilter&) = delete;  // p points into it
+  PackedFilter(const DenseFilter& dense, int64_t capacity) {
     int64_t weight = 0, tile = 0;
     for (const int64_t size : dense.sizes) {
       blocks.push_back({weight, size, tile});
@@ -78,17 +80,14 @@ struct PackedFilter {
       for (int64_t i = 0; i < block.size; ++i) entry(block, i, i) = 1;
     }
     pending.assign(static_cast<size_t>(capacity * weight), 0.0);
-    state[kForgetting] = 1 - dense.lambda;
-    state[kForgettingRate] = dense.nu;
-    state[kMeasurementNoise] = dense.noise;
-    state[kProcessNoise] = dense.q;
-    state[kProcessNoiseDecay] = 1;
-    state[kDiagonalCeiling] = INFINITY;
-    state[kScale] = 1;
-    state[kLargestDiagonal] = 1;
-    p = {-1,           tiles.data(),   sizeof(Scalar) == 8 ? Storage::kFloat64 : Storage::kFloat32,
-         tile,         pending.data(), capacity,
-         state.data(), blocks.data(),  static_cast<int64_t>(blocks.size()),
+    state.forgetting = 1 - dense.lambda;
+    state.forgetting_rate = dense.nu;
+    state.measurement_noise = dense.noise;
+    state.process_noise = dense.q;
+    state.scale = 1;
+    p = {-1,     tiles.data(),   sizeof(Scalar) == 8 ? Storage::kFloat64 : Storage::kFloat32,
+         tile,   pending.data(), capacity,
+         &state, blocks.data(),  static_cast<int64_t>(blocks.size()),
          weight};
   }
 
@@ -98,12 +97,12 @@ struct PackedFilter {
   }
 
   double covariance(const Block& block, int64_t i, int64_t j) {
-    double value = entry(block, i, j) + (i == j ? state[kShift] : 0.0);
-    for (int64_t k = 0; k < static_cast<int64_t>(state[kNumPending]); ++k) {
+    double value = entry(block, i, j) + (i == j ? state.shift : 0.0);
+    for (int64_t k = 0; k < static_cast<int64_t>(state.num_pending); ++k) {
       const double* u = pending.data() + k * p.num_weights + block.first_weight;
       value -= u[i] * u[j];
     }
-    return state[kScale] * value;
+    return state.scale * value;
   }
 };
 

@@ -213,7 +213,7 @@ void check_filter(const std::vector<int64_t>& sizes, int64_t capacity, int count
     DenseFilter again = start;
     compare(sizes, other, again, steps, count, sizeof(Scalar) == 8 ? 1e-12 : 1e-5);
     const bool same = std::memcmp(one.tiles.data(), other.tiles.data(), one.tiles.size() * sizeof(Scalar)) == 0 &&
-                      std::memcmp(one.state.data(), other.state.data(), kNumState * 8) == 0 &&
+                      std::memcmp(&one.state, &other.state, sizeof(State)) == 0 &&
                       std::memcmp(one.pending.data(), other.pending.data(), one.pending.size() * 8) == 0;
     expect(same, "the same bits in another order of the threads", count, apart);
   }
@@ -247,7 +247,7 @@ void check_guard() {
     never.step(wanted, good, {0.25});
   }
   for (size_t i = 0; i < w.size(); ++i) expect_close("weight beside a bad measurement", w[i], wanted[i], 1e-14);
-  expect(met.state[kSkippedJacobian] == 3 && met.state[kNumUpdates] == 3, "guard's counters");
+  expect(met.state.skipped_jacobian == 3 && met.state.num_updates == 3, "guard's counters");
 }
 
 }  // namespace

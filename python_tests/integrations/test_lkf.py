@@ -69,7 +69,7 @@ def test_state_dict_restores(tmp_path):
 def test_options_of_pwmlff():
     optimizer = LKFOptimizer(parameters(), p0_weight=0.01, kalman_lambda_weight=2.0, covariance_dtype=torch.float32)
     assert float(optimizer.filter.covariance.diagonal()[0]) == pytest.approx(0.01)
-    assert optimizer.filter.covariance.scalar("measurement_noise") == 2 * optimizer.filter.plan.num_blocks
+    assert optimizer.filter.covariance.scalars().measurement_noise == 2 * optimizer.filter.plan.num_blocks
     with pytest.raises(ValueError, match="process_noise"):
         LKFOptimizer(parameters(), q0=0.1, qmin=1e-6)
     with pytest.raises(ValueError, match="kalman_lambda_weight"):

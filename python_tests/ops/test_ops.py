@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import DenseFilter, relative
 
 from rlekf_ext import BlockPlan, KalmanFilter
-from rlekf_ext.covariance import STATE, TILE, unpack
+from rlekf_ext.covariance import TILE, unpack
 from rlekf_ext.ops import backend, backends, native
 
 BACKENDS = ["native", "reference", "triton"]
@@ -111,50 +111,24 @@ def test_constant_forgetting_does_not_overflow(sizes, steps):
     plan = BlockPlan(sizes)
     kalman, weights, dense, wanted = run(plan, steps=steps, nu=1.0, pending=4)
     assert_same(kalman, weights, dense, wanted, 1e-12)
-    assert kalman.covariance.scalar("scale") < 2.0**42
+    assert kalman.covariance.scalars().scale < 2.0**42
     assert steps * -math.log2(0.98) > 500
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (
-            {"process_noise": 0.1, "process_noise_decay": 0.9, "least_process_noise": 0.01},
-            {"q": 0.1, "decay": 0.9, "least_q": 0.01},
-        ),
-        ({"diagonal_ceiling": 1.5}, {"ceiling": 1.5}),
-        ({"diagonal_ceiling": 1.5, "process_noise": 0.01}, {"ceiling": 1.5, "q": 0.01}),
-        ({"least_excitation": 30.0}, {"excitation": 30.0}),
-    ],
-)
-def test_options_against_the_oracle(name, count, ours, theirs):
+def test_large_process_noise_and_measurements_that_say_little(name, count):
     plan = BlockPlan((70, 3))
-    kalman = KalmanFilter(plan, memory_factor=0.98, pending=5, backend=name, **ours)
-    dense = DenseFilter(plan.sizes, 0.98, 0.9987, **theirs)
+    kalman = KalmanFilter(plan, memory_factor=0.98, pending=5, process_noise=0.1, backend=name)
+    dense = DenseFilter(plan.sizes, 0.98, 0.9987, q=0.1)
     weights, wanted = (torch.zeros(73, dtype=torch.float64) for _ in range(2))
     for t in range(fewer(name, 60, 7)):
         h, e = random_measurements(count, 73)
-        h[:, :20] *= t % 3 == 0  # some directions are excited now and then, and some measurements say little
+        h[:, :20] *= t % 3 == 0  # some directions are excited now and then
         h[0] *= t % 2
         kalman.step(weights, h, e)
         dense.step(wanted, h, e)
     assert_same(kalman, weights, dense, wanted, 1e-12)
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_diagonal_ceiling_holds(name):
-    """Half of the weights are never excited: without the ceiling their variance would be 0.98^-200 = 57."""
-    kalman = KalmanFilter(BlockPlan((40,)), forgetting_rate=1.0, diagonal_ceiling=3.0, pending=4, backend=name)
-    weights = torch.zeros(40, dtype=torch.float64)
-    for _ in range(fewer(name, 200, 60)):
-        h, e = random_measurements(1, 40)
-        h[:, 20:] = 0
-        kalman.step(weights, h, e)
-    (block,) = kalman.covariance.dense()
-    assert float(block.diagonal().max()) == pytest.approx(3.0)
-    assert float(block.diagonal()[:20].max()) < 3.0
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -212,7 +186,7 @@ def test_step_is_project_then_correct(name):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_projection_is_ph_and_its_products(name):
     kalman, _, dense, _ = run(BlockPlan((70, 3)), steps=fewer(name, 10, 3), process_noise=1e-2, backend=name)
-    p, scale = kalman.covariance, kalman.covariance.scalar("scale")
+    p, scale = kalman.covariance, kalman.covariance.scalars().scale
     h, _ = random_measurements(3, 73)
     ops = backend(name, torch.device("cpu"))
     cross, gram = ops.project(p.tiles, p.pending, p.state, p.layout, h)
@@ -256,13 +230,10 @@ def test_bad_numbers_are_skipped(name, poison, cause, count):
 def test_negative_variance_is_skipped(name):
     kalman, weights, *_ = run(BlockPlan((70,)), steps=2, oracle=False, backend=name)
     kalman.covariance.tiles.neg_()
-    before = weights.clone(), kalman.covariance.state.clone()
+    before = weights.clone(), kalman.covariance.scalars()
     kalman.step(weights, *random_measurements(1, 70))
-    assert kalman.health()["skipped_variance"] == 1
     assert torch.equal(weights, before[0])
-    counters = kalman.covariance.state.clone()
-    counters[[STATE["skipped_variance"], STATE["skipped_in_a_row"]]] = 0
-    assert torch.equal(counters, before[1])
+    assert kalman.covariance.scalars() == before[1]._replace(skipped_variance=1, skipped_in_a_row=1)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

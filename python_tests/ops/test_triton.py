@@ -14,7 +14,6 @@ from oracles import relative
 from test_ops import assert_same, random_measurements, run
 
 from rlekf_ext import BlockPlan, KalmanFilter, ops
-from rlekf_ext.covariance import STATE
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install 'rlekf_ext[triton]'")
 ours = ops.backend("triton", torch.device("cpu"))
@@ -41,15 +40,15 @@ def test_large_scale_moves_into_the_tiles_as_in_the_compiled_ops(scale):
         torch.manual_seed(1)
         kalman, *_ = run(BlockPlan((70,)), steps=2, pending=2, process_noise=1e-3, oracle=False, backend=name)
         p = kalman.covariance
-        p.state[STATE["scale"]] = scale
+        p.set(scale=scale)
         ops.backend(name, p.tiles.device).project(p.tiles, p.pending, p.state, p.layout, random_measurements(1, 70)[0])
         kept.append(p)
     native, mine = kept
     assert relative(mine.tiles, native.tiles) < 1e-14
-    assert mine.scalar("scale") == native.scalar("scale") <= 2.0**40
-    assert mine.scalar("num_pending") == 0
-    for name in ("shift", "largest_diagonal"):
-        assert mine.scalar(name) == pytest.approx(native.scalar(name), rel=1e-14)
+    wanted, got = native.scalars(), mine.scalars()
+    assert got.scale == wanted.scale <= 2.0**40
+    assert got.num_pending == 0
+    assert got.shift == pytest.approx(wanted.shift, rel=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -84,7 +83,7 @@ def test_one_bad_measurement_leaves_the_others_as_the_compiled_ops_do(bad):
     (native, wanted), (mine, weights) = kept
     assert relative(weights, wanted) < 1e-14
     assert relative(mine.pending, native.pending) < 1e-14
-    assert mine.scalar("skipped_jacobian") == 1
+    assert mine.scalars().skipped_jacobian == 1
     torch.testing.assert_close(mine.state, native.state, rtol=1e-13, atol=0)
 
 

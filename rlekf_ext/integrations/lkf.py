@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlekf_ext.covariance import STATE, from_lkf
+from rlekf_ext.covariance import from_lkf
 from rlekf_ext.optim import RLEKF
 
 
@@ -40,8 +40,7 @@ class LKFOptimizer(RLEKF):
     ):
         if q0 is not None or qmin is not None:
             raise ValueError(
-                f"q0 and qmin should be None but are {q0} and {qmin}: pass process_noise, process_noise_decay (a "
-                "factor an update) and least_process_noise."
+                f"q0 and qmin should be None but are {q0} and {qmin}: pass process_noise, which stays constant."
             )
         super().__init__(
             params,
@@ -55,7 +54,7 @@ class LKFOptimizer(RLEKF):
             noise = kalman_lambda_weight * self.filter.plan.num_blocks
             if not noise > 0:
                 raise ValueError(f"kalman_lambda_weight should be above 0 but is {kalman_lambda_weight}.")
-            self.filter.covariance.state[STATE["measurement_noise"]] = noise
+            self.filter.covariance.set(measurement_noise=noise)
         self._grad_prefactor = 1.0
 
     def set_grad_prefactor(self, grad_prefactor: float) -> None:
@@ -82,8 +81,8 @@ class LKFOptimizer(RLEKF):
                 "that it was made with."
             )
         state = {"P": P, "kalman_lambda": kalman_lambda, "params_packed_index": sizes}
-        rate = p.scalar("forgetting_rate")
+        rate = p.scalars().forgetting_rate
         new = from_lkf({"state": {0: state}, "param_groups": [{"kalman_nue": rate}]})
         p.tiles.copy_(new.tiles)
-        for name in ("num_pending", "scale", "shift", "forgetting", "largest_diagonal"):
-            p.state[STATE[name]] = new.state[STATE[name]].to(p.state.device)
+        now = new.scalars()
+        p.set(num_pending=now.num_pending, scale=now.scale, shift=now.shift, forgetting=now.forgetting)

@@ -32,18 +32,13 @@ from rlekf_ext.covariance import TILE as TILE_SIZE
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # what @triton.jit below makes of the kernels
 
-# Kernels read no other globals than constexpr ones. The first are places in `state`.
+# Kernels read no other globals than constexpr ones. The first are indices into `state`.
 FORGETTING = tl.constexpr(STATE["forgetting"])
 FORGETTING_RATE = tl.constexpr(STATE["forgetting_rate"])
 MEASUREMENT_NOISE = tl.constexpr(STATE["measurement_noise"])
 PROCESS_NOISE = tl.constexpr(STATE["process_noise"])
-PROCESS_NOISE_DECAY = tl.constexpr(STATE["process_noise_decay"])
-LEAST_PROCESS_NOISE = tl.constexpr(STATE["least_process_noise"])
-DIAGONAL_CEILING = tl.constexpr(STATE["diagonal_ceiling"])
-LEAST_EXCITATION = tl.constexpr(STATE["least_excitation"])
 SCALE = tl.constexpr(STATE["scale"])
 SHIFT = tl.constexpr(STATE["shift"])
-LARGEST_DIAGONAL = tl.constexpr(STATE["largest_diagonal"])
 NUM_PENDING = tl.constexpr(STATE["num_pending"])
 VARIANCE = tl.constexpr(STATE["variance"])
 RANK_ONE = tl.constexpr(STATE["rank_one"])
@@ -290,12 +285,10 @@ def _gather(
         _, num_waiting, factor = _fold_due(state, capacity, count)
         scale = tl.load(state + SCALE) / factor
         shift = tl.load(state + SHIFT) * factor
-        largest_diagonal = tl.load(state + LARGEST_DIAGONAL) * factor
         tl.debug_barrier()  # no thread stores before all have read
         tl.store(state + NUM_PENDING, num_waiting.to(tl.float64))
         tl.store(state + SCALE, scale)
         tl.store(state + SHIFT, shift)
-        tl.store(state + LARGEST_DIAGONAL, largest_diagonal)
 
 
 @_plain_sizes
@@ -345,9 +338,6 @@ def _update(state, gram, innovation, products, updates, num_blocks, count: tl.co
         good_jacobian = tl.abs(variance) < INFINITY
         used = good_innovation & good_jacobian & (variance >= 0)
         lam = 1 - forgetting
-        lam = tl.where(variance < tl.load(state + LEAST_EXCITATION) * noise, 1.0, lam)
-        largest = scale * (tl.load(state + LARGEST_DIAGONAL) + shift)
-        lam = tl.minimum(1.0, tl.maximum(lam, largest / tl.load(state + DIAGONAL_CEILING)))
         rank_one = tl.where(used, scale / (noise * lam + variance), 0.0)
         gain = tl.where(used, rank_one * tl.sum(tl.where(j == i, left, 0.0)), 0.0)
         left = tl.where(used, left - gain * total, left)
@@ -365,8 +355,6 @@ def _update(state, gram, innovation, products, updates, num_blocks, count: tl.co
         last_rank_one = tl.where(used, rank_one, last_rank_one)
         scale = tl.where(used, scale / lam, scale)
         shift = tl.where(used, shift + process_noise / scale, shift)
-        decayed = tl.maximum(tl.load(state + LEAST_PROCESS_NOISE), process_noise * tl.load(state + PROCESS_NOISE_DECAY))
-        process_noise = tl.where(used, decayed, process_noise)
         forgetting = tl.where(used, forgetting * tl.load(state + FORGETTING_RATE), forgetting)
         skipped_innovation += tl.where(good_innovation, 0.0, 1.0)
         skipped_jacobian += tl.where(good_innovation & (good_jacobian == 0), 1.0, 0.0)
@@ -375,7 +363,6 @@ def _update(state, gram, innovation, products, updates, num_blocks, count: tl.co
         tl.debug_barrier()  # the next measurement reads products and updates that other threads wrote
 
     tl.store(state + FORGETTING, forgetting)
-    tl.store(state + PROCESS_NOISE, process_noise)
     tl.store(state + SCALE, scale)
     tl.store(state + SHIFT, shift)
     tl.store(state + NUM_PENDING, num_pending)
