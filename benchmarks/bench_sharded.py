@@ -81,7 +81,7 @@ def cycle(kalman: KalmanFilter, weights: torch.Tensor, jacobian: torch.Tensor) -
     with Clock() as clock:
         started = time.perf_counter()
         for _ in range(steps):
-            kalman.step(weights, jacobian, torch.full((len(jacobian),), 1e-3, dtype=torch.float64))
+            weights += kalman.update(jacobian, torch.full((len(jacobian),), 1e-3, dtype=torch.float64))
         whole = time.perf_counter() - started
     found = {f"{part}_ms": 1e3 * seconds / steps for part, seconds in clock.seconds.items()}
     found |= {"step_ms": 1e3 * whole / steps}
@@ -89,7 +89,7 @@ def cycle(kalman: KalmanFilter, weights: torch.Tensor, jacobian: torch.Tensor) -
 
 
 def scaling(kind: str, plan: BlockPlan, num_cycles: int) -> Rows:
-    kalman = KalmanFilter(plan, pending=PENDING, process_group=dist.group.WORLD)
+    kalman = KalmanFilter(plan, max_pending=PENDING, process_group=dist.group.WORLD)
     p, rows = kalman.covariance, []
     weights = torch.zeros(plan.num_weights, dtype=torch.float64)
     for count in (1, 8):

@@ -40,7 +40,7 @@ def main() -> None:
             noise = torch.randn((), generator=source, dtype=torch.float64)
             before = weights.clone()
             total = kalman.memory_factor * total + 1  # P_t⁻¹ = λ_t P_{t-1}⁻¹ + H Hᵀ / L
-            kalman.step(weights, jacobian, jacobian @ (wanted - weights) + noise)
+            weights += kalman.update(jacobian, jacobian @ (wanted - weights) + noise)
             moved.append(float((weights - before).norm()))
             if t in stops:
                 scaled = [block * total * sigma**2 / blocks for block in kalman.covariance.dense()]

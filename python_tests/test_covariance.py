@@ -6,7 +6,9 @@ import torch
 from oracles import DenseFilter, relative
 
 from rlekf_ext import _C, BlockPlan, KalmanFilter
-from rlekf_ext.covariance import TILE, Covariance, Scalars, from_lkf, identity, pack, required_bytes, unpack
+from rlekf_ext.covariance import Covariance, Scalars, identity, required_bytes
+from rlekf_ext.integrations.lkf import from_lkf
+from rlekf_ext.packing import TILE, pack, unpack
 from rlekf_ext.partition import partition
 
 PLAN = BlockPlan((1, 63, 64, 65, 200))
@@ -60,7 +62,7 @@ def test_scalars_are_those_of_the_kernels():
 
 
 def test_dense_is_the_formula():
-    p = identity(PLAN, pending=3)
+    p = identity(PLAN, max_pending=3)
     p.tiles.copy_(pack(symmetric_blocks(PLAN)))
     p.pending.normal_()
     p.set(scale=2.0, shift=0.5, num_pending=2)
@@ -108,7 +110,7 @@ def test_load_refuses_what_is_no_covariance():
 
 def used(plan=PLAN, steps=11, **settings):
     """A filter after some steps, with vectors that wait beside folded ones."""
-    filter_ = KalmanFilter(plan, **{"pending": 7, "initial_covariance": 0.5, "process_noise": 1e-4, **settings})
+    filter_ = KalmanFilter(plan, **{"max_pending": 7, "initial_covariance": 0.5, "process_noise": 1e-4, **settings})
     go_on(filter_, steps, seed=1)
     assert 0 < filter_.covariance.scalars().num_pending < 7
     return filter_
@@ -119,7 +121,7 @@ def go_on(filter_, steps, seed=2):
     weights = torch.zeros(filter_.plan.num_weights, dtype=torch.float64)
     for _ in range(steps):
         h = torch.randn(len(weights), generator=generator, dtype=torch.float64)
-        filter_.step(weights, h, 0.3)
+        weights += filter_.update(h, 0.3)
     return weights
 
 
@@ -217,7 +219,7 @@ def test_lkf_goes_on_from_its_checkpoint():
     assert p.plan.sizes == (80, 128, 128, 44, 13)
     assert p.tiles.dtype == torch.float64
     assert relative(torch.block_diag(*p.dense()), torch.block_diag(*dense.blocks)) < 1e-14
-    filter_ = KalmanFilter(p.plan, memory_factor=0.5, pending=3)
+    filter_ = KalmanFilter(p.plan, memory_factor=0.5, max_pending=3)
     filter_.covariance = p.reblock(filter_.plan)
     weights, wanted = go_on(filter_, 40), torch.zeros(393, dtype=torch.float64)
     generator = torch.Generator().manual_seed(2)

@@ -13,10 +13,10 @@ PLAN = BlockPlan((70, 3, 130))
 
 
 def run(steps=40, **settings):
-    kalman, weights = KalmanFilter(PLAN, pending=7, **settings), torch.zeros(203, dtype=torch.float64)
+    kalman, weights = KalmanFilter(PLAN, max_pending=7, **settings), torch.zeros(203, dtype=torch.float64)
     for _ in range(steps):
         h = torch.randn(203, dtype=torch.float64)
-        kalman.step(weights, h, 0.1)
+        weights += kalman.update(h, 0.1)
     return kalman, weights, h
 
 
@@ -38,7 +38,7 @@ def test_gain_and_variance_are_those_of_the_last_update():
     kalman, weights, _ = run()
     before, h = weights.clone(), torch.randn(203, dtype=torch.float64)
     variance = float(kalman.variance(h))
-    kalman.step(weights, h, 2.0)
+    weights += kalman.update(h, 2.0)
     told = kalman.diagnostics()
     assert told.variance == pytest.approx(variance, rel=1e-12)
     assert told.gain_norm == pytest.approx(float((weights - before).norm()) / 2, rel=1e-12)
@@ -77,7 +77,7 @@ def test_before_any_update():
 
 def test_a_bad_last_jacobian_is_no_start():
     kalman, weights, _ = run()
-    kalman.step(weights, torch.full((203,), math.nan), 0.1)
+    weights += kalman.update(torch.full((203,), math.nan), 0.1)
     assert math.isfinite(kalman.diagnostics().condition)
 
 
@@ -101,7 +101,7 @@ def test_the_guard_speaks_before_float32_fails():
     for step in range(1, 3001):
         h = draw()
         for kalman, w in zip((single, double, auto), weights, strict=True):
-            kalman.step(w, h, 0.1)
+            w += kalman.update(h, 0.1)
         if step % 250 == 0:
             said = auto.guard_storage()
             if not spoke and single.guard_storage():
@@ -127,7 +127,7 @@ def test_a_promoted_filter_goes_on_with_the_p_it_had():
     dense.blocks, wanted = p, weights.clone()
     for _ in range(20):
         h = torch.randn(1, 203, dtype=torch.float64)
-        kalman.step(weights, h, 0.3)
+        weights += kalman.update(h, 0.3)
         dense.step(wanted, h, [0.3])
     assert relative(weights, wanted) < 1e-12
 
@@ -161,7 +161,7 @@ def test_bad_steps_at_random_leave_no_trace(bad, what, dtype):
     torch.manual_seed(3)
     start = torch.randn(90, dtype=torch.float64)
     met, never = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    with_bad, without = (RLEKF([p], block_size=40, covariance_dtype=dtype, pending=5) for p in (met, never))
+    with_bad, without = (RLEKF([p], block_size=40, covariance_dtype=dtype, max_pending=5) for p in (met, never))
     count = 0
     for _ in range(60):
         gradient = torch.randn(90, dtype=torch.float64)
@@ -169,11 +169,11 @@ def test_bad_steps_at_random_leave_no_trace(bad, what, dtype):
             spoilt = gradient.clone()
             bad(spoilt)
             met.grad = spoilt
-            with_bad.update(math.nan if what == "skipped_innovation" else 0.2)
+            with_bad.update(with_bad.jacobian(), math.nan if what == "skipped_innovation" else 0.2)
             count += 1
         met.grad, never.grad = gradient.clone(), gradient.clone()
-        with_bad.update(0.2)
-        without.update(0.2)
+        with_bad.update(with_bad.jacobian(), 0.2)
+        without.update(without.jacobian(), 0.2)
     assert torch.equal(met, never)
     for part in ("tiles", "pending"):
         assert torch.equal(getattr(with_bad.filter.covariance, part), getattr(without.filter.covariance, part))
@@ -186,7 +186,7 @@ def test_a_zero_gradient_is_a_measurement_of_nothing():
     parameter = torch.nn.Parameter(torch.randn(20, dtype=torch.float64))
     optimizer, before = RLEKF([parameter]), parameter.detach().clone()
     parameter.grad = torch.zeros_like(parameter)
-    optimizer.update(0.5)
+    optimizer.update(optimizer.jacobian(), 0.5)
     assert torch.equal(parameter, before)
     assert optimizer.health()["num_updates"] == 1
     assert torch.allclose(optimizer.filter.covariance.dense()[0], torch.eye(20, dtype=torch.float64) / 0.98)

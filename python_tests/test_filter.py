@@ -14,7 +14,7 @@ def test_one_measurement_as_plain_vector_and_number():
     weights, wanted = (torch.zeros(73, dtype=torch.float64) for _ in range(2))
     for _ in range(3):
         h = torch.randn(73)  # float32 is taken as it is and counted in float64
-        kalman.step(weights, h, 0.25)
+        weights += kalman.update(h, 0.25)
         dense.step(wanted, h.double()[None], [0.25])
     assert relative(weights, wanted) < 1e-14
 
@@ -25,18 +25,18 @@ def test_settings_reach_the_filter():
     dense = DenseFilter(PLAN.sizes, 0.9, 0.5, p0=3.0, noise=7.0, q=0.25)
     weights, wanted = (torch.zeros(73, dtype=torch.float64) for _ in range(2))
     h = torch.randn(2, 73, dtype=torch.float64)
-    kalman.step(weights, h, torch.ones(2))
+    weights += kalman.update(h, torch.ones(2))
     dense.step(wanted, h, [1.0, 1.0])
     assert relative(weights, wanted) < 1e-14
     assert kalman.memory_factor == pytest.approx(0.975)
 
 
 def test_variance_is_h_p_h_and_changes_nothing():
-    kalman, dense = KalmanFilter(PLAN, pending=2), DenseFilter(PLAN.sizes, 0.98, 0.9987)
+    kalman, dense = KalmanFilter(PLAN, max_pending=2), DenseFilter(PLAN.sizes, 0.98, 0.9987)
     weights = torch.zeros(73, dtype=torch.float64)
     for _ in range(4):
         h = torch.randn(1, 73, dtype=torch.float64)
-        kalman.step(weights, h, 0.0)
+        weights += kalman.update(h, 0.0)
         dense.step(weights, h, [0.0])
     h = torch.randn(20, 73, dtype=torch.float64)
     parts = h.split(PLAN.sizes, 1)

@@ -71,7 +71,7 @@ def test_update_takes_gradients_of_the_prediction():
         by_update.zero_grad()
         error = (y - other(x)).abs().mean()
         (-error).backward()
-        by_update.update(error.detach())
+        by_update.update(by_update.jacobian(), error.detach())
     assert relative(flat(one), flat(other)) < 1e-14
 
 
@@ -83,7 +83,7 @@ def test_update_takes_many_jacobians():
     rows = [torch.autograd.grad(value, list(model.parameters()), retain_graph=True) for value in model(x)]
     jacobian = torch.stack([optimizer.flatten(row) for row in rows])
     innovation = (y - model(x)).detach()[:, 0]
-    optimizer.update(innovation, jacobian)
+    optimizer.update(jacobian, innovation)
     dense.step(weights, jacobian, innovation)
     assert relative(flat(model), weights) < 1e-13
 
@@ -99,7 +99,7 @@ def test_parameter_without_gradient_counts_as_zero():
     before = unused.detach().clone()
     optimizer = RLEKF([used, unused])
     used.square().sum().backward()
-    optimizer.update(1.0)
+    optimizer.update(optimizer.jacobian(), 1.0)
     assert optimizer.filter.plan.num_weights == 7
     assert torch.equal(unused, before)
 
@@ -235,14 +235,14 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing_and_can_be_reblocked():
     train(model, optimizer, data)
     saved = optimizer.state_dict()
 
-    other = RLEKF(model.parameters(), pending=3)
+    other = RLEKF(model.parameters(), max_pending=3)
     with pytest.raises(ValueError, match=r"3 blocks .* but this filter has 1 blocks .* Covariance\.reblock"):
         other.load_state_dict(saved)
     assert other.param_groups[0]["lr"] == 1.0
     assert other.health()["num_updates"] == 0
     with pytest.raises(ValueError, match=r"The saved pending have .* the same `pending` .* Covariance\.reblock"):
         RLEKF(model.parameters(), block_size=50, covariance_dtype=torch.float32).load_state_dict(
-            RLEKF(model.parameters(), block_size=50, covariance_dtype=torch.float32, pending=3).state_dict()
+            RLEKF(model.parameters(), block_size=50, covariance_dtype=torch.float32, max_pending=3).state_dict()
         )
     other.filter.covariance = Covariance.from_state_dict(saved["state"][0]).reblock(
         other.filter.plan, dtype=torch.float64
@@ -308,7 +308,7 @@ def test_errors():
     with pytest.raises(ValueError, match="needs a closure"):
         optimizer.step()
     with pytest.raises(RuntimeError, match=r"No parameter has a gradient; call backward\(\)"):
-        optimizer.update(1.0)
+        optimizer.update(optimizer.jacobian(), 1.0)
     with pytest.raises(RuntimeError, match="give it all parameters then"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     with pytest.raises(ValueError, match="at least one parameter that requires a gradient"):

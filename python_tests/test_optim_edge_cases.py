@@ -27,7 +27,7 @@ def update(optimizer, parameters, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for p in parameters:
         p.grad = torch.randn(p.shape, generator=generator, dtype=DOUBLE).to(p.dtype)
-    optimizer.update(0.5)
+    optimizer.update(optimizer.jacobian(), 0.5)
 
 
 def values(parameters):
@@ -80,7 +80,7 @@ def test_tied_parameters_of_a_module_count_once():
     dense, weights = DenseFilter((15,), 0.98, 0.9987), flat(one)
     one(torch.ones(3, dtype=DOUBLE)).sum().backward()
     dense.step(weights, torch.cat([p.grad.reshape(-1) for p in one.parameters()])[None], [0.5])
-    optimizer.update(0.5)
+    optimizer.update(optimizer.jacobian(), 0.5)
     assert relative(flat(one), weights) < 1e-14
     assert one[2].weight is one[0].weight
 
@@ -130,7 +130,7 @@ def test_sparse_gradients_are_made_dense():
         for _ in range(2):
             optimizer.zero_grad()
             table(rows).square().sum().backward()
-            optimizer.update(0.5)
+            optimizer.update(optimizer.jacobian(), 0.5)
     assert sparse.weight.grad.is_sparse
     assert torch.equal(sparse.weight, dense.weight)
 
@@ -178,7 +178,7 @@ def test_without_any_gradient_nothing_changes():
 @pytest.mark.parametrize("shape", [(3, 2), (6,), (2, 1, 3), (4,), ()])
 def test_a_jacobian_of_another_shape_is_refused(shape):
     optimizer = RLEKF([parameter(3)])
-    for use in (lambda h: optimizer.update(torch.ones(2), h), optimizer.variance):
+    for use in (lambda h: optimizer.update(h, torch.ones(2)), optimizer.variance):
         with pytest.raises(ValueError, match=r"jacobian should have shape \(3,\) or \(M, 3\) but has"):
             use(torch.ones(shape))
 
@@ -213,7 +213,7 @@ def test_a_compiled_training_step_is_the_plain_one(backend):
         optimizer.zero_grad()
         prediction = model(x).mean()
         prediction.backward()
-        optimizer.update((y.mean() - prediction).detach())
+        optimizer.update(optimizer.jacobian(), (y.mean() - prediction).detach())
 
     plain, compiled = network(), network()
     settings = {"block_size": 50, "pending": 3}
@@ -236,12 +236,12 @@ def trained(seed, size=200, steps=15):
     model = nn.Linear(size, 2).to(DOUBLE)
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=generator, dtype=DOUBLE)
-    optimizer = RLEKF(model.parameters(), block_size=150 + seed, pending=5)
+    optimizer = RLEKF(model.parameters(), block_size=150 + seed, max_pending=5)
     for _ in range(steps):
         x = torch.randn(size, generator=generator, dtype=DOUBLE)
         optimizer.zero_grad()
         model(x).sum().backward()
-        optimizer.update(0.5)
+        optimizer.update(optimizer.jacobian(), 0.5)
         yield
     yield flat(model)
 
@@ -280,7 +280,7 @@ def saved(optimizer):
 def test_a_copy_of_the_optimizer_alone_goes_on_with_parameters_of_its_own(copied):
     first, second = parameter(4, 3), parameter(3, dtype=torch.float32)
     groups = [{"params": [("a.weight", first)], "lr": 0.5}, {"params": [("a.bias", second)]}]
-    optimizer = RLEKF(groups, strategy="lekf", pending=3, transpose=True, backend="reference", process_noise=1e-3)
+    optimizer = RLEKF(groups, strategy="lekf", max_pending=3, transpose=True, backend="reference", process_noise=1e-3)
     for seed in range(5):
         update(optimizer, [first, second], seed)
     other = copied(optimizer)
@@ -360,7 +360,7 @@ def test_oracle_on_any_model(
             jacobian = torch.stack([stored(row) for row in rows])
             before, increment = stored(trained), torch.zeros(jacobian.shape[1], dtype=DOUBLE)
             dense.step(increment, jacobian, innovation)
-            optimizer.update(innovation, torch.stack([optimizer.flatten(row) for row in rows]))
+            optimizer.update(torch.stack([optimizer.flatten(row) for row in rows]), innovation)
             wanted = (before + lr * increment).to(model_dtype).to(DOUBLE)
             exact = torch.float32 not in (model_dtype, covariance_dtype)
             assert relative(stored(trained), wanted) < (1e-12 if exact else 1e-5)

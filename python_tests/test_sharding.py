@@ -21,7 +21,7 @@ def run(kalman, weights, steps, first=0):
         source = torch.Generator().manual_seed(step)
         count = 1 + step % 3
         jacobian = torch.randn(count, len(weights), generator=source, dtype=torch.float64)
-        kalman.step(weights, jacobian, torch.randn(count, generator=source, dtype=torch.float64))
+        weights += kalman.update(jacobian, torch.randn(count, generator=source, dtype=torch.float64))
     return weights
 
 
@@ -59,8 +59,8 @@ def triton_too(rank):
     group = dist.group.WORLD
     for plan in (PLANS[1], BlockPlan((65, 1, 70))):
         for options in ({}, {"covariance_dtype": torch.float32}):
-            alone = KalmanFilter(plan, pending=4, **options)
-            ours = KalmanFilter(plan, pending=4, process_group=group, backend="triton", **options)
+            alone = KalmanFilter(plan, max_pending=4, **options)
+            ours = KalmanFilter(plan, max_pending=4, process_group=group, backend="triton", **options)
             wanted = run(alone, torch.zeros(plan.num_weights, dtype=torch.float64), 6)
             found = run(ours, torch.zeros(plan.num_weights, dtype=torch.float64), 6)
             coarse = 1e6 if options else 1
@@ -115,7 +115,7 @@ def update(optimizer, steps, first):
     for step in range(first, first + steps):
         source = torch.Generator().manual_seed(step)
         n = optimizer.filter.plan.num_weights
-        optimizer.update(1.0, torch.randn(n, generator=source, dtype=torch.float64))
+        optimizer.update(torch.randn(n, generator=source, dtype=torch.float64), 1.0)
 
 
 def state_of(params, optimizer):

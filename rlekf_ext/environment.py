@@ -1,4 +1,4 @@
-"""What a row of results needs to be read later: the machine and the versions it comes from."""
+"""The machine: what a row of results says of it, and the memory that it has left."""
 
 from __future__ import annotations
 
@@ -28,3 +28,18 @@ def this_machine() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpu_isa": _C.cpu_isa(),
     }
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that `device` has left: what its driver says of a GPU; on a CPU what the kernel and the cgroup allow."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [2**63]
+    try:
+        with open("/proc/meminfo") as lines:
+            limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            limits.append(int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):  # not Linux, no cgroup, or "max": no limit from there
+        pass
+    return min(limits)

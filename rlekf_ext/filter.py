@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import inf
 from types import ModuleType
 from typing import Any
@@ -15,75 +15,56 @@ from torch import Tensor
 from rlekf_ext import ops
 from rlekf_ext.covariance import MAX_MEASUREMENTS, Covariance, identity
 from rlekf_ext.diagnostics import FLOAT32_CONDITION, Diagnostics, ritz_values
+from rlekf_ext.options import FilterOptions, checked, takes
 from rlekf_ext.partition import BlockPlan
 from rlekf_ext.processes import Processes
 from rlekf_ext.sharding import Shard
 
 
+@takes(FilterOptions)
 class KalmanFilter:
     """The block diagonal covariance P of N weights, and the scalars that go with it.
 
-    `plan` gives the blocks. λ starts at `memory_factor` and goes to 1 as λ <- ν λ + 1 - ν with ν =
-    `forgetting_rate`. P starts as `initial_covariance` I. `measurement_noise` is α²R of the paper, by default the
-    number of blocks L. S is stored in `covariance_dtype`, float64 or float32; "auto" is float32 until `guard_storage`
-    finds that too coarse. Up to `pending` rank-1 updates wait before they are written into S. `backend` is "auto",
-    "native", "triton" or "reference".
+    `plan` gives the blocks; `backend` is "auto", "native", "triton" or "reference". With a `process_group` of
+    torch.distributed, P is spread over its processes (see sharding.py): every one makes the same calls with the same
+    arguments, and keeps the same weights.
 
-    `process_noise` q is added to the diagonal of P after every update.
-
-    With a `process_group` of torch.distributed, P is spread over its processes (see sharding.py): every one makes the
-    same calls with the same arguments, and keeps the same weights.
-
-    Raises ValueError for a setting outside its range, MemoryError when P will not fit, RuntimeError for an absent
-    backend.
+    Raises OptionError (a ValueError) for an option out of range, NotEnoughMemoryError when P will not fit, BackendError
+    for an absent backend.
     """
 
     def __init__(
         self,
         plan: BlockPlan,
         *,
-        memory_factor: float = 0.98,  # λ_1 in the paper
-        forgetting_rate: float = 0.9987,  # ν
-        initial_covariance: float = 1.0,  # p_0
-        measurement_noise: float | None = None,  # α²R = L
-        process_noise: float = 0.0,  # q
-        covariance_dtype: torch.dtype | str = torch.float64,
-        pending: int = 32,
         backend: str = "auto",
         device: torch.device | str = "cpu",
         process_group: Any = None,
+        **options: Any,
     ):
-        noise = float(plan.num_blocks if measurement_noise is None else measurement_noise)
-        if not 0 < memory_factor <= 1:
-            raise ValueError(f"memory_factor should be above 0 and at most 1 but is {memory_factor}.")
-        if not 0 <= forgetting_rate <= 1:
-            raise ValueError(f"forgetting_rate should be between 0 and 1 but is {forgetting_rate}.")
-        if not initial_covariance > 0:
-            raise ValueError(f"initial_covariance should be above 0 but is {initial_covariance}.")
-        if not noise > 0:
-            raise ValueError(f"measurement_noise should be above 0 but is {noise}.")
-        if not process_noise >= 0:
-            raise ValueError(f"process_noise should be at least 0 but is {process_noise}.")
+        self.options: FilterOptions = checked(FilterOptions, options)
         ops.backend(backend, torch.device(device), process_group is not None)  # an absent one: before P is allocated
         self.backend = backend
-        self._promotes = covariance_dtype == "auto"
-        dtype: Any = torch.float32 if covariance_dtype == "auto" else covariance_dtype
+        dtype = torch.float64 if self.options.covariance_dtype == "float64" else torch.float32
         self._shard = Shard(plan, Processes(process_group)) if process_group is not None else None
         self.covariance = identity(
             plan,
-            initial_covariance=initial_covariance,
+            initial_covariance=self.options.initial_covariance,
             dtype=dtype,
-            pending=pending,
+            max_pending=self.options.max_pending,
             device=device,
             tiles=self._shard.tiles if self._shard else None,
         )
-        self._recent: deque[Tensor] = deque(maxlen=MAX_MEASUREMENTS)  # Jacobians, for diagnostics
+        noise = self.options.measurement_noise
         self.covariance.set(
-            forgetting=1 - memory_factor,
-            forgetting_rate=forgetting_rate,
-            measurement_noise=noise,
-            process_noise=process_noise,
+            forgetting=1 - self.options.memory_factor,
+            forgetting_rate=self.options.forgetting_rate,
+            measurement_noise=plan.num_blocks if noise is None else noise,
+            process_noise=self.options.process_noise,
         )
+        # The last Jacobians, for diagnostics: zeros until there are as many. The next one replaces row `_next`.
+        self._recent = self.covariance.pending.new_zeros(MAX_MEASUREMENTS, plan.num_weights)
+        self._next = 0
 
     @property
     def plan(self) -> BlockPlan:
@@ -95,32 +76,33 @@ class KalmanFilter:
         return 1 - self.covariance.scalars().forgetting
 
     @torch.no_grad()
-    def step(self, weights: Tensor, jacobian: Tensor, innovation: Tensor | float) -> None:
-        """Algorithm 2, lines 8 to 14: w += a ε PH, P <- (P - a PH(PH)ᵀ)/λ + q I, λ <- ν λ + 1 - ν, in place and
-        without waiting.
+    def update(self, jacobian: Tensor, innovation: Tensor | float) -> Tensor:
+        """Algorithm 2, lines 8 to 14: P <- (P - a PH(PH)ᵀ)/λ + q I, λ <- ν λ + 1 - ν, in place and without waiting for
+        the device. Returns the increment of the weights, a ε PH (N,) float64.
 
-        weights (N,) float64. One measurement: jacobian (N,), innovation a number or a tensor of one. M of them,
-        linearised at the same weights: (M, N) and (M,); they are used in order, in passes of at most 8, each exact
-        given those before it.
+        One measurement: jacobian (N,), innovation a number or a tensor of one. M of them, linearised at the same
+        weights: (M, N) and (M,); they are used in order, in passes of at most 8, each exact given those before it.
         """
-        p = self.covariance
         h = self._rows(jacobian)
         e = torch.as_tensor(innovation, dtype=torch.float64, device=h.device).reshape(-1)
         if len(h) != len(e):
             raise ValueError(
                 f"There should be an innovation for each of the {len(h)} rows of the jacobian but there are {len(e)}."
             )
-        self._recent.extend(h[-MAX_MEASUREMENTS:])
-        start = weights.clone() if len(h) > self._most_at_once else weights
+        increment = h.new_zeros(self.plan.num_weights)
         for first in range(0, len(h), self._most_at_once):
-            batch = slice(first, first + self._most_at_once)
+            rows = slice(first, first + self._most_at_once)
             # The innovations are those of the weights as they came in: later passes see what the earlier ones moved.
-            left = e[batch] - h[batch] @ (weights - start) if first else e[batch]
+            left = e[rows] - h[rows] @ increment if first else e[rows]
             if self._shard:
-                cross, gram = self._project(p.tiles, p.pending, p.state, p.layout, h[batch])
-                self._ops.correct(weights, p.pending, p.state, p.layout, cross, gram, h[batch], left)
+                projection = self._shard.project(self._ops, self.covariance, h[rows])
+                self._ops.correct(self.covariance, increment, *projection, h[rows], left)
             else:
-                self._ops.step(weights, p.tiles, p.pending, p.state, p.layout, h[batch], left)
+                self._ops.step(self.covariance, increment, h[rows], left)
+        for row in h[-MAX_MEASUREMENTS:]:
+            self._recent[self._next] = row
+            self._next = (self._next + 1) % MAX_MEASUREMENTS
+        return increment
 
     @torch.no_grad()
     def variance(self, jacobian: Tensor) -> Tensor:
@@ -167,9 +149,7 @@ class KalmanFilter:
 
     def _most_certain_of_recent(self, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor | None:
         """The one of the last Jacobians in whose direction P is smallest: there measurements have excited it most."""
-        if not self._recent:
-            return None
-        h = torch.stack(list(self._recent))
+        h = self._recent
         inner, plain = project(h)[1].sum(1).diagonal(dim1=1, dim2=2)
         quotient = inner / plain
         quotient[~((quotient.abs() < inf) & (plain > 0))] = inf
@@ -179,7 +159,7 @@ class KalmanFilter:
     def guard_storage(self) -> str:
         """A sentence if float32 is about to be too coarse a storage for P, else "".
 
-        With covariance_dtype = "auto" S is then float64 from now on. Raises MemoryError when that will not fit.
+        With covariance_dtype = "auto" S is then float64 from now on. Raises NotEnoughMemoryError if that will not fit.
         """
         if self.covariance.tiles.dtype != torch.float32:
             return ""
@@ -187,26 +167,37 @@ class KalmanFilter:
         if condition < FLOAT32_CONDITION:
             return ""
         found = f"The condition number of P is beyond {min(condition, 1e99):.1e}, too much for its storage in float32"
-        if not self._promotes:
+        if self.options.covariance_dtype != "auto":
             return f"{found}: it is about to lose positive definiteness. Use covariance_dtype float64 or auto."
         self.covariance = self.covariance.reblock(self.plan, dtype=torch.float64)
         return f"{found}: it is stored in float64 from now on."
 
+    def take_over(self, covariance: Covariance) -> None:
+        """Replace P by that of another filter of the same weights, whatever its blocks and storage: see
+        `Covariance.reblock`. Its scalars come with it."""
+        here = self.covariance
+        new = covariance.reblock(here.plan, dtype=here.tiles.dtype, device=here.tiles.device)
+        own = slice(here.own_tiles.start, here.own_tiles.stop)
+        self.covariance = replace(new, tiles=new.tiles[own].clone(), first_tile=own.start) if self._shard else new
+
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Copy a saved covariance into this filter's; "auto" takes over its dtype too. Raises ValueError as there."""
         before = self.covariance
-        if self._promotes and saved.get("tiles", before.tiles).dtype != before.tiles.dtype:
-            self.covariance = before.reblock(self.plan, dtype=saved["tiles"].dtype)
+        dtype = saved["tiles"].dtype if "tiles" in saved else before.tiles.dtype
+        if self.options.covariance_dtype == "auto" and dtype != before.tiles.dtype:
+            self.covariance = before.reblock(self.plan, dtype=dtype)
         try:
             self.covariance.load_state_dict(saved, self._spread)
         except ValueError:
             self.covariance = before
             raise
+        self._recent.copy_(saved["recent"])
+        self._next = 0
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What must be saved; the tensors are not copied. With a process group, `tiles` is a DTensor."""
+    def state_dict(self) -> dict[str, Any]:
+        """What must be saved; large tensors are not copied. With a process group, `tiles` is a DTensor."""
         saved = self.covariance.state_dict()
-        return {**saved, "tiles": self._spread(saved["tiles"])}
+        return {**saved, "tiles": self._spread(saved["tiles"]), "recent": self._recent.roll(-self._next, 0)}
 
     def gathered(self) -> Covariance:
         """The covariance with all its tiles; every process of the group must ask for it."""
@@ -217,14 +208,13 @@ class KalmanFilter:
         return self._shard.spread(tiles) if self._shard else tiles
 
     def _projector(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """`project` for up to 8 rows, with room for them among copies of what waits: so nothing is ever folded."""
+        """`project` for up to 8 rows, with room for them among copies of what is pending: so nothing is ever folded."""
         p = self.covariance
         room = p.pending.new_zeros(MAX_MEASUREMENTS, self.plan.num_weights)
-        pending, state = torch.cat([p.pending, room]), p.state.clone()
-        return lambda h: self._project(p.tiles, pending, state, p.layout, h)
-
-    def _project(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-        return self._shard.project(self._ops, *arguments) if self._shard else self._ops.project(*arguments)
+        copy = replace(p, pending=torch.cat([p.pending, room]), state=p.state.clone())
+        if self._shard:
+            return partial(self._shard.project, self._ops, copy)
+        return partial(self._ops.project, copy)
 
     def _rows(self, jacobian: Tensor) -> Tensor:
         n = self.plan.num_weights

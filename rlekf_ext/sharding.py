@@ -11,13 +11,14 @@ so the weights stay the same, bit for bit, on all ranks, and one message of 8 M 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from rlekf_ext import _C
-from rlekf_ext.covariance import STATE
+from rlekf_ext.covariance import STATE, Covariance
 from rlekf_ext.partition import BlockPlan
 from rlekf_ext.processes import Processes
 
@@ -42,26 +43,23 @@ class Shard:
         self._layout = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
         self._weights = slice(rows[0][0], rows[-1][0] + rows[-1][1]) if rows else slice(0)
 
-    def project(
-        self, ops: ModuleType, tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`project` of all tiles, from each rank's own `tiles`; every rank must call it, with the same of all else."""
+    def project(self, ops: ModuleType, p: Covariance, jacobian: Tensor) -> tuple[Tensor, Tensor]:
+        """`project` of all tiles, from each rank's own; every rank must call it, with the same but for `p.tiles`."""
         count, num_weights = jacobian.shape
         num_blocks = self.plan.num_blocks
         message = jacobian.new_zeros(count * num_weights + num_blocks * count * count)
         z, inner = message.split([count * num_weights, num_blocks * count * count])
         z, inner = z.view(count, num_weights), inner.view(num_blocks, count, count)
         if self.tiles:
-            # S alone: the shift and the vectors that wait are counted once, below. They only matter where they fold.
-            own = state.clone()
-            folds = own[STATE["num_pending"]] + count > len(pending)
-            own[STATE["num_pending"]] *= folds
-            own[STATE["shift"]] = 0
+            # S alone: the shift and the pending vectors are counted once, below. They only matter if they fold.
             self._layout = self._layout.to(jacobian.device)
-            cross, gram = ops.project(tiles, pending, own, self._layout, jacobian)
+            own = replace(p, state=p.state.clone(), layout=self._layout)
+            num_pending = p.state[STATE["num_pending"]]
+            own.set(num_pending=num_pending * (num_pending + count > len(p.pending)), shift=0.0)
+            cross, gram = ops.project(own, jacobian)
             z[:, self._weights] = cross[:, self._weights]
             inner[self._blocks] = gram[0]
-        cross, gram = ops.project(tiles[:0], pending, state, layout, jacobian)
+        cross, gram = ops.project(replace(p, tiles=p.tiles[:0]), jacobian)
         self.processes.sum(message)
         cross += z
         gram[0] += inner

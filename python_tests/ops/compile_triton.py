@@ -42,7 +42,7 @@ def main(dtype, count):
     triton.JITFunction.run = compile_launch
     p = identity(BlockPlan((70, 3)), dtype=getattr(torch, dtype))
     h, e = torch.zeros(int(count), 73, dtype=torch.float64), torch.zeros(int(count), dtype=torch.float64)
-    ours.step(torch.zeros(73, dtype=torch.float64), p.tiles, p.pending, p.state, p.layout, h, e)
+    ours.step(p, torch.zeros(73, dtype=torch.float64), h, e)
 
 
 if __name__ == "__main__":

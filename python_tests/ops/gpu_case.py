@@ -10,10 +10,12 @@ paper = "--paper" in sys.argv
 plan = BlockPlan((1350, 10240, 9810, 5151) if paper else (130, 1, 65, 300))
 for dtype in (torch.float64, torch.float32):
     for count in (1,) if paper else (1, 2, 3, 8):
-        kalman = KalmanFilter(plan, covariance_dtype=dtype, pending=32 if paper else 9, backend="native", device="cuda")
+        kalman = KalmanFilter(
+            plan, covariance_dtype=dtype, max_pending=32 if paper else 9, backend="native", device="cuda"
+        )
         weights = torch.zeros(plan.num_weights, dtype=torch.float64, device="cuda")
         for _ in range(40 if paper else 12):
             h = torch.randn(count, plan.num_weights, dtype=torch.float64, device="cuda")
-            kalman.step(weights, h, torch.ones(count, dtype=torch.float64, device="cuda"))
+            weights += kalman.update(h, torch.ones(count, dtype=torch.float64, device="cuda"))
         assert weights.isfinite().all()
 torch.cuda.synchronize()

@@ -34,7 +34,7 @@ def run(name, sizes, *, steps, count=1, process_noise=0.0, device=GPU, **setting
     kalman = KalmanFilter(plan, backend=name, device=device, process_noise=process_noise, **settings)
     weights = torch.zeros(plan.num_weights, dtype=torch.float64, device=device)
     for _ in range(steps):
-        kalman.step(weights, *measurements(count, plan.num_weights, device))
+        weights += kalman.update(*measurements(count, plan.num_weights, device))
     return kalman, weights
 
 
@@ -94,22 +94,22 @@ def test_same_bits_on_every_run(name, dtype):
 def test_a_captured_step_goes_on_exactly(name):
     """Replays with new numbers in the same tensors are the steps that eager calls do, folds included."""
     plan = BlockPlan((900, 65))
-    kalman, eager = (KalmanFilter(plan, backend=name, device=GPU, pending=5) for _ in range(2))
+    kalman, eager = (KalmanFilter(plan, backend=name, device=GPU, max_pending=5) for _ in range(2))
     weights, wanted = (torch.zeros(plan.num_weights, dtype=torch.float64, device=GPU) for _ in range(2))
     h, e = measurements(2, plan.num_weights)
     inputs = h.clone(), e.clone()
     for _ in range(3):  # whatever is made once is made before the capture
-        kalman.step(weights, *inputs)
-        eager.step(wanted, h, e)
+        weights += kalman.update(*inputs)
+        wanted += eager.update(h, e)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kalman.step(weights, *inputs)
+        weights += kalman.update(*inputs)
     for _ in range(20):
         h, e = measurements(2, plan.num_weights)
         inputs[0].copy_(h)
         inputs[1].copy_(e)
         graph.replay()
-        eager.step(wanted, h, e)
+        wanted += eager.update(h, e)
     assert torch.equal(weights, wanted)
     assert torch.equal(kalman.covariance.tiles, eager.covariance.tiles)
     assert torch.equal(kalman.covariance.state, eager.covariance.state)
@@ -122,7 +122,7 @@ def test_a_step_waits_for_nothing(name):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(40):
-            kalman.step(weights, h, e)
+            weights += kalman.update(h, e)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -137,7 +137,7 @@ def test_work_goes_to_the_current_stream(name):
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(int(2e8))
-        kalman.step(weights, h, e)
+        weights += kalman.update(h, e)
     assert torch.equal(weights, before)
     stream.synchronize()
     assert not torch.equal(weights, before)
@@ -150,8 +150,8 @@ def test_bad_numbers_are_skipped(name):
     for value in (float("nan"), float("inf"), 1e200):
         h, e = measurements(1, 73)
         h[0, 7] = value
-        kalman.step(weights, h, e)
-    kalman.step(weights, measurements(1, 73)[0], float("nan"))
+        weights += kalman.update(h, e)
+    weights += kalman.update(measurements(1, 73)[0], float("nan"))
     assert torch.equal(weights, before[0])
     assert torch.equal(kalman.covariance.tiles, before[1])
     assert kalman.health() == {
@@ -186,15 +186,15 @@ class VectorFilter:
 def test_the_largest_block(name, dtype):
     """65 536 weights: more numbers in the tiles than 32 bits count, through two folds."""
     plan = BlockPlan((65536,))
-    if required_bytes(plan, dtype=dtype, pending=8) > 0.8 * torch.cuda.mem_get_info()[0]:
+    if required_bytes(plan, dtype=dtype, max_pending=8) > 0.8 * torch.cuda.mem_get_info()[0]:
         pytest.skip("P does not fit on this GPU")
     assert sum(n * (n + 64) // 2 for n in plan.sizes) > 2**31
-    kalman = KalmanFilter(plan, backend=name, device=GPU, covariance_dtype=dtype, pending=8)
+    kalman = KalmanFilter(plan, backend=name, device=GPU, covariance_dtype=dtype, max_pending=8)
     weights, wanted = (torch.zeros(65536, dtype=torch.float64, device=GPU) for _ in range(2))
     oracle = VectorFilter(0.98, 0.9987)
     for _ in range(20):
         h, _ = measurements(1, 65536)
-        kalman.step(weights, h, 0.5)
+        weights += kalman.update(h, 0.5)
         oracle.step(wanted, h[0], 0.5)
     assert relative(weights, wanted) < TOLERANCE[dtype]
 
@@ -227,7 +227,7 @@ class TestErrors:
     """What goes wrong becomes a Python exception that says what."""
 
     def arguments(self):
-        p = KalmanFilter(BlockPlan((70, 3)), device=GPU, pending=4, backend="native").covariance
+        p = KalmanFilter(BlockPlan((70, 3)), device=GPU, max_pending=4, backend="native").covariance
         h, e = measurements(2, 73)
         weights = torch.zeros(73, dtype=torch.float64, device=GPU)
         names = ("weights", "tiles", "pending", "state", "layout", "jacobian", "innovation")

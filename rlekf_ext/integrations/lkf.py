@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlekf_ext.covariance import from_lkf
+from rlekf_ext.covariance import Covariance, abridged, identity
 from rlekf_ext.optim import RLEKF
+from rlekf_ext.packing import pack
+from rlekf_ext.partition import BlockPlan
 
 
 class LKFOptimizer(RLEKF):
@@ -64,8 +66,7 @@ class LKFOptimizer(RLEKF):
     def step(self, error: Any, iters: Any = None, cur_iter: Any = None) -> None:  # type: ignore[override]
         """One update; `.grad` holds +H times the prefactor, `error` is ε. `iters` and `cur_iter`, which PWMLFF passes
         for its process noise, are not used."""
-        gradients = [p.grad for p in self._parameters()]
-        self._apply(self.flatten(gradients) / self._grad_prefactor, error)
+        self.update(self.jacobian() / self._grad_prefactor, error)
 
     @torch.no_grad()
     def set_kalman_P(self, P: Sequence[Tensor], kalman_lambda: float = 0.999999999999872) -> None:  # noqa: N802, N803
@@ -86,3 +87,43 @@ class LKFOptimizer(RLEKF):
         p.tiles.copy_(new.tiles)
         now = new.scalars()
         p.set(num_pending=now.num_pending, scale=now.scale, shift=now.shift, forgetting=now.forgetting)
+
+
+def from_lkf(saved: dict[str, Any]) -> Covariance:
+    """The covariance of DeePMD-kit's LKF from its optimizer's state dict, `torch.load(file)["optimizer"]`.
+
+    LKF keeps dense blocks of P (n_l, n_l), in the dtype of its first parameter, and λ. Its blocks are those of the
+    strategy "deepmd", its weights are in the order of `transpose=True`. P is symmetrised, and stored in float64 on
+    its device; λ and ν carry over, and the measurement noise is the number of blocks, as there. An optimizer of the
+    same parameters takes it over by `optimizer.take_over(from_lkf(saved))`.
+
+    Besides both forms of P it needs memory for four times the largest block.
+
+    Raises ValueError for another optimizer's state, and for that of a distributed run, in which LKF saves the blocks of
+    rank 0 alone.
+    """
+    try:
+        state, (group,) = saved["state"][0], saved["param_groups"]
+        blocks, sizes = state["P"], tuple(state["params_packed_index"])
+        forgetting, rate = 1 - float(state["kalman_lambda"]), float(group["kalman_nue"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"This is not the state of DeePMD-kit's LKFOptimizer ({error!r}): pass the entry 'optimizer' of a "
+            "checkpoint of `dp --pt train` with optimizer type LKF."
+        ) from error
+    shapes = [tuple(block.shape) for block in blocks]
+    if shapes != [(size, size) for size in sizes]:
+        raise ValueError(
+            f"LKF's state should hold square blocks of P of sizes {abridged(sizes)} but holds "
+            f"{abridged([shape[0] for shape in shapes])}: a distributed run of LKF saves those of rank 0 alone, and "
+            "the others are lost."
+        )
+    p = identity(BlockPlan(sizes), device=blocks[0].device)
+    tile = 0
+    for block in blocks:
+        exact = block.to(torch.float64)
+        tiles = pack([(exact + exact.T) / 2])
+        p.tiles[tile : tile + len(tiles)] = tiles
+        tile += len(tiles)
+    p.set(forgetting=forgetting, forgetting_rate=rate, measurement_noise=len(sizes))
+    return p

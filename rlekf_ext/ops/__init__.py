@@ -1,17 +1,17 @@
 """The filter's ops, on each backend: functions of one signature. A backend is chosen once, by name.
 
-All tensors but `tiles` and `layout` are float64; `tiles`, `pending` and `state` are those of a `Covariance`, and
-change in place. N weights in L blocks; M measurements, 1 to 8.
+`p` is a Covariance of N weights in L blocks, which changes in place; all other tensors are float64. M measurements,
+1 to 8.
 
-project(tiles, pending, state, layout, jacobian) -> cross, gram
-    cross (M, N) = (P / scale) H, and of each block gram (2, L, M, M) = h_jᵀ cross_k, then h_jᵀ h_k. When the
-    `pending` rows would not hold M more vectors, they are first folded into the tiles: P stays what it was, in
-    another form.
-correct(weights, pending, state, layout, cross, gram, jacobian, innovation)
+project(p, jacobian) -> cross, gram
+    cross (M, N) = (P / scale) H, and of each block gram (2, L, M, M) = h_jᵀ cross_k, then h_jᵀ h_k. If the rows of
+    `pending` would not hold M more vectors, they are first folded into the tiles: P stays what it was, in another
+    form.
+correct(p, weights, cross, gram, jacobian, innovation)
     M scalar updates, in order, each exact given those before it (Algorithm 2, lines 8 to 14): the innovations (M,)
-    are those of the weights as they came in. A measurement whose innovation or variance is not finite, or whose
+    are those of the weights (N,) as they came in. A measurement whose innovation or variance is not finite, or whose
     variance is negative, is skipped and counted.
-step(weights, tiles, pending, state, layout, jacobian, innovation)
+step(p, weights, jacobian, innovation)
     project and correct in one call.
 """
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from rlekf_ext.covariance import Covariance
+
 torch.ops.load_library(Path(__file__).parent.parent / "librlekf_ops.so")
 
 
@@ -24,37 +26,20 @@ def why_absent(device_type: str) -> str:
     return ""
 
 
-def project(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:
-    cross, gram = torch.ops.rlekf.project(tiles, pending, state, layout, jacobian)
-    increment_version([tiles, pending, state])
+def project(p: Covariance, jacobian: Tensor) -> tuple[Tensor, Tensor]:
+    cross, gram = torch.ops.rlekf.project(p.tiles, p.pending, p.state, p.layout, jacobian)
+    increment_version([p.tiles, p.pending, p.state])
     return cross, gram
 
 
-def correct(
-    weights: Tensor,
-    pending: Tensor,
-    state: Tensor,
-    layout: Tensor,
-    cross: Tensor,
-    gram: Tensor,
-    jacobian: Tensor,
-    innovation: Tensor,
-) -> None:
-    torch.ops.rlekf.correct(weights, pending, state, layout, cross, gram, jacobian, innovation)
-    increment_version([weights, pending, state])
+def correct(p: Covariance, weights: Tensor, cross: Tensor, gram: Tensor, jacobian: Tensor, innovation: Tensor) -> None:
+    torch.ops.rlekf.correct(weights, p.pending, p.state, p.layout, cross, gram, jacobian, innovation)
+    increment_version([weights, p.pending, p.state])
 
 
-def step(
-    weights: Tensor,
-    tiles: Tensor,
-    pending: Tensor,
-    state: Tensor,
-    layout: Tensor,
-    jacobian: Tensor,
-    innovation: Tensor,
-) -> None:
-    torch.ops.rlekf.step(weights, tiles, pending, state, layout, jacobian, innovation)
-    increment_version([weights, tiles, pending, state])
+def step(p: Covariance, weights: Tensor, jacobian: Tensor, innovation: Tensor) -> None:
+    torch.ops.rlekf.step(weights, p.tiles, p.pending, p.state, p.layout, jacobian, innovation)
+    increment_version([weights, p.tiles, p.pending, p.state])
 
 
 @torch.library.register_fake("rlekf::project")

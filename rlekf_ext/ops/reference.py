@@ -7,18 +7,17 @@ from math import floor, isfinite, log2
 import torch
 from torch import Tensor
 
-from rlekf_ext.covariance import LARGEST_SCALE, Scalars, pack, unpack
-from rlekf_ext.partition import BlockPlan
+from rlekf_ext.covariance import LARGEST_SCALE, Covariance
+from rlekf_ext.packing import pack, unpack
 
 
-def project(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:
-    plan = BlockPlan(tuple(layout[:, 1].tolist()))
-    if Scalars.of(state).num_pending + len(jacobian) > len(pending):
-        _fold(tiles, pending, state, plan)
-    now = Scalars.of(state)
+def project(p: Covariance, jacobian: Tensor) -> tuple[Tensor, Tensor]:
+    if p.scalars().num_pending + len(jacobian) > len(p.pending):
+        _fold(p)
+    now, sizes = p.scalars(), p.plan.sizes
 
     cross, gram = [], []
-    parts = (unpack(tiles, plan), pending[: now.num_pending].split(plan.sizes, 1), jacobian.split(plan.sizes, 1))
+    parts = (unpack(p.tiles, p.plan), p.pending[: now.num_pending].split(sizes, 1), jacobian.split(sizes, 1))
     for s, u, h in zip(*parts, strict=True):
         z = h @ s - (h @ u.T) @ u + now.shift * h
         cross.append(z)
@@ -26,18 +25,9 @@ def project(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacob
     return torch.cat(cross, 1), torch.stack(gram, 1)
 
 
-def correct(
-    weights: Tensor,
-    pending: Tensor,
-    state: Tensor,
-    layout: Tensor,
-    cross: Tensor,
-    gram: Tensor,
-    jacobian: Tensor,
-    innovation: Tensor,
-) -> None:
-    sizes = layout[:, 1].tolist()
-    now = Scalars.of(state)
+def correct(p: Covariance, weights: Tensor, cross: Tensor, gram: Tensor, jacobian: Tensor, innovation: Tensor) -> None:
+    sizes, size_of_block = p.plan.sizes, p.layout[:, 1]
+    now = p.scalars()
     first_shift = now.shift
     increment = torch.zeros_like(weights)
     added: list[Tensor] = []
@@ -47,7 +37,7 @@ def correct(
             inner = torch.stack(
                 [(part_u @ part_h) for part_u, part_h in zip(u.split(sizes), h.split(sizes), strict=True)]
             )
-            y = y - u * inner.repeat_interleave(layout[:, 1])
+            y = y - u * inner.repeat_interleave(size_of_block)
         variance = now.scale * float(h @ y)  # HᵀPH
 
         cause = _reason_to_skip(error, variance)
@@ -61,7 +51,7 @@ def correct(
         rank_one = a * now.scale
         u = rank_one**0.5 * y  # line 11: a K Kᵀ = β u uᵀ
         increment += rank_one * (error - float(h @ increment)) * y  # line 12
-        pending[now.num_pending] = u
+        p.pending[now.num_pending] = u
         added.append(u)
         scale = now.scale / lam  # line 11: the factor 1/λ
         now = now._replace(
@@ -74,30 +64,22 @@ def correct(
             variance=variance,
             rank_one=rank_one,
         )
-    state.copy_(state.new_tensor(now))
+    p.set(**now._asdict())
     weights += increment
 
 
-def step(
-    weights: Tensor,
-    tiles: Tensor,
-    pending: Tensor,
-    state: Tensor,
-    layout: Tensor,
-    jacobian: Tensor,
-    innovation: Tensor,
-) -> None:
-    cross, gram = project(tiles, pending, state, layout, jacobian)
-    correct(weights, pending, state, layout, cross, gram, jacobian, innovation)
+def step(p: Covariance, weights: Tensor, jacobian: Tensor, innovation: Tensor) -> None:
+    cross, gram = project(p, jacobian)
+    correct(p, weights, cross, gram, jacobian, innovation)
 
 
-def _fold(tiles: Tensor, pending: Tensor, state: Tensor, plan: BlockPlan) -> None:
+def _fold(p: Covariance) -> None:
     """S <- S - Σ u uᵀ, and an oversized scale moves into S by a power of two. P stays what it is."""
-    now = Scalars.of(state)
+    now = p.scalars()
     factor = 2.0 ** floor(log2(now.scale)) if now.scale > LARGEST_SCALE else 1.0
-    parts = zip(unpack(tiles, plan), pending[: now.num_pending].split(plan.sizes, 1), strict=True)
-    tiles.copy_(pack([factor * (s - u.T @ u) for s, u in parts], tiles.dtype))
-    state.copy_(state.new_tensor(now._replace(num_pending=0, scale=now.scale / factor, shift=now.shift * factor)))
+    parts = zip(unpack(p.tiles, p.plan), p.pending[: now.num_pending].split(p.plan.sizes, 1), strict=True)
+    p.tiles.copy_(pack([factor * (s - u.T @ u) for s, u in parts], p.tiles.dtype))
+    p.set(num_pending=0, scale=now.scale / factor, shift=now.shift * factor)
 
 
 def _reason_to_skip(error: float, variance: float) -> str | None:

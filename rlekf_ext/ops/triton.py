@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +26,9 @@ from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rlekf_ext.covariance import LARGEST_SCALE as _LARGEST_SCALE
-from rlekf_ext.covariance import MAX_MEASUREMENTS, STATE, STORAGE_DTYPES
-from rlekf_ext.covariance import TILE as TILE_SIZE
+from rlekf_ext.covariance import STATE, Covariance
+from rlekf_ext.packing import TILE as TILE_SIZE
+from rlekf_ext.packing import tile_runs
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # what @triton.jit below makes of the kernels
 
@@ -433,34 +433,17 @@ _work_of_layout = WeakTensorKeyDictionary()
 
 
 def _work(layout: Tensor, num_tiles: int) -> _Work:
-    """For the tiles from 0 to num_tiles: all of a layout's, or fewer where other processes have the rest."""
+    """For the tiles from 0 to num_tiles: all of a layout's, or fewer if other processes have the rest."""
     known = _work_of_layout.setdefault(layout, {})
     if num_tiles not in known:
-        sizes, first_tile = layout[:, 1:].cpu().numpy().T
-        rows = -(-sizes // TILE_SIZE)
-        first_tile_rows = np.cumsum(rows) - rows
-        block = np.repeat(np.arange(len(sizes)), rows)
-        row = np.arange(len(block)) - first_tile_rows[block]
-        left = first_tile[block] + row * (row + 1) // 2  # where the row's first tile stands, or would
-        from_col, to_col = np.maximum(0, -left), np.minimum(row + 1, num_tiles - left)
-        num_runs = -(-np.maximum(0, to_col - from_col) // RUN.value)
-        first_run = np.cumsum(num_runs) - num_runs
-        tile_row = np.repeat(np.arange(len(row)), num_runs)
-        col = from_col[tile_row] + (np.arange(len(tile_row)) - first_run[tile_row]) * RUN.value
-        tables = (
-            np.stack([block[tile_row], row[tile_row], col, np.minimum(col + RUN.value, to_col[tile_row])], 1),
-            np.stack([block, row, first_run, num_runs], 1),
-            first_tile_rows,
-        )
-        known[num_tiles] = _Work(*(torch.from_numpy(table).to(layout.device) for table in tables))
+        known[num_tiles] = _Work(*tile_runs(layout, num_tiles, RUN.value))
     return known[num_tiles]
 
 
-def project(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:
-    capacity, num_weights = _check_covariance(pending, state, layout)
-    count = _check_measurements(jacobian, capacity, num_weights)
-    num_tiles, num_blocks = len(tiles), len(layout)
-    _check(tiles, "tiles", (num_tiles, TILE_SIZE, TILE_SIZE), *STORAGE_DTYPES)
+def project(p: Covariance, jacobian: Tensor) -> tuple[Tensor, Tensor]:
+    tiles, pending, state, layout = p.tiles, p.pending, p.state, p.layout
+    capacity, num_weights = pending.shape
+    count, num_tiles, num_blocks = len(jacobian), len(tiles), len(layout)
     work, padded = _work(layout, num_tiles), triton.next_power_of_2(count)
     num_products = num_blocks * triton.cdiv(capacity, VECTORS.value)
     sums = _empty(tiles, num_tiles + len(work.runs), count, TILE_SIZE)
@@ -520,23 +503,9 @@ def project(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacob
     return cross, gram
 
 
-def correct(
-    weights: Tensor,
-    pending: Tensor,
-    state: Tensor,
-    layout: Tensor,
-    cross: Tensor,
-    gram: Tensor,
-    jacobian: Tensor,
-    innovation: Tensor,
-) -> None:
-    capacity, num_weights = _check_covariance(pending, state, layout)
-    count = _check_measurements(jacobian, capacity, num_weights)
-    num_blocks = len(layout)
-    _check(weights, "weights", (num_weights,))
-    _check(cross, "cross", (count, num_weights))
-    _check(gram, "gram", (2, num_blocks, count, count))
-    _check(innovation, "innovation", (count,))
+def correct(p: Covariance, weights: Tensor, cross: Tensor, gram: Tensor, jacobian: Tensor, innovation: Tensor) -> None:
+    pending, state, layout = p.pending, p.state, p.layout
+    count, num_weights, num_blocks = len(jacobian), pending.shape[1], len(layout)
     work, padded = _work(layout, 0), triton.next_power_of_2(count)
     products = _empty(weights, num_blocks, count, count)
     updates = _empty(weights, count, UPDATE.value)
@@ -559,53 +528,10 @@ def correct(
     increment_version([weights, pending, state])
 
 
-def step(
-    weights: Tensor,
-    tiles: Tensor,
-    pending: Tensor,
-    state: Tensor,
-    layout: Tensor,
-    jacobian: Tensor,
-    innovation: Tensor,
-) -> None:
-    cross, gram = project(tiles, pending, state, layout, jacobian)
-    correct(weights, pending, state, layout, cross, gram, jacobian, innovation)
+def step(p: Covariance, weights: Tensor, jacobian: Tensor, innovation: Tensor) -> None:
+    cross, gram = project(p, jacobian)
+    correct(p, weights, cross, gram, jacobian, innovation)
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device=like.device)
-
-
-def _check_covariance(pending: Tensor, state: Tensor, layout: Tensor) -> tuple[int, int]:
-    capacity, num_weights = pending.shape
-    _check(pending, "pending", (capacity, num_weights))
-    _check(state, "state", (len(STATE),))
-    _check(layout, "layout", (len(layout), 3), torch.int64)
-    return capacity, num_weights
-
-
-def _check_measurements(jacobian: Tensor, capacity: int, num_weights: int) -> int:
-    count = len(jacobian)
-    _check(jacobian, "jacobian", (count, num_weights))
-    if not 1 <= count <= MAX_MEASUREMENTS:
-        raise RuntimeError(
-            f"rlekf: a pass takes 1 to {MAX_MEASUREMENTS} measurements but jacobian has {count} rows; split them into "
-            "several passes."
-        )
-    if count > capacity:
-        raise RuntimeError(
-            f"rlekf: {count} measurements need at least as many rows in pending but it has {capacity}; raise `pending`."
-        )
-    return count
-
-
-def _check(tensor: Tensor, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
-    """A RuntimeError, as of the compiled ops, for what a kernel would read wrongly or out of bounds."""
-    dtypes = dtypes or (torch.float64,)
-    if tensor.shape != shape:
-        raise RuntimeError(f"rlekf: {name} should have shape {shape} but has {tuple(tensor.shape)}.")
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise RuntimeError(f"rlekf: {name} should be {wanted} but is {tensor.dtype}; convert it with .to(dtype).")
-    if not tensor.is_contiguous():
-        raise RuntimeError(f"rlekf: {name} should be contiguous; call .contiguous() on it.")

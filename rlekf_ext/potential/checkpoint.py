@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -20,10 +22,29 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
-from rlekf_ext.covariance import StoredTiles
 from rlekf_ext.errors import InputError
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.processes import ALONE, Processes
+
+
+@dataclass(frozen=True)
+class StoredTiles:
+    """The tiles of a covariance in a folder of torch.distributed.checkpoint, under a name: they represent the tensor in
+    a saved covariance until they are read."""
+
+    folder: str
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def read(self, tiles: Tensor) -> Tensor:
+        """Fill and return `tiles`: all of them, or a DTensor of them, which every one of its processes must ask for."""
+        from torch.distributed import checkpoint
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is if one process reads all
+            checkpoint.load({self.name: tiles}, checkpoint_id=self.folder, no_dist=not hasattr(tiles, "to_local"))
+        return tiles
 
 
 def save_checkpoint(path: Path, model: DeepPotential, processes: Processes = ALONE, **rest: Any) -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rlekf_ext import RLEKF
-from rlekf_ext.covariance import TILE, Covariance
+from rlekf_ext.covariance import Covariance
 from rlekf_ext.errors import InputError
+from rlekf_ext.packing import TILE
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 
