@@ -1,3 +1,4 @@
+import copy
 import io
 from typing import get_type_hints
 
@@ -81,8 +82,7 @@ def test_size_is_known_before_it_is_allocated():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dtype": torch.float16}, "covariance_dtype should be"),
-        ({"pending": 0}, "pending should be at least 1 but is 0"),
+        ({"dtype": torch.float16}, "dtype should be torch.float64 or torch.float32 but is torch.float16"),
     ],
 )
 def test_errors(settings, message):
@@ -100,10 +100,15 @@ def test_load_refuses_another_plan_or_dtype():
 
 def test_load_refuses_what_is_no_covariance():
     p = identity(PLAN)
-    with pytest.raises(ValueError, match="it has no sizes, pending"):
+    with pytest.raises(ValueError, match="it has no sizes, pending, names"):
         p.load_state_dict({"tiles": p.tiles, "state": p.state})
-    with pytest.raises(ValueError, match=r"The saved state should have shape \(14,\) .* another version of rlekf_ext"):
+    with pytest.raises(ValueError, match=r"The saved state should have shape \(14,\) .* the checkpoint is damaged"):
         p.load_state_dict({**p.state_dict(), "state": p.state[:-1]})
+    with pytest.raises(ValueError, match=r"has format 2, which this version of rlekf_ext does not know"):
+        p.load_state_dict({**p.state_dict(), "format": 2})
+    names = p.state_dict()["names"]
+    with pytest.raises(ValueError, match=r"has scalars new_one, which this version of rlekf_ext does not know"):
+        p.load_state_dict({**p.state_dict(), "names": [*names[1:], "new_one"]})
     with pytest.raises(ValueError, match=r"The saved tiles should have shape \(16, 64, 64\)"):
         p.load_state_dict({**p.state_dict(), "tiles": p.tiles[:-1]})
 
@@ -138,7 +143,7 @@ OTHER_PLANS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_reblock_keeps_what_both_plans_hold(sizes, dtype):
     p = used().covariance
-    before = [tensor.clone() for tensor in p.state_dict().values()]
+    before = copy.deepcopy(p)
     new = p.reblock(BlockPlan(sizes), dtype=dtype)
     whole = torch.block_diag(*p.dense())
     in_new = torch.block_diag(*[torch.ones(n, n, dtype=torch.float64) for n in sizes])
@@ -150,26 +155,28 @@ def test_reblock_keeps_what_both_plans_hold(sizes, dtype):
     for tile, same in zip(new.tiles, pack(unpack(new.tiles, new.plan), dtype), strict=True):
         assert torch.equal(tile, same)  # diagonal tiles whole and symmetric, padding zero
     assert new.scalars() == p.scalars()._replace(num_pending=0)
-    assert all(torch.equal(a, b) for a, b in zip(before, p.state_dict().values(), strict=True))
+    for name in ("tiles", "pending", "state"):
+        assert torch.equal(getattr(p, name), getattr(before, name))
 
 
 def test_reblock_to_the_same_blocks_is_exact():
     filter_ = used()
     p = filter_.covariance
     new = p.reblock(PLAN)
-    for name, tensor in p.state_dict().items():
-        assert torch.equal(new.state_dict()[name], tensor)
-        assert name == "sizes" or new.state_dict()[name].data_ptr() != tensor.data_ptr()
+    for name in ("tiles", "pending", "state"):
+        one, other = getattr(p, name), getattr(new, name)
+        assert torch.equal(one, other)
+        assert one.data_ptr() != other.data_ptr()
     single = p.reblock(PLAN, dtype=torch.float32)
     assert torch.equal(single.tiles, p.tiles.float())
     assert torch.equal(single.pending, p.pending)
 
 
 def test_a_filter_goes_on_with_the_reblocked_covariance():
-    """The way that is said at reblock, against the dense filter set to the same P."""
+    """Against the dense filter set to the same P."""
     saved = used().covariance.state_dict()
     filter_ = KalmanFilter(BlockPlan((128, 265)))
-    filter_.covariance = Covariance.from_state_dict(saved).reblock(filter_.plan)
+    filter_.take_over(Covariance.from_state_dict(saved))
     p = filter_.covariance
     lam, nu = filter_.memory_factor, p.scalars().forgetting_rate
     dense = DenseFilter(p.plan.sizes, lam, nu, noise=PLAN.num_blocks, q=p.scalars().process_noise)
@@ -184,7 +191,7 @@ def test_a_filter_goes_on_with_the_reblocked_covariance():
 def test_reblock_refuses_another_model():
     with pytest.raises(ValueError, match="should hold the 393 weights of the covariance but hold 392"):
         identity(PLAN).reblock(BlockPlan((392,)))
-    with pytest.raises(ValueError, match="covariance_dtype should be"):
+    with pytest.raises(ValueError, match="dtype should be"):
         identity(PLAN).reblock(PLAN, dtype=torch.float16)
 
 

@@ -51,13 +51,16 @@ def test_variance_is_h_p_h_and_changes_nothing():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"memory_factor": 0.0}, "memory_factor should be above 0 and at most 1 but is 0.0"),
-        ({"memory_factor": 1.1}, "memory_factor should be"),
-        ({"forgetting_rate": -0.1}, "forgetting_rate should be between 0 and 1 but is -0.1"),
-        ({"initial_covariance": 0.0}, "initial_covariance should be above 0"),
-        ({"measurement_noise": 0.0}, "measurement_noise should be above 0"),
-        ({"process_noise": -1.0}, "process_noise should be at least 0"),
-        ({"process_noise": float("nan")}, "process_noise should be at least 0 but is nan"),
+        ({"memory_factor": 0.0}, "memory_factor must be > 0 but is: 0.0"),
+        ({"max_pending": 0}, "max_pending must be >= 1 but is: 0"),
+        ({"covariance_dtype": torch.float16}, 'covariance_dtype = "float16" is not supported'),
+        ({"memory_factr": 1}, "memory_factr is not a known option; did you mean memory_factor"),
+        ({"memory_factor": 1.1}, "memory_factor must be <= 1 but is: 1.1"),
+        ({"forgetting_rate": -0.1}, "forgetting_rate must be >= 0 but is: -0.1"),
+        ({"initial_covariance": 0.0}, "initial_covariance must be > 0"),
+        ({"measurement_noise": 0.0}, "measurement_noise must be > 0"),
+        ({"process_noise": -1.0}, "process_noise must be >= 0"),
+        ({"process_noise": float("nan")}, "process_noise must be a number but is: NaN"),
     ],
 )
 def test_errors(setting, message):
@@ -67,4 +70,4 @@ def test_errors(setting, message):
 
 def test_as_many_innovations_as_jacobians():
     with pytest.raises(ValueError, match="each of the 2 rows of the jacobian but there are 3"):
-        KalmanFilter(PLAN).step(torch.zeros(73, dtype=torch.float64), torch.zeros(2, 73), torch.zeros(3))
+        KalmanFilter(PLAN).update(torch.zeros(2, 73), torch.zeros(3))

@@ -216,7 +216,7 @@ def test_a_compiled_training_step_is_the_plain_one(backend):
         optimizer.update(optimizer.jacobian(), (y.mean() - prediction).detach())
 
     plain, compiled = network(), network()
-    settings = {"block_size": 50, "pending": 3}
+    settings = {"block_size": 50, "max_pending": 3}
     one, other = RLEKF(plain.parameters(), **settings), RLEKF(compiled.parameters(), **settings)
     torch.compiler.reset()
     compiled_step = torch.compile(train_step, backend=backend)
@@ -333,7 +333,7 @@ def test_oracle_on_any_model(
         [group for group in groups if group["params"]],
         strategy=strategy,
         block_size=block_size,
-        pending=pending,
+        max_pending=pending,
         covariance_dtype=covariance_dtype,
         transpose=transpose,
         process_noise=process_noise,

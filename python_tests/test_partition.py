@@ -70,8 +70,8 @@ def test_rlekf_gathers_all_that_fits(sizes, block_size):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([3], 0), "block_size should be at least 1 but is 0"),
-        (([3], 1, "kalman"), "strategy should be one of rlekf, deepmd, lekf, sekf, gekf but is 'kalman'"),
+        (([3], 0), "block_size must be >= 1 but is: 0"),
+        (([3], 1, "kalman"), "strategy must be one of rlekf, deepmd, lekf, sekf, gekf but is: 'kalman'"),
         (([], 1), "sizes should hold at least one number"),
         (([3, 0], 1), "each at least 1"),
         (([3, 2], 1, "lekf", [0]), "layers should name a layer for each of the 2 tensors but has 1"),

@@ -11,7 +11,7 @@ import torch
 from rlekf_ext import RLEKF
 from rlekf_ext.stepper import Stepper
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def test_a_step_is_that_of_the_closure():

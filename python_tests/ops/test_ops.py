@@ -172,14 +172,14 @@ def test_step_is_project_then_correct(name):
     """Also from scratch memory that earlier calls left full of other numbers."""
     plan, ops = BlockPlan(ODD_SIZES), backend(name, torch.device("cpu"))
     one, other = (KalmanFilter(plan, max_pending=5, process_noise=1e-3, backend=name) for _ in range(2))
-    w_one, w_other = (torch.zeros(plan.num_weights, dtype=torch.float64) for _ in range(2))
+    w_other = torch.zeros(plan.num_weights, dtype=torch.float64)
     for count in (1, 4, 2, 3, 1):
         h, e = random_measurements(count, plan.num_weights)
-        w_one += one.update(h, e)
-        p = other.covariance
+        increment, p = one.update(h, e), other.covariance
+        w_other.zero_()
         cross, gram = ops.project(p, h)
         ops.correct(p, w_other, cross, gram, h, e)
-        assert torch.equal(w_one, w_other)
+        assert torch.equal(increment, w_other)
         assert torch.equal(one.covariance.state, p.state)
 
 
@@ -219,7 +219,7 @@ def test_bad_numbers_are_skipped(name, poison, cause, count):
         h, e = random_measurements(count, 73)
         good_h, good_e = h[: count - 1].clone(), e[: count - 1].clone()
         poison(h, e[-1:])
-        met.step(weights, h, e)
+        weights += met.update(h, e)
         dense.step(wanted, good_h, good_e)
     assert met.health()[cause] == bad
     assert met.health()["num_updates"] == before * count + bad * (count - 1)
