@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from spawn import spawn
 
 from rlekf_ext import RLEKF, BlockPlan, KalmanFilter
-from rlekf_ext.sharding import Shard
+from rlekf_ext.sharding import TileShare
 
 PLANS = [BlockPlan((330,)), BlockPlan((200, 70)), BlockPlan((65, 1, 130, 64, 3, 77, 128, 20, 9, 40))]  # L = 1, 2, 10
 
@@ -31,7 +31,7 @@ def distance(a, b):
 
 def the_same_answer(rank):
     for plan in PLANS:
-        for options in ({}, {"covariance_dtype": torch.float32}, {"process_noise": 1e-4, "pending": 4}):
+        for options in ({}, {"covariance_dtype": torch.float32}, {"process_noise": 1e-4, "max_pending": 4}):
             alone = KalmanFilter(plan, **options)
             ours = KalmanFilter(plan, process_group=dist.group.WORLD, **options)
             wanted = run(alone, torch.zeros(plan.num_weights, dtype=torch.float64), 100)
@@ -95,7 +95,7 @@ def test_one_message_a_step():
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 40])
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_tile_is_on_one_rank_and_shares_are_equal(plan, size):
-    shards = [Shard(plan, SimpleNamespace(rank=rank, size=size)) for rank in range(size)]
+    shards = [TileShare(plan, SimpleNamespace(rank=rank, size=size)) for rank in range(size)]
     total = shards[0].num_tiles
     assert [tile for shard in shards for tile in shard.tiles] == list(range(total))
     assert max(len(shard.tiles) for shard in shards) == -(-total // size)
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_one_process_loads_on_several(tmp_path):
 
 def refuses(rank):
     group = dist.group.WORLD
-    with pytest.raises(RuntimeError, match=r"reference backend takes whole blocks, .* backend='auto' finds another"):
+    with pytest.raises(RuntimeError, match=r"reference backend needs whole blocks, .* backend='auto' finds another"):
         KalmanFilter(PLANS[0], process_group=group, backend="reference")
     kalman = KalmanFilter(PLANS[0], process_group=group)
     with pytest.raises(ValueError, match="gathered"):

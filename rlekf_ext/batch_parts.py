@@ -57,36 +57,39 @@ def divide(
 ) -> tuple[list[Part], Whole]:
     """What this process has of each measurement, and what all processes have together. Every process must call it, with
     a generator in the same state."""
-    atoms = [0 if frame.forces is None else len(frame.forces) for frame in frames]  # rows of forces
-    structures = [len(frame.num_atoms) for frame in frames]
-    abreast = [
-        1 if frame.forces is not None and frame.forces.dim() == 3 else n
-        for frame, n in zip(frames, structures, strict=True)
-    ]
-    labels = ["forces" if kind == "force" else kind for kind in KINDS]
-    missing = [sum(getattr(frame, label) is None for frame in frames) for label in labels]
-    least = min(atoms, default=2**62)
-    rows = processes.gather([len(frames), sum(structures), sum(atoms), sum(abreast), least, *missing], device)
-    num_frames, num_structures, num_atoms, num_abreast, _, *missing = (
-        sum(column) for column in zip(*rows, strict=True)
-    )
-    kinds = tuple(kind for kind, count in zip(KINDS, missing, strict=True) if not count)
-    first_frame, first_atom = (sum(row[column] for row in rows[: processes.rank]) for column in (0, 2))
-    atoms_per_structure = num_atoms / max(num_abreast, 1)
 
     def groups_of(num_atoms: int, num_structures: int, generator: torch.Generator) -> list[Tensor]:
         size = options.group_size and options.group_size * num_structures
         return force_groups(num_atoms, size, options.num_groups, generator)
 
+    atoms = [0 if frame.forces is None else len(frame.forces) for frame in frames]  # rows of forces
+    structures = [len(frame.num_atoms) for frame in frames]
+    # The structures that share out the rows of forces: all, one after another, or one of several with the same rows.
+    lengthwise = [
+        1 if frame.forces is not None and frame.forces.dim() == 3 else count
+        for frame, count in zip(frames, structures, strict=True)
+    ]
+    unseeded = torch.Generator()
+    fewest_groups = min((len(groups_of(n, m, unseeded)) for n, m in zip(atoms, lengthwise, strict=True)), default=2**62)
+    labels = ["forces" if kind == "force" else kind for kind in KINDS]
+    missing = [sum(getattr(frame, label) is None for frame in frames) for label in labels]
+    own_sizes = [len(frames), sum(structures), sum(atoms), sum(lengthwise), fewest_groups, *missing]
+    sizes = processes.gather(own_sizes, device)
+    num_frames, num_structures, num_atoms, num_lengthwise, _, *missing = (
+        sum(column) for column in zip(*sizes, strict=True)
+    )
+    kinds = tuple(kind for kind, count in zip(KINDS, missing, strict=True) if not count)
+    first_frame, first_atom = (sum(row[column] for row in sizes[: processes.rank]) for column in (0, 2))
+    atoms_per_structure = num_atoms / max(num_lengthwise, 1)
     if options.batch == "joint":
         seed = int(torch.randint(2**62, (), generator=generator))
-        num_groups = len(groups_of(min(row[4] for row in rows), 1, torch.Generator()))
         parts = []
-        for row, (frame, n, together) in enumerate(zip(frames, atoms, abreast, strict=True), first_frame):
-            own = groups_of(n, together, torch.Generator().manual_seed(seed + row))
+        for row, (frame, n, m) in enumerate(zip(frames, atoms, lengthwise, strict=True), first_frame):
+            own = groups_of(n, m, torch.Generator().manual_seed(seed + row))
             parts.append(Part(frame, row, 1.0, [(group, 1.0) for group in own]))
+        num_groups = min(row[4] for row in sizes)
         return parts, Whole(num_frames, num_structures, num_groups, atoms_per_structure, kinds)
-    groups = groups_of(num_atoms, num_abreast, generator)
+    groups = groups_of(num_atoms, num_lengthwise, generator)
     parts = []
     for frame, n, count in zip(frames, atoms, structures, strict=True):
         own = [group[(group >= first_atom) & (group < first_atom + n)] - first_atom for group in groups]

@@ -18,7 +18,7 @@ from rlekf_ext.diagnostics import FLOAT32_CONDITION, Diagnostics, ritz_values
 from rlekf_ext.options import FilterOptions, checked, takes
 from rlekf_ext.partition import BlockPlan
 from rlekf_ext.processes import Processes
-from rlekf_ext.sharding import Shard
+from rlekf_ext.sharding import TileShare
 
 
 @takes(FilterOptions)
@@ -46,14 +46,14 @@ class KalmanFilter:
         ops.backend(backend, torch.device(device), process_group is not None)  # an absent one: before P is allocated
         self.backend = backend
         dtype = torch.float64 if self.options.covariance_dtype == "float64" else torch.float32
-        self._shard = Shard(plan, Processes(process_group)) if process_group is not None else None
+        self._share = TileShare(plan, Processes(process_group)) if process_group is not None else None
         self.covariance = identity(
             plan,
             initial_covariance=self.options.initial_covariance,
             dtype=dtype,
             max_pending=self.options.max_pending,
             device=device,
-            tiles=self._shard.tiles if self._shard else None,
+            tiles=self._share.tiles if self._share else None,
         )
         noise = self.options.measurement_noise
         self.covariance.set(
@@ -94,8 +94,8 @@ class KalmanFilter:
             rows = slice(first, first + self._most_at_once)
             # The innovations are those of the weights as they came in: later passes see what the earlier ones moved.
             left = e[rows] - h[rows] @ increment if first else e[rows]
-            if self._shard:
-                projection = self._shard.project(self._ops, self.covariance, h[rows])
+            if self._share:
+                projection = self._share.project(self._ops, self.covariance, h[rows])
                 self._ops.correct(self.covariance, increment, *projection, h[rows], left)
             else:
                 self._ops.step(self.covariance, increment, h[rows], left)
@@ -125,7 +125,7 @@ class KalmanFilter:
         p = self.covariance
         now = p.scalars()
         stored, project = p.stored_diagonal(), self._projector()
-        diagonal = p.diagonal_of(self._shard.processes.sum(stored) if self._shard else stored)
+        diagonal = p.diagonal_of(self._share.processes.sum(stored) if self._share else stored)
         start = self._most_certain_of_recent(project)
         if start is None:
             start = torch.zeros_like(diagonal)
@@ -178,7 +178,7 @@ class KalmanFilter:
         here = self.covariance
         new = covariance.reblock(here.plan, dtype=here.tiles.dtype, device=here.tiles.device)
         own = slice(here.own_tiles.start, here.own_tiles.stop)
-        self.covariance = replace(new, tiles=new.tiles[own].clone(), first_tile=own.start) if self._shard else new
+        self.covariance = replace(new, tiles=new.tiles[own].clone(), first_tile=own.start) if self._share else new
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Copy a saved covariance into this filter's; "auto" takes over its dtype too. Raises ValueError as there."""
@@ -202,18 +202,18 @@ class KalmanFilter:
     def gathered(self) -> Covariance:
         """The covariance with all its tiles; every process of the group must ask for it."""
         p = self.covariance
-        return replace(p, tiles=self._shard.gather(p.tiles), first_tile=0) if self._shard else p
+        return replace(p, tiles=self._share.gather(p.tiles), first_tile=0) if self._share else p
 
     def _spread(self, tiles: Tensor) -> Tensor:
-        return self._shard.spread(tiles) if self._shard else tiles
+        return self._share.spread(tiles) if self._share else tiles
 
     def _projector(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """`project` for up to 8 rows, with room for them among copies of what is pending: so nothing is ever folded."""
         p = self.covariance
         room = p.pending.new_zeros(MAX_MEASUREMENTS, self.plan.num_weights)
         copy = replace(p, pending=torch.cat([p.pending, room]), state=p.state.clone())
-        if self._shard:
-            return partial(self._shard.project, self._ops, copy)
+        if self._share:
+            return partial(self._share.project, self._ops, copy)
         return partial(self._ops.project, copy)
 
     def _rows(self, jacobian: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ class KalmanFilter:
 
     @property
     def _ops(self) -> ModuleType:
-        return ops.backend(self.backend, self.covariance.tiles.device, self._shard is not None)
+        return ops.backend(self.backend, self.covariance.tiles.device, self._share is not None)
 
     @property
     def _most_at_once(self) -> int:

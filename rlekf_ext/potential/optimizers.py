@@ -25,7 +25,7 @@ class KalmanSteps:
     def __init__(self, config: Config, model: DeepPotential, num_steps: int, processes: Processes, say: Say):
         options = config.optimizer.options
         self._lkf = options if isinstance(options, LKF) else None
-        chosen = {"preset": "lkf", "block_size": self._lkf.kf_blocksize} if self._lkf else asdict(options)  # type: ignore[call-overload]
+        chosen = {"preset": "lkf", "block_size": self._lkf.kf_blocksize} if self._lkf else asdict(options)
         seed, group = config.training.seed or 0, processes.group
         self.updater = FrameUpdater(model, transpose=True, seed=seed, process_group=group, say=say, **chosen)
         self.optimizer = self.updater.optimizer
