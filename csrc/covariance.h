@@ -1,11 +1,11 @@
-// The packed form of the block diagonal covariance, and the scalars that travel with it. The only owner of both.
+// The packed form of the block diagonal covariance, and the scalars that go with it. The only owner of both.
 //
 //     P = scale * (S + shift * I - sum_i u_i u_i^T)        block by block
 //
-// S is symmetric, so a block of n weights keeps only the lower triangle of its kTile x kTile tiles, row after row of
-// tiles: (0,0) (1,0) (1,1) (2,0) ... Each tile is contiguous and row-major; tiles on the diagonal are kept whole. The
-// tiles of all blocks stand one after another in one buffer. Rows and columns past a block's end are padding and stay
-// zero. All vectors (weights, Jacobians, u_i) have one entry per weight and no padding.
+// S is symmetric, so a block of n weights keeps only the lower triangle of its kTile x kTile tiles, row by row:
+// (0,0) (1,0) (1,1) (2,0) ... Each tile is contiguous and row-major; tiles on the diagonal are stored whole. The tiles
+// of all blocks follow one another in one buffer. Rows and columns past a block's end are padding and stay zero. All
+// vectors (weights, Jacobians, u_i) have one entry per weight and no padding.
 
 #pragma once
 
@@ -22,7 +22,7 @@ namespace rlekf {
 constexpr int64_t kTile = 64;
 constexpr int64_t kTileSize = kTile * kTile;
 
-/// The most measurements that one pass over S takes.
+/// The largest number of measurements in one pass over S.
 constexpr int kMaxMeasurements = 8;
 
 /// A whole number, held in a double.
@@ -66,7 +66,7 @@ constexpr StateName kStateNames[kNumState] = {
 #undef RLEKF_NAME
 };
 
-/// At a fold, a scale beyond this is moved into S by a power of two (exact), so that it cannot overflow.
+/// A fold moves a larger scale into S, by a power of two (exact), so that the scale cannot overflow.
 constexpr double kLargestScale = 1099511627776.0;  // 2^40
 
 /// One block of P. A row of the `layout` tensor, (L, 3) int64.
@@ -80,12 +80,12 @@ RLEKF_HOST_DEVICE constexpr int64_t tile_rows(int64_t size) { return (size + kTi
 
 RLEKF_HOST_DEVICE constexpr int64_t num_tiles(int64_t size) { return tile_rows(size) * (tile_rows(size) + 1) / 2; }
 
-/// Where tile (row, col), col <= row, stands among the tiles of its block.
+/// Index of tile (row, col), col <= row, among the tiles of its block.
 RLEKF_HOST_DEVICE constexpr int64_t tile_index(int64_t row, int64_t col) { return row * (row + 1) / 2 + col; }
 
-/// The row of the tile that stands at `index` among the tiles of its block; its column is index - tile_index(row, 0).
+/// Row of the tile at `index` among the tiles of its block; its column is index - tile_index(row, 0).
 RLEKF_HOST_DEVICE inline int64_t tile_row(int64_t index) {
-  // The square root may land next to the row when index is beyond 2^52; the two loops put that right.
+  // For an index beyond 2^52 the square root may be off by a row; the two loops correct it.
   auto row = static_cast<int64_t>((__builtin_sqrt(8.0 * static_cast<double>(index) + 1.0) - 1.0) / 2.0);
   while (tile_index(row, 0) > index) --row;
   while (tile_index(row + 1, 0) <= index) ++row;

@@ -1,4 +1,4 @@
-// From tensors to pointers: the checks that every device's registration shares.
+// From tensors to pointers, with the argument checks that all devices share.
 
 #pragma once
 
@@ -10,7 +10,7 @@ namespace rlekf {
 
 using torch::stable::Tensor;
 
-/// Checks shapes, dtypes and contiguity, and returns the pointers. Throws with the rule and the value it got.
+/// Each checks shape, dtype, device and contiguity and returns the pointers. Its errors give the rule and the value.
 Covariance covariance_of(const Tensor& tiles, const Tensor& pending, const Tensor& state, const Tensor& layout);
 Measurements measurements_of(const Covariance& covariance, const Tensor& jacobian);
 Measurements measurements_of(const Covariance& covariance, const Tensor& jacobian, const Tensor& innovation);

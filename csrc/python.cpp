@@ -1,4 +1,4 @@
-// rlekf_ext._C: what this build is, and the packed layout of covariance.h. No torch in here.
+// rlekf_ext._C: facts of this build, and the packed layout of covariance.h. No torch in here.
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -52,8 +52,7 @@ std::vector<std::array<int64_t, 3>> layout(const std::vector<int64_t>& sizes) {
   return rows;
 }
 
-/// Asks the kernel to back this memory with huge pages; false where it has none to give. Advice only: nothing depends
-/// on it.
+/// Asks the kernel to back this memory with huge pages; false if it refuses. Advice only: nothing depends on it.
 bool advise_huge_pages(uintptr_t address, size_t num_bytes) {
 #if defined(__linux__)
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
@@ -81,7 +80,7 @@ py::set state_counters() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What this build is, and the packed layout of the covariance (csrc/covariance.h).";
+  m.doc() = "Facts of this build, and the packed layout of the covariance (csrc/covariance.h).";
   m.attr("TILE") = kTile;
   m.attr("MAX_MEASUREMENTS") = kMaxMeasurements;
   m.attr("LARGEST_SCALE") = kLargestScale;
@@ -90,7 +89,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Versions, compiler and CUDA architectures of this build.");
   m.def("cpu_isa", &cpu_isa, "The instruction set that the CPU kernels use on this machine.");
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("num_bytes"),
-        "Ask for huge pages under memory that has not been touched yet; whether the kernel took the advice.");
-  m.def("num_tiles", &num_tiles, py::arg("size"), "Tiles that a block of `size` weights keeps.");
+        "Ask for huge pages for memory that has not been touched yet; return whether the kernel agreed.");
+  m.def("num_tiles", &num_tiles, py::arg("size"), "Number of tiles of a block of `size` weights.");
   m.def("layout", &layout, py::arg("sizes"), "(first weight, size, first tile) of each block.");
 }

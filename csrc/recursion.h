@@ -10,17 +10,17 @@
 
 namespace rlekf {
 
-/// What one measurement does, once y (the cross covariance over the scale) is known: w += gain y, S -= rank_one y y^T.
+/// What one measurement does, given y, its cross covariance over the scale: w += gain y, S -= rank_one y y^T.
 struct Update {
   double used;      // 1, or 0 when the measurement is skipped
   double shift;     // growth of the shift between the projection and this measurement: y holds shift * h
   double gain;      // a beta e
   double rank_one;  // a beta
-  double slot;      // row of `pending` that takes u = sqrt(rank_one) y
+  double slot;      // row of `pending` for u = sqrt(rank_one) y
 };
 
-/// Takes one measurement into the state. `product` is h^T y over all blocks; `innovation` as measured; `left` what the
-/// earlier measurements of the same pass left of it.
+/// Updates the state with one measurement. `product` is h^T y over all blocks; `innovation` is as measured, `left` what
+/// remains of it after the earlier measurements of the same pass.
 RLEKF_HOST_DEVICE inline Update take_measurement(State& state, double first_shift, double product, double innovation,
                                                  double left) {
   Update update{0, state.shift - first_shift, 0, 0, 0};
@@ -51,7 +51,7 @@ RLEKF_HOST_DEVICE inline Update take_measurement(State& state, double first_shif
   return update;
 }
 
-/// What a fold does in a pass: it subtracts this many pending vectors, and moves a power of two from the scale into S.
+/// A fold subtracts the outer products of pending vectors from S, and moves a power of two from the scale into S.
 struct Fold {
   int64_t num_vectors;  // 0: no fold
   double factor;

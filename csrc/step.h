@@ -1,8 +1,8 @@
 // The filter step as pointers and sizes: no torch, no Python. The same names in rlekf::cpu and rlekf::cuda.
 //
-//     project   cross = (P / scale) H^T and its inner products with H: all the traffic on P; folds waiting vectors if
-//     need be correct   M scalar updates from these, exact and in order: weights, waiting vectors, scalars; O(N) step
-//     both
+//     project   cross = (P / scale) H^T and its inner products with H: all traffic on P; folds pending vectors if due
+//     correct   M scalar updates from these, exact and in order: weights, pending vectors, scalars; O(N)
+//     step      both
 
 #pragma once
 
@@ -36,8 +36,8 @@ struct Measurements {
   const double* innovation;
 };
 
-/// What project() hands to correct(): cross (M, N); gram (2, num_blocks, M, M) holds h_j^T z_k, then h_j^T h_k, of each
-/// block.
+/// What project() passes on to correct(): cross (M, N), whose rows are z_k; gram (2, num_blocks, M, M), which holds
+/// h_j^T z_k, then h_j^T h_k, of each block.
 struct Projection {
   double* cross;
   double* gram;
@@ -45,13 +45,13 @@ struct Projection {
 
 namespace cpu {
 
-/// Calls task(0) ... task(count - 1), in any order and on any thread, and returns when all have ended.
+/// Calls task(0) ... task(count - 1), in any order and on any thread, and returns when all have finished.
 struct Parallel {
   int64_t num_workers;
   std::function<void(int64_t count, const std::function<void(int64_t)>& task)> run;
 };
 
-/// float64 numbers that project() needs as scratch, with any contents.
+/// Size of project()'s scratch memory, in doubles. Its contents do not matter.
 int64_t scratch_size(const Covariance& covariance, int num_measurements, int64_t num_workers);
 
 void project(const Covariance& covariance, const Measurements& measurements, const Projection& projection,
@@ -64,13 +64,13 @@ void correct(double* weights, const Covariance& covariance, const Measurements& 
 
 namespace cuda {
 
-/// The compute capabilities this build has code for, such as "80-real 90", as compiled into the library.
+/// The compute capabilities that this build has code for, such as "80-real 90".
 const char* architectures();
 
-// All that follows is queued on `stream`, a cudaStream_t of the covariance's GPU, and not waited for.
-// Throws std::runtime_error that names the kernel and the sizes where a launch fails.
+// These are queued on `stream`, a cudaStream_t of the covariance's GPU, and return without waiting. If a launch fails,
+// they throw a std::runtime_error that names the kernel and the sizes.
 
-/// float64 numbers that each of the three needs as scratch, with any contents.
+/// Size of the scratch memory of each of the three, in doubles. Its contents do not matter.
 int64_t scratch_size(const Covariance& covariance, const Measurements& measurements);
 
 void project(const Covariance& covariance, const Measurements& measurements, const Projection& projection,

@@ -1,4 +1,4 @@
-// The ops on CPU tensors: torch's own threads, and scratch memory that is allocated once per calling thread.
+// The ops on CPU tensors: torch's threads, and scratch memory that each calling thread allocates once.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -19,7 +19,7 @@ cpu::Parallel torch_threads() {
           }};
 }
 
-/// At least `size` numbers, kept by the calling thread until it ends.
+/// At least `size` doubles, which the calling thread keeps until it ends.
 double* scratch(int64_t size) {
   thread_local std::vector<double> memory;
   if (memory.size() < static_cast<size_t>(size)) memory.resize(static_cast<size_t>(size));
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> project(const Tensor& tiles, const Tensor& pending, c
 
 void correct(const Tensor& weights, const Tensor& pending, const Tensor& state, const Tensor& layout,
              const Tensor& cross, const Tensor& gram, const Tensor& jacobian, const Tensor& innovation) {
-  // correct() never looks at S: any tensor of its shape stands in for it.
+  // correct() never reads S: an empty tensor will do.
   const Tensor no_tiles = torch::stable::new_empty(jacobian, {0, kTile, kTile});
   const Covariance p = covariance_of(no_tiles, pending, state, layout);
   const Measurements m = measurements_of(p, jacobian, innovation);

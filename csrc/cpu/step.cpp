@@ -1,18 +1,18 @@
 // The filter step on a CPU.
 //
 // Ideas, in order:
-//   1. A step reads the packed triangle once. Each tile visited gives both halves of the product: y_i += T x_j, y_j +=
-//   T^T x_i.
-//   2. One list of tiles over all blocks, cut into equal contiguous runs, one per worker. A worker adds into a buffer
-//   of its own;
-//      a second phase adds the buffers in a fixed order: the same bits on every run with the same number of workers.
-//   3. Waiting vectors are folded into a tile in the visit that reads it: S is written once in `capacity` steps.
+//   1. A step reads the packed triangle once. Each tile contributes to both halves of the product:
+//      y_i += T x_j and y_j += T^T x_i.
+//   2. The tiles of all blocks form one list, cut into equal contiguous runs, one per worker. Each worker adds into a
+//      buffer of its own; a second phase adds up the buffers in a fixed order. So the bits are the same on every run
+//      with the same number of workers.
+//   3. Pending vectors are folded into a tile in the visit that reads it: S is written once every `capacity` steps.
 //   4. Several measurements: the tile is multiplied by each while it is in the first-level cache.
-//   5. Vectors are written with the compiler's vector types, and compiled for several instruction sets; the loader
-//   picks one.
+//   5. Vector arithmetic uses the compiler's vector types and is compiled for several instruction sets; the loader
+//      picks one.
 //
-// Traffic of a step: the triangle read once (and written once when it folds), 4 n(n+1) bytes in float64; the vectors
-// are O(N). The limit it is held against is the machine's read bandwidth.
+// Traffic of a step: the triangle, 4 n(n+1) bytes in float64, is read once (and written once by a fold); the vectors
+// are O(N). The limit is the machine's read bandwidth.
 
 #include "../step.h"
 
@@ -24,7 +24,7 @@
 
 #include "../recursion.h"
 
-// Not under the thread sanitizer, which is not awake yet when the loader asks which instruction set to take.
+// Not with the thread sanitizer, which is not yet running when the loader picks an instruction set.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #define RLEKF_EVERY_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -37,14 +37,14 @@ namespace {
 
 constexpr int kLanes = 8;
 constexpr int kChunks = kTile / kLanes;
-constexpr int kRowsAhead = 3;    // between the row multiplied and the one asked for: docs/performance.md has the trials
-constexpr int kFoldAtOnce = 32;  // vectors whose tile segments stay in the first-level cache during a fold
+constexpr int kRowsAhead = 3;    // how far ahead rows are prefetched: docs/performance.md has the trials
+constexpr int kFoldAtOnce = 32;  // pending vectors whose segments stay in the first-level cache during a fold
 
 using Lanes = double __attribute__((vector_size(kLanes * sizeof(double))));
 using LanesUnaligned = double __attribute__((vector_size(kLanes * sizeof(double)), aligned(8), may_alias));
 using FloatLanesUnaligned = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
-/// A tile's share of a vector.
+/// The kTile entries of a vector that belong to one row or column of tiles.
 struct alignas(64) Segment {
   Lanes lanes[kChunks];
   double& operator[](int64_t i) { return reinterpret_cast<double*>(lanes)[i]; }
@@ -61,7 +61,7 @@ RLEKF_INLINE void store(float* to, const Lanes& from) {
 
 RLEKF_INLINE double sum(const Lanes& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
-/// The sums of eight vectors, as one.
+/// The sums of eight vectors, as one vector.
 RLEKF_INLINE Lanes sums(const Lanes (&v)[kLanes]) {
   using Picks = int64_t __attribute__((vector_size(kLanes * sizeof(int64_t))));
   Lanes pairs[4], fours[2];
@@ -78,8 +78,7 @@ RLEKF_INLINE Lanes sums(const Lanes (&v)[kLanes]) {
 }
 
 /// y_i += T x_j and, off the diagonal, y_j += T^T x_i. The tile is read once, front to back. The first product of a
-/// visit asks for the lines a few rows ahead, which the hardware would not: its own prefetcher stops at every small
-/// page.
+/// visit prefetches a few rows ahead: the hardware's own prefetcher stops at the end of every small page.
 template <bool kFirst, typename Scalar>
 RLEKF_INLINE void multiply(const Scalar* tile, Segment& xi, const Segment& xj, Segment& yi, Segment& yj) {
   constexpr int kLine = 64 / sizeof(Scalar);
@@ -119,10 +118,9 @@ RLEKF_INLINE void widen(const float* tile, double* wide) {
   }
 }
 
-/// T <- factor (T - sum_k u_k[i] u_k[j]^T). Products commute and the order over k is fixed: a diagonal tile stays
-/// symmetric.
-/// Two rows at once halve the loads of u_k; the arithmetic hides the next tile's way from memory, which is asked for
-/// here.
+/// T <- factor (T - sum_k u_k[i] u_k[j]^T). Products commute and the order over k is fixed, so a diagonal tile stays
+/// symmetric. Taking two rows at once halves the loads of u_k. The arithmetic hides the latency of the next tile, which
+/// is prefetched here.
 template <typename Scalar>
 RLEKF_INLINE void fold(Scalar* tile, Segment* ui, const Segment* uj, int count, double factor) {
   constexpr int kLine = 64 / sizeof(Scalar);
@@ -157,7 +155,7 @@ RLEKF_INLINE void add_segment(Segment& from, int64_t count, double* to) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
-/// A worker's contiguous run of tiles [begin, end), and the weights [lo, hi) whose sums it touches.
+/// A worker's contiguous run of tiles [begin, end), and the weights [lo, hi) that it adds to.
 struct Run {
   int64_t begin, end;
   int64_t lo, hi;
@@ -188,14 +186,14 @@ std::vector<Run> plan_runs(const Covariance& p, int num_measurements, int64_t nu
   return runs;
 }
 
-/// One worker's run: each tile is folded if due, then multiplied by every Jacobian.
+/// One worker's run: each tile is folded if a fold is due, then multiplied by every Jacobian.
 template <typename Scalar>
 RLEKF_INLINE void visit_tiles(const Covariance& p, const Measurements& m, const Fold& due, const Run& run) {
   std::fill(run.sums, run.sums + m.count * (run.hi - run.lo), 0.0);
   auto* tile = static_cast<Scalar*>(p.tiles) + run.begin * kTileSize;
   Segment xi[kMaxMeasurements], xj[kMaxMeasurements], yi[kMaxMeasurements], yj[kMaxMeasurements];
   Segment ui[kFoldAtOnce], uj[kFoldAtOnce];
-  constexpr bool kWiden = !std::is_same_v<Scalar, double>;  // several products then convert a tile once
+  constexpr bool kWiden = !std::is_same_v<Scalar, double>;  // several products convert a tile only once
   alignas(64) double wide[kWiden ? kTileSize : 1];
 
   const Block* block = block_of_tile(p, run.begin);
@@ -306,8 +304,8 @@ struct Plan {
 };
 
 /// Runs the recursion on the inner products alone and leaves the state as after all M measurements.
-/// y_i^T h_j = z_i^T h_j + (shift_i - shift_0) h_i^T h_j - sum_{k<i} rank_one_k (y_k^T h_i) (y_k^T h_j), block by
-/// block.
+/// Block by block,
+///     y_i^T h_j = z_i^T h_j + (shift_i - shift_0) h_i^T h_j - sum_{k<i} rank_one_k (y_k^T h_i) (y_k^T h_j)
 Plan plan_updates(const Covariance& p, const Measurements& m, const Projection& projection) {
   const int count = m.count;
   const double* plain = projection.gram + p.num_blocks * count * count;
@@ -338,8 +336,8 @@ Plan plan_updates(const Covariance& p, const Measurements& m, const Projection& 
   return plan;
 }
 
-/// y_j = z_j + (shift_j - shift_0) h_j - sum_{k<j} rank_one_k (y_k^T h_j) y_k; w += gain_j y_j; u_j = sqrt(rank_one_j)
-/// y_j.
+/// y_j = z_j + (shift_j - shift_0) h_j - sum_{k<j} rank_one_k (y_k^T h_j) y_k
+/// w += gain_j y_j, u_j = sqrt(rank_one_j) y_j
 RLEKF_EVERY_ISA void correct_block(double* weights, const Covariance& p, const Measurements& m,
                                    const Projection& projection, const Plan& plan, int64_t index) {
   const Block& block = p.blocks[index];

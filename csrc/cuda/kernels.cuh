@@ -2,17 +2,16 @@
 //
 //     visit      each worker reads its run of tiles once: z_i += T x_j, z_j += T^T x_i; a fold also writes them
 //     -- grid barrier --
-//     reduce     the parts of z are added in a fixed order, the waiting vectors taken off; inner products with H
+//     reduce     adds the parts of z in a fixed order, subtracts the pending vectors; inner products with H
 //     -- grid barrier --
 //     plan       the first worker adds these up and runs the recursion over the M measurements on scalars
 //     -- grid barrier --
-//     apply      weights and new waiting vectors
+//     apply      weights and new pending vectors
 //
-// `project` is the first two and the sum of the third; `correct` the last two. Two numbers for a step in float64: it
-// reads 4 n (n + 1) bytes and does 2 n (n + 1) multiply-adds and as many adds; a GPU that reads 4.4 TB/s has time for
-// 13 times as much arithmetic. So all that counts is to keep reads in flight. Each thread copies the entries that it
-// will itself use, tiles ahead, into shared memory of its own: no barrier stands between the arrival of a tile and its
-// use.
+// `project` is the first two and the sums of the third; `correct` is the recursion and the last. A step in float64
+// reads 4 n (n + 1) bytes and does 2 n (n + 1) floating-point operations; a GPU that reads 4.4 TB/s has time for 13
+// times as many. So all that counts is to keep reads in flight. Each thread copies the entries that it will use itself,
+// tiles ahead, into shared memory of its own: no barrier separates the arrival of a tile from its use.
 //
 // A thread holds 8 rows x 2 columns of a tile: warp w has rows 8 w ... 8 w + 7, lane l columns 2 l and 2 l + 1. Row
 // sums stay in registers along a unit; column sums stay in shared memory, each thread its own, down a strip. See

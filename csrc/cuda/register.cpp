@@ -8,7 +8,7 @@
 
 #include "../ops.h"
 
-// In libtorch_cuda alone, which a CPU-only torch lacks: without it no CUDA tensor, so no call, exists.
+// Defined only in libtorch_cuda. A CPU-only torch lacks it, but then there are no CUDA tensors to call the ops with.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
 
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> project(const Tensor& tiles, const Tensor& pending, c
 
 void correct(const Tensor& weights, const Tensor& pending, const Tensor& state, const Tensor& layout,
              const Tensor& cross, const Tensor& gram, const Tensor& jacobian, const Tensor& innovation) {
-  // correct() never looks at S: any tensor of its shape stands in for it.
+  // correct() never reads S: an empty tensor will do.
   const Tensor no_tiles = torch::stable::new_empty(jacobian, {0, kTile, kTile});
   const Covariance p = covariance_of(no_tiles, pending, state, layout);
   const Measurements m = measurements_of(p, jacobian, innovation);

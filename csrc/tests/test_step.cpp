@@ -1,4 +1,4 @@
-// rlekf::cpu::project and correct against a dense filter, with std::thread in place of torch's threads.
+// rlekf::cpu::project and correct against a dense filter, with std::thread instead of torch's threads.
 
 #include <cstdlib>
 #include <thread>
