@@ -289,7 +289,7 @@ def measure(on: Cpu, cases: Sequence[str], named: Named, rounds: int, output: Pa
     """Append the rows of all cases. Returns the cases that failed."""
     columns = ["case", "provider", *(["huge_pages"] if on.device.type == "cpu" else []), "metric", "unit"]
     columns += ["value", "min", "max", "samples", *on.where, "version", "commit"]
-    common = {key: value for key, value in {**machine(), **on.facts()}.items() if key in columns}
+    common = {key: value for key, value in {**machine(output), **on.facts()}.items() if key in columns}
     print(", ".join(f"{key} {value}" for key, value in common.items()), flush=True)
     failed = []
     for case in cases:

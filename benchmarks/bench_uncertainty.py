@@ -227,7 +227,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    data, output, where = arguments.data.resolve(), arguments.output.resolve(), machine()  # run() changes folders
+    # run() changes folders
+    data, output, where = arguments.data.resolve(), arguments.output.resolve(), machine(arguments.output)
     shown: dict[str, Uncertainty] = {}
     for name in arguments.case:
         for seed in arguments.seeds:

@@ -19,8 +19,7 @@ from typing import Any
 
 import bench_batches
 import numpy as np
-from plot_study import fill
-from rows import table
+from rows import fill, table
 
 from rlekf_ext.covariance import required_bytes
 from rlekf_ext.partition import BlockPlan
@@ -137,7 +136,7 @@ TABLES = {
 
 
 def write_tables(text: str) -> str:
-    return fill(text, lambda name: TABLES[name]())
+    return fill(text, TABLES)
 
 
 if __name__ == "__main__":
