@@ -173,7 +173,7 @@ def variants(study: Study) -> str:
     """Validation errors relative to the default's at the same epoch."""
     systems = study.systems(*STUDY["variant"])
     rows = []
-    for label in ["RLEKF", *STUDY["variant"]]:
+    for label in ["RLEKF", *STUDY["variant"], *STUDY["past"]]:
         ratios, cells = {kind: [] for kind in KINDS}, []
         for system in systems:
             errors = [study.error(system, label, f"validation_{kind}", epoch=4) for kind in KINDS]

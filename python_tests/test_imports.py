@@ -1,4 +1,4 @@
-"""Imports run downwards only, and optional packages stay in their own file (design: "Files")."""
+"""Imports run downwards only, and optional packages stay in their own file."""
 
 import ast
 import subprocess

@@ -53,7 +53,7 @@ def in_filter(steps, model):
     return steps.optimizer.flatten([p.detach() for p in model.parameters()])
 
 
-# LKF: KFWrapper.py and LKF.py of DeePMD-kit, as shared/peers.md tells of them
+# LKF: what KFWrapper.py and LKF.py of DeePMD-kit do
 
 
 def deepmd_lkf(model, optimizer, dense, weights, frame, groups, energy_pref, force_pref):
