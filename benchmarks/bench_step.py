@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import CASES
+from cases import CASES, triangle_bytes
 from providers import CYCLE, Ours, Provider, providers
 from rows import append, machine
 
@@ -140,7 +140,7 @@ class Run:
         kind = {"dtype": torch.float64, "device": on.device}
         self.jacobians = torch.randn(8, plan.num_weights, generator=generator, **kind)
         self.innovations = torch.full((8,), 0.1, **kind)
-        self.reader = Reader(limit_bytes(plan), on.device)
+        self.reader = Reader(triangle_bytes(plan), on.device)
         self.providers = {name: self.made(name, make, plan) for name, make in named.items()}
         self.check()
         self.replays = {}
@@ -207,10 +207,6 @@ class Run:
         self.samples[name, f"{metric} with fold"].append(fold)
 
 
-def limit_bytes(plan: BlockPlan) -> int:
-    return 4 * sum(n * (n + 1) for n in plan.sizes)
-
-
 def peak_bytes(case: str, name: str) -> int:
     """Growth of the resident memory of a process of its own that makes a provider on the CPU and does three steps."""
     code = (
@@ -244,7 +240,7 @@ def groups(need: Mapping[str, float], room: float) -> tuple[list[list[str]], lis
 def rows_of(case: str, named: Named, on: Cpu, rounds: int) -> Iterator[dict[str, object]]:
     plan = CASES[case]
     need = {name: named[name].num_bytes(plan) for name in sorted(named, key=lambda n: not issubclass(named[n], Ours))}
-    room = on.room * available_bytes(on.device) - min(BUFFER_BYTES, limit_bytes(plan))
+    room = on.room * available_bytes(on.device) - min(BUFFER_BYTES, triangle_bytes(plan))
     sets, left_out = groups(need, room)
 
     def row(provider: str, metric: str, unit: str, values: list[float]) -> dict[str, object]:
@@ -257,14 +253,14 @@ def rows_of(case: str, named: Named, on: Cpu, rounds: int) -> Iterator[dict[str,
         suffix = "" if len(sets) == 1 else f", beside {together[-1]}"
         for (provider, metric), values in run.samples.items():
             yield row(provider, metric + suffix, "ms", [1e3 * value for value in values])
-        report(case, run, limit_bytes(plan))
+        report(case, run, triangle_bytes(plan))
         peaks = run.peaks
         if case == MEMORY_CASE and not peaks:
             peaks = {name: peak_bytes(case, name) for name in together}
         for name in together:
             yield row(name, "bytes", "B", [need[name]])
             if name in peaks:
-                print(f"  {name:<15}peak memory {peaks[name] / limit_bytes(plan):.3f} times the packed triangle")
+                print(f"  {name:<15}peak memory {peaks[name] / triangle_bytes(plan):.3f} times the packed triangle")
                 yield row(name, "peak memory", "B", [peaks[name]])
         del run
         on.free()
@@ -272,11 +268,11 @@ def rows_of(case: str, named: Named, on: Cpu, rounds: int) -> Iterator[dict[str,
         yield row(name, f"does not fit: {need[name] / 1e9:.1f} GB", "", [])
 
 
-def report(case: str, run: Run, limit_bytes: int) -> None:
+def report(case: str, run: Run, num_bytes: int) -> None:
     median = {key: statistics.median(values) for key, values in run.samples.items()}
     read = median.pop(("read", "step"))
     blas = [value for (name, _), value in median.items() if name.endswith(("symv", "spmv"))]
-    print(f"{case}: read {limit_bytes / read / 1e9:.1f} GB/s, limit {1e3 * read:.4g} ms (float64)")
+    print(f"{case}: read {num_bytes / read / 1e9:.1f} GB/s, limit {1e3 * read:.4g} ms (float64)")
     for (name, metric), value in median.items():
         limit = read / 2 if "float32" in name else read
         line = f"  {name:<15}{metric:<29}{1e3 * value:10.4g} ms{100 * limit / value:6.0f} % of limit"

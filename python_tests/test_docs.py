@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import plot_scaling
+import plot_step
 import plot_study
 import pytest
 from rows import PLACE
@@ -37,7 +38,7 @@ def test_every_data_set_is_described(path):
 
 def test_every_table_has_its_script():
     marked = [place["name"] for page in PAGES for place in PLACE.finditer(page.read_text())]
-    assert sorted(marked) == sorted(name for script in (plot_study, plot_scaling) for name in script.TABLES)
+    assert sorted(marked) == sorted(name for script in (plot_study, plot_scaling, plot_step) for name in script.TABLES)
 
 
 def anchors(page):
