@@ -80,6 +80,7 @@ soak: setup  ## what takes long (30 minutes): fuzzing, 200 kills, drift over 20 
 	$(BIN)/python benchmarks/bench_accuracy.py
 	$(BIN)/python benchmarks/bench_accuracy.py --size 48 --steps 100000
 	$(BIN)/python benchmarks/bench_storage.py
+	$(BIN)/python benchmarks/plot_step.py
 
 check: lint test  ## what CI runs first: ruff, mypy, clang-format, tests
 

@@ -87,7 +87,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if np.finfo(np.longdouble).nmant < 63:
         sys.exit(f"long double is no wider than double on {platform.machine()}: run this on x86-64.")
-    common = {"steps": arguments.steps, "size": arguments.size, "huge_pages": 0, "numpy": np.__version__, **machine()}
+    common = {"steps": arguments.steps, "size": arguments.size, "huge_pages": 0, "numpy": np.__version__}
+    common |= machine(arguments.output)
     for kind in arguments.kind:
         for dtype, found in drift(kind, arguments.size, arguments.steps).items():
             print(f"H {kind:<11} {dtype!s:<14}" + "".join(f"  {name} {value:.2e}" for name, value in found.items()))

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from bench_training import COLUMNS, KEY, ROOT, STUDY, available, run
-from rows import append
+from rows import append, machine
 from rows import table as markdown
 
 RESULTS = ROOT / "benchmarks/results/batches.csv"
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
+    machine(given.output)
     base = STUDY["method"]["RLEKF"]
     done = read(given.output) if given.output.exists() else {}
     for seed in given.seeds:

@@ -116,13 +116,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of 400 frames of water with set.000")
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[1024, 5120])
     parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="optimizers whose name has this in it")
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for kind in ("INTRA", "INTER"):
         os.environ.setdefault(f"DP_{kind}_OP_PARALLELISM_THREADS", os.environ["OMP_NUM_THREADS"])
     os.environ.setdefault("NUM_WORKERS", "0")  # of dp's data loader, whose threads sometimes fail in Python 3.11
-    where = {**machine(), "threads": os.environ["OMP_NUM_THREADS"]}
+    where = {**machine(given.output), "threads": os.environ["OMP_NUM_THREADS"]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         split(given.data, folder)
@@ -143,7 +144,7 @@ def main() -> None:
                     continue
                 batches = given.batches * 5 // 8 if label.endswith("robust") else given.batches  # 8 updates a batch
                 row = {"optimizer": label, "block_size": size, **run(optimizer, batches, folder), **where}
-                append(RESULTS, COLUMNS, [row])
+                append(given.output, COLUMNS, [row])
                 print(*(f"{row[column]}" for column in COLUMNS[:8]), sep="  ", flush=True)
 
 

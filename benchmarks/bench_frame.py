@@ -71,6 +71,7 @@ def main() -> None:
     if not available(given.system, given.data):
         parser.error(f"{given.data} should have the data of {given.system} but has not; name their folder by --data.")
     torch.set_num_threads(1)
+    where = machine(given.output)
     count, timed = parts(given.system, given.network, given.data)
     times: dict[str, list[float]] = defaultdict(list)
     for _ in range(given.repeat + 2):
@@ -78,7 +79,6 @@ def main() -> None:
             started = time.perf_counter()
             call()
             times[name].append(1e3 * (time.perf_counter() - started))
-    where = machine()
     for name, found in times.items():
         row = {"system": given.system, "network": given.network, "weights": count, "part": name}
         row["ms"] = f"{median(found[2:]):.2f}"

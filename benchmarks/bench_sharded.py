@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
+    machine(given.output)
     for size in given.processes:
         with TemporaryDirectory() as folder:
             mp.spawn(process, (size, folder, given.cycles, given.output), nprocs=size)

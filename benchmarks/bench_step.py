@@ -1,403 +1,330 @@
-"""One filter step on a CPU, side by side: ours, DeePMD-kit's operations, torch in place, and BLAS. `make bench`
-runs it.
+"""One filter step, side by side: ours, DeePMD-kit's operations, torch in place, and BLAS (OpenBLAS and MKL, or cuBLAS).
+`make bench` runs it on the CPU, `make gpu` on a GPU.
 
-    python benchmarks/bench_step.py [--case paper-10240 ...] [--rounds 5] [--output rows.csv]
+    python benchmarks/bench_step.py [--device cuda] [--case paper-10240 ...] [--rounds 5] [--output rows.csv]
 
-Providers take turns within each round of one process, so that a noisy machine disturbs all alike; a sample of ours
-is the mean over a whole fold cycle. Before it is timed, each provider does three steps and must agree with ours
-in float64 in w. Rows are appended to benchmarks/results/step.csv; `plot_step.py` draws them. The whole set runs
-twice: as it is, and with huge pages for torch's own allocations (THP_MEM_ALLOC_ENABLE=1), which is the best case of
-`naive`.
+Providers take turns within each round of one process, so that a noisy machine disturbs all alike; a step of ours is
+the mean over a whole fold cycle. Before it is timed, each provider does three steps and must agree with ours in float64
+in w. "read" is the limit: torch's own reading of as many bytes as the packed triangle has. Rows are appended to
+benchmarks/results/step.csv or step_gpu.csv. A case that fails is reported, and the others go on.
+
+On a CPU the whole set runs twice: as it is, and with huge pages for torch's own allocations (THP_MEM_ALLOC_ENABLE=1),
+which is the best case of `naive`.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
+import itertools
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import scipy.linalg.blas as openblas
 import torch
-from cases import CASES
+from cases import CASES, triangle_bytes
+from providers import CYCLE, Ours, Provider, providers
 from rows import append, machine
 
-from rlekf_ext import BlockPlan, KalmanFilter
-from rlekf_ext.covariance import available_bytes, identity, required_bytes
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results/step.csv"
-MEMORY_CASE, OF_EIGHT = "paper-10240", "step of 8 measurements"
-COLUMNS = ["case", "provider", "huge_pages", "metric", "unit", "value", "min", "max", "samples", "threads"]
-COLUMNS += ["cpu", "cpu_isa", "torch", "numpy", "version", "commit"]
-LAMBDA, NU = 0.98, 0.9987
-REST = 0.05  # seconds: threads of the provider before (OpenBLAS, OpenMP) may still spin for work
-
-
-class Provider:
-    """A filter of one block plan; `step` does Algorithm 2, lines 8 to 14, for one measurement."""
-
-    cycle = 1  # steps of one sample
-
-    def __init__(self, plan: BlockPlan):
-        self.plan, self.weights, self.memory_factor = plan, torch.zeros(plan.num_weights, dtype=torch.float64), LAMBDA
-
-    @staticmethod
-    def num_bytes(plan: BlockPlan) -> int:
-        return 8 * sum(n * n for n in plan.sizes)
-
-    def dense(self) -> list[torch.Tensor]:
-        return [torch.eye(n, dtype=torch.float64) for n in self.plan.sizes]
-
-    def forget(self) -> None:
-        self.memory_factor = NU * self.memory_factor + 1 - NU
-
-
-class Naive(Provider):
-    """The operations of DeePMD-kit's LKF, in its order: 10 n² numbers a step and block, two temporaries of n²."""
-
-    def __init__(self, plan: BlockPlan):
-        super().__init__(plan)
-        self.p = self.dense()
-
-    @staticmethod
-    def num_bytes(plan: BlockPlan) -> int:
-        return Provider.num_bytes(plan) + 16 * max(plan.sizes) ** 2
-
-    def step(self, jacobian: torch.Tensor, innovation: float) -> None:
-        lam, parts = self.memory_factor, jacobian.split(self.plan.sizes)
-        columns = [part[:, None] for part in parts]
-        total = sum(lam + h.T @ p @ h for h, p in zip(columns, self.p, strict=True))
-        a = 1 / total
-        for i, (h, w) in enumerate(zip(columns, self.weights.split(self.plan.sizes), strict=True)):
-            k = self.p[i] @ h
-            w += (a * innovation * k)[:, 0]
-            self.p[i] = (1 / lam) * (self.p[i] - a * torch.matmul(k, k.T))
-        self.forget()
-
-
-class Torch(Provider):
-    """torch at its best: mv, then addr_ in place."""
-
-    def __init__(self, plan: BlockPlan):
-        super().__init__(plan)
-        self.p = self.dense()
-
-    def step(self, jacobian: torch.Tensor, innovation: float) -> None:
-        lam, parts = self.memory_factor, jacobian.split(self.plan.sizes)
-        gains = [torch.mv(p, h) for p, h in zip(self.p, parts, strict=True)]
-        a = 1 / (len(parts) * lam + sum(float(h @ k) for h, k in zip(parts, gains, strict=True)))
-        for p, k, w in zip(self.p, gains, self.weights.split(self.plan.sizes), strict=True):
-            w.add_(k, alpha=a * innovation)
-            p.addr_(k, k, beta=1 / lam, alpha=-a / lam)
-        self.forget()
-
-
-class Blas(Provider):
-    """symv and syr of a BLAS on one triangle; 1/λ goes into a scalar factor, which only helps it."""
-
-    def __init__(self, plan: BlockPlan):
-        super().__init__(plan)
-        self.scale = 1.0
-        self.p = [self.block(n) for n in plan.sizes]
-
-    def block(self, n: int) -> np.ndarray:
-        return np.eye(n, order="F")
-
-    def multiply(self, p: np.ndarray, h: np.ndarray) -> np.ndarray:
-        return openblas.dsymv(1.0, p, h, lower=1)
-
-    def subtract(self, p: np.ndarray, k: np.ndarray, factor: float) -> None:
-        assert openblas.dsyr(-factor, k, lower=1, a=p, overwrite_a=1) is p
-
-    def step(self, jacobian: torch.Tensor, innovation: float) -> None:
-        parts = [part.numpy() for part in jacobian.split(self.plan.sizes)]
-        gains = [self.multiply(p, h) for p, h in zip(self.p, parts, strict=True)]  # K / scale
-        variance = self.scale * sum(h @ k for h, k in zip(parts, gains, strict=True))
-        a = 1 / (len(parts) * self.memory_factor + variance)
-        for p, k, w in zip(self.p, gains, self.weights.split(self.plan.sizes), strict=True):
-            w.add_(torch.from_numpy(k), alpha=a * innovation * self.scale)
-            self.subtract(p, k, a * self.scale)
-        self.scale /= self.memory_factor
-        self.forget()
-
-
-class BlasPacked(Blas):
-    """spmv and spr: half the memory, but rows of every length."""
-
-    @staticmethod
-    def num_bytes(plan: BlockPlan) -> int:
-        return 4 * sum(n * (n + 1) for n in plan.sizes)
-
-    def block(self, n: int) -> np.ndarray:
-        packed = np.zeros(n * (n + 1) // 2)
-        column = np.arange(n)
-        packed[column * n - column * (column - 1) // 2] = 1.0  # lower triangle, column after column
-        return packed
-
-    def multiply(self, p: np.ndarray, h: np.ndarray) -> np.ndarray:
-        return openblas.dspmv(len(h), 1.0, p, h, lower=1)
-
-    def subtract(self, p: np.ndarray, k: np.ndarray, factor: float) -> None:
-        assert openblas.dspr(len(k), -factor, k, p, lower=1, overwrite_ap=1) is p
-
-
-def mkl() -> ctypes.CDLL | None:
-    """MKL's runtime from the package `mkl`, if it is installed."""
-    for library in sorted(Path(sys.prefix, "lib").glob("libmkl_rt.so*")):
-        return ctypes.CDLL(str(library))
-    return None
-
-
-MKL = mkl()
-COLUMN_MAJOR, LOWER = 102, 122
-
-
-def pointer(array: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-class Mkl(Blas):
-    """symv and syr of MKL."""
-
-    def multiply(self, p: np.ndarray, h: np.ndarray) -> np.ndarray:
-        k, n = np.empty_like(h), len(h)
-        one, zero = ctypes.c_double(1), ctypes.c_double(0)
-        MKL.cblas_dsymv(COLUMN_MAJOR, LOWER, n, one, pointer(p), n, pointer(h), 1, zero, pointer(k), 1)
-        return k
-
-    def subtract(self, p: np.ndarray, k: np.ndarray, factor: float) -> None:
-        n = len(k)
-        MKL.cblas_dsyr(COLUMN_MAJOR, LOWER, n, ctypes.c_double(-factor), pointer(k), 1, pointer(p), n)
-
-
-class MklPacked(BlasPacked):
-    """spmv and spr of MKL."""
-
-    def multiply(self, p: np.ndarray, h: np.ndarray) -> np.ndarray:
-        k, n = np.empty_like(h), len(h)
-        one, zero = ctypes.c_double(1), ctypes.c_double(0)
-        MKL.cblas_dspmv(COLUMN_MAJOR, LOWER, n, one, pointer(p), pointer(h), 1, zero, pointer(k), 1)
-        return k
-
-    def subtract(self, p: np.ndarray, k: np.ndarray, factor: float) -> None:
-        MKL.cblas_dspr(COLUMN_MAJOR, LOWER, len(k), ctypes.c_double(-factor), pointer(k), 1, pointer(p))
-
-
-class Ours(Provider):
-    """The packed, scaled, deferred form."""
-
-    dtype = torch.float64
-
-    def __init__(self, plan: BlockPlan):
-        super().__init__(plan)
-        self.filter = KalmanFilter(plan, memory_factor=LAMBDA, forgetting_rate=NU, covariance_dtype=self.dtype)
-        self.cycle = len(self.filter.covariance.pending)
-
-    @classmethod
-    def num_bytes(cls, plan: BlockPlan) -> int:
-        return required_bytes(plan, dtype=cls.dtype)
-
-    def step(self, jacobian: torch.Tensor, innovation: float | list[float]) -> None:
-        self.filter.step(self.weights, jacobian, innovation)
-
-
-class OursFloat32(Ours):
-    dtype = torch.float32
-
-
-PROVIDERS: dict[str, type] = {
-    "naive": Naive,
-    "torch": Torch,
-    "openblas symv": Blas,
-    "openblas spmv": BlasPacked,
-    **({"mkl symv": Mkl, "mkl spmv": MklPacked} if MKL else {}),
-    "ours float64": Ours,
-    "ours float32": OursFloat32,
-}
-
-
-class ReadBandwidth:
-    """Reads as many bytes as a step of ours must, from a buffer of that size."""
-
-    def __init__(self, plan: BlockPlan):
-        p = identity(plan, pending=1)  # the same pages, advised and touched in the same way
-        self.data = p.tiles.view(-1)[: sum(n * (n + 1) // 2 for n in plan.sizes)].fill_(1.0)
-
-    def read(self) -> None:
-        torch.dot(self.data, self.data)
-
-
-def measured(plan: BlockPlan, names: list[str], rounds: int) -> dict[tuple[str, str], list[float]]:
-    """Seconds a step of each provider (and "read"), interleaved: {(provider, metric): samples}."""
-    generator = torch.Generator().manual_seed(0)
-    jacobians = torch.randn(8, plan.num_weights, generator=generator, dtype=torch.float64)
-    providers = {name: PROVIDERS[name](plan) for name in names}
-    reader = ReadBandwidth(plan)
-    check(providers, jacobians)
-    samples: dict[tuple[str, str], list[float]] = {}
-
-    def note(name: str, metric: str, seconds: float) -> None:
-        samples.setdefault((name, metric), []).append(seconds)
-
-    for turn in range(rounds):
-        for _ in range(5):
-            note("read", "step", timed(reader.read))
-        for name, provider in providers.items():
-            time.sleep(REST)
-            steps = [timed(lambda p=provider, i=i: p.step(jacobians[i % 8], 0.1)) for i in range(provider.cycle)]
-            note(name, "step", statistics.mean(steps))
-            if provider.cycle > 1:
-                fold = max(range(len(steps)), key=steps.__getitem__)
-                for i, seconds in enumerate(steps):
-                    if i != fold:
-                        note(name, "step without fold", seconds)
-                # A fold comes every fourth time.
-                eight = [timed(lambda p=provider: p.step(jacobians, [0.1] * 8)) for _ in range(provider.cycle // 8)]
-                note(name, OF_EIGHT, statistics.mean(eight))
-        print(f"  round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-    return samples
-
-
-def check(providers: dict, jacobians: torch.Tensor) -> None:
-    """Three steps of each; all must end with the same weights."""
-    for provider in providers.values():
-        for jacobian in jacobians[:3]:
-            provider.step(jacobian, 0.1)
-    ours = next((p for p in providers.values() if type(p) is Ours), None)
-    for name, provider in providers.items():
-        tolerance = 1e-5 if "float32" in name else 1e-10
-        if ours is not None:
-            error = float((provider.weights - ours.weights).abs().max() / ours.weights.abs().max())
-            if not error < tolerance:
-                sys.exit(f"{name} disagrees with ours float64: {error:.1e} of the largest weight, allowed {tolerance}.")
-
-
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+from rlekf_ext import BlockPlan
+from rlekf_ext.covariance import available_bytes, identity
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MEMORY_CASE = "paper-10240"
+BUFFER_BYTES = 2 * 10**9  # more is read in pieces: torch.dot takes 2^31 numbers on a GPU, and P needs the rest of it
+Named = Mapping[str, type[Provider]]
+
+
+class Cpu:
+    """How a step is timed on a CPU, and what its rows say."""
+
+    device = torch.device("cpu")
+    output, where = RESULTS / "step.csv", ["threads", "cpu", "cpu_isa", "torch", "numpy"]
+    cases = tuple(name for name in CASES if name != "water-10240")
+    room, samples, counts = 0.7, 1, (8,)  # of the free memory; steps of others in a sample; measurements in a pass
+    reads: tuple[Callable[[torch.Tensor], object], ...] = (lambda x: torch.dot(x, x),)
+    rest = 0.05  # seconds: threads of the provider before (OpenBLAS, OpenMP) may still spin for work
+
+    def times(self, call: Callable[[], object], count: int) -> list[float]:
+        """Seconds of each of `count` calls."""
+        ends = [time.perf_counter()]
+        for _ in range(count):
+            call()
+            ends.append(time.perf_counter())
+        return [end - start for start, end in itertools.pairwise(ends)]
+
+    def free(self) -> None:
+        """Give back the memory of what is no longer used."""
+        gc.collect()
+
+    def facts(self) -> dict[str, object]:
+        return {"huge_pages": int(os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"), "numpy": np.__version__}
+
+
+class Gpu(Cpu):
+    """The same on a GPU, by an event after each call. `cuda` is torch.cuda, or a test's."""
+
+    device = torch.device("cuda")
+    output, where = RESULTS / "step_gpu.csv", ["gpu", "driver", "cuda", "torch", "triton"]
+    cases = ("paper-10240", "paper-5120", "paper-1024", "block-10240", "block-1024", "water-1024", "water-10240")
+    room, samples, counts = 0.9, 4, (2, 4, 8)
+    reads = (*Cpu.reads, torch.sum, torch.max)
+    rest = 0.0
+    # While the host launches what is timed, the GPU sleeps (5 ms at 2 GHz; 32 steps of ours take the host about 2 ms).
+    # Else the events would measure Python.
+    sleep_cycles = 10**7
+
+    def __init__(self, cuda: Any = torch.cuda):
+        self.cuda = cuda
+
+    def times(self, call: Callable[[], object], count: int) -> list[float]:
+        events = [self.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        self.cuda._sleep(self.sleep_cycles)
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        events[-1].synchronize()
+        return [1e-3 * start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
+    def captured(self, step: Callable[[], object]) -> Callable[[], object]:
+        """A replay of the step. Each capture collects garbage and empties torch's cache: one for each provider."""
+        graph = self.cuda.CUDAGraph()
+        with self.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    def free(self) -> None:
+        gc.collect()
+        self.cuda.empty_cache()
+
+    def facts(self) -> dict[str, object]:
+        try:
+            from triton import __version__ as triton
+        except ImportError:
+            triton = ""
+        driver = Path("/proc/driver/nvidia/version")
+        words = driver.read_text().split() if driver.exists() else []
+        version = next((word for word in words if "." in word and word[0].isdigit()), "")
+        name = self.cuda.get_device_properties(self.device).name
+        return {"gpu": name, "driver": version, "cuda": torch.version.cuda, "triton": triton}
+
+
+class Reader:
+    """Reads as many bytes as a step must, from a buffer whose pages are like those of P."""
+
+    def __init__(self, num_bytes: int, device: torch.device):
+        self.passes = -(-num_bytes // BUFFER_BYTES)
+        size = -(-num_bytes // (8 * self.passes))
+        plan = BlockPlan((math.isqrt(2 * size) + 1,))
+        self.data = identity(plan, pending=1, device=device).tiles.view(-1)[:size].fill_(1.0)
+
+    def seconds(self, on: Cpu) -> float:
+        return min(sum(on.times(lambda r=read: r(self.data), self.passes)) for read in on.reads)
+
+
+class Run:
+    """Providers of one block plan that take turns; seconds of the samples, by (provider, metric)."""
+
+    def __init__(self, plan: BlockPlan, named: Named, on: Cpu, rounds: int):
+        self.on, self.samples, self.peaks = on, defaultdict(list), {}
+        generator = torch.Generator(on.device).manual_seed(0)
+        kind = {"dtype": torch.float64, "device": on.device}
+        self.jacobians = torch.randn(8, plan.num_weights, generator=generator, **kind)
+        self.innovations = torch.full((8,), 0.1, **kind)
+        self.reader = Reader(triangle_bytes(plan), on.device)
+        self.providers = {name: self.made(name, make, plan) for name, make in named.items()}
+        self.check()
+        self.replays = {}
+        if isinstance(on, Gpu):
+            mine = {name: p for name, p in self.providers.items() if isinstance(p, Ours)}
+            self.replays = {name: on.captured(self.step(provider)) for name, provider in mine.items()}
+        for turn in range(rounds):
+            self.round()
+            print(f"  round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+
+    def made(self, name: str, make: type[Provider], plan: BlockPlan) -> Provider:
+        """A provider after three steps; on a GPU, the memory that it took at most."""
+        cuda = self.on.cuda if isinstance(self.on, Gpu) else None
+        if cuda:
+            cuda.synchronize()
+            cuda.reset_peak_memory_stats()
+            before = cuda.memory_allocated()
+        provider = make(plan, self.on.device)
+        for jacobian in self.jacobians[:3]:
+            provider.step(jacobian, self.innovations[0])
+        if cuda:
+            cuda.synchronize()
+            self.peaks[name] = cuda.max_memory_allocated() - before
+        return provider
+
+    def check(self) -> None:
+        """All have the weights of the first, which is ours if one of ours is there."""
+        first, *_ = self.providers
+        wanted = self.providers[first].weights
+        for name, provider in self.providers.items():
+            error = float((provider.weights - wanted).abs().max() / wanted.abs().max())
+            allowed = 1e-5 if "float32" in name + first else 1e-10
+            if not error < allowed:
+                raise ValueError(
+                    f"{name} should agree with {first} to {allowed} of the largest weight but is off by {error:.1e}."
+                )
+
+    def step(self, provider: Provider) -> Callable[[], None]:
+        """One measurement, with another Jacobian each time."""
+        turns = itertools.cycle(self.jacobians)
+        return lambda: provider.step(next(turns), self.innovations[0])
+
+    def round(self) -> None:
+        self.samples["read", "step"] += [self.reader.seconds(self.on) for _ in range(5)]
+        for name, provider in self.providers.items():
+            time.sleep(self.on.rest)
+            if not isinstance(provider, Ours):
+                times = self.on.times(self.step(provider), self.on.samples)
+                self.samples[name, "step"].append(statistics.mean(times))
+                continue
+            self.cycle(name, "step", self.step(provider))
+            if name in self.replays:
+                self.cycle(name, "step in a graph", self.replays[name])
+            for m in self.on.counts:
+                many = lambda p=provider, m=m: p.step(self.jacobians[:m], self.innovations[:m])  # noqa: E731
+                mean = statistics.mean(self.on.times(many, CYCLE // m))
+                self.samples[name, f"step of {m} measurements"].append(mean)
+
+    def cycle(self, name: str, metric: str, step: Callable[[], object]) -> None:
+        """So many steps that one of them folds: the longest."""
+        *others, fold = sorted(self.on.times(step, CYCLE))
+        self.samples[name, metric].append(statistics.mean([*others, fold]))
+        self.samples[name, f"{metric} without fold"] += others
+        self.samples[name, f"{metric} with fold"].append(fold)
 
 
 def peak_bytes(case: str, name: str) -> int:
-    """Growth of the resident memory of a process of its own that makes the provider and does three steps."""
+    """Growth of the resident memory of a process of its own that makes a provider on the CPU and does three steps."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import bench_step as b, torch\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import cases, providers, torch\n"
         "read = lambda key: next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key)) * 1024\n"
-        "plan = b.CASES[sys.argv[2]]; h = torch.ones(plan.num_weights, dtype=torch.float64); before = read('VmRSS')\n"
-        "p = b.PROVIDERS[sys.argv[3]](plan); [p.step(h, 0.1) for _ in range(3)]; print(read('VmHWM') - before)"
+        "plan = cases.CASES[sys.argv[2]]; h = torch.ones(plan.num_weights, dtype=torch.float64)\n"
+        "make, e = providers.providers('cpu')[0][sys.argv[3]], torch.tensor(0.1, dtype=torch.float64)\n"
+        "before = read('VmRSS'); p = make(plan, h.device); [p.step(h, e) for _ in range(3)]\n"
+        "print(read('VmHWM') - before)"
     )
     arguments = [sys.executable, "-c", code, str(Path(__file__).parent), case, name]
     return int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
 
 
-def groups(plan: BlockPlan, names: list[str]) -> tuple[list[list[str]], list[str]]:
-    """Which providers share a run: all, or ours with one other at a time; and those that cannot fit at all."""
-    room = 0.7 * available_bytes(torch.device("cpu"))
-    need = {name: PROVIDERS[name].num_bytes(plan) for name in names}
-    own = [name for name in names if name.startswith("ours")]
-    base = sum(need[name] for name in own) + Ours.num_bytes(plan)  # and the buffer that is read
-    if base + sum(need[name] for name in names if name not in own) <= room:
-        return [names], []
-    others = [name for name in names if name not in own]
-    fitting = [name for name in others if base + need[name] <= room]
-    return [[name, *own] for name in fitting] or [own], [name for name in others if name not in fitting]
+def groups(need: Mapping[str, float], room: float) -> tuple[list[list[str]], list[str]]:
+    """Which providers share a run: the first with as many others as fit beside it; and which cannot fit at all."""
+    first, *others = need
+    if need[first] > room:
+        return [], list(need)
+    sets, left_out = [[first]], []
+    for name in others:
+        if need[first] + need[name] > room:
+            left_out.append(name)
+        elif sum(need[one] for one in sets[-1]) + need[name] > room:
+            sets.append([first, name])
+        else:
+            sets[-1].append(name)
+    return sets, left_out
 
 
-def rows_of(case: str, names: list[str], rounds: int, common: dict[str, object]) -> list[dict[str, object]]:
-    plan, rows = CASES[case], []
+def rows_of(case: str, named: Named, on: Cpu, rounds: int) -> Iterator[dict[str, object]]:
+    plan = CASES[case]
+    need = {name: named[name].num_bytes(plan) for name in sorted(named, key=lambda n: not issubclass(named[n], Ours))}
+    room = on.room * available_bytes(on.device) - min(BUFFER_BYTES, triangle_bytes(plan))
+    sets, left_out = groups(need, room)
 
     def row(provider: str, metric: str, unit: str, values: list[float]) -> dict[str, object]:
         spread = {"value": statistics.median(values), "min": min(values), "max": max(values)} if values else {}
         spread = {key: f"{value:.6g}" for key, value in spread.items()}
-        return {
-            "case": case,
-            "provider": provider,
-            "metric": metric,
-            "unit": unit,
-            "samples": len(values),
-            **spread,
-            **common,
-        }
+        return {"case": case, "provider": provider, "metric": metric, "unit": unit, "samples": len(values), **spread}
 
-    sets, absent = groups(plan, names)
-    limit_bytes = 4 * sum(n * (n + 1) for n in plan.sizes)
     for together in sets:
-        samples = measured(plan, together, rounds)
-        gc.collect()
-        suffix = "" if len(sets) == 1 else f", beside {together[0]}"
-        for (provider, metric), values in samples.items():
-            rows.append(row(provider, metric + suffix, "ms", [1e3 * value for value in values]))
-        rows.append(row("read", "bandwidth" + suffix, "GB/s", [limit_bytes / v / 1e9 for v in samples["read", "step"]]))
-        report(case, samples, limit_bytes)
-    for name in absent:
-        rows.append(row(name, f"does not fit: {PROVIDERS[name].num_bytes(plan) / 1e9:.1f} GB", "", []))
-    for name in names:
-        if name not in absent:
-            rows.append(row(name, "bytes", "B", [PROVIDERS[name].num_bytes(plan)]))
-        if case == MEMORY_CASE:
-            rows.append(row(name, "peak memory", "B", [peak_bytes(case, name)]))
-            print(
-                f"  {name:<15}peak memory {float(rows[-1]['value']) / limit_bytes:.3f} times the packed triangle",
-                flush=True,
-            )
-    return rows
+        run = Run(plan, {name: named[name] for name in together}, on, rounds)
+        suffix = "" if len(sets) == 1 else f", beside {together[-1]}"
+        for (provider, metric), values in run.samples.items():
+            yield row(provider, metric + suffix, "ms", [1e3 * value for value in values])
+        report(case, run, triangle_bytes(plan))
+        peaks = run.peaks
+        if case == MEMORY_CASE and not peaks:
+            peaks = {name: peak_bytes(case, name) for name in together}
+        for name in together:
+            yield row(name, "bytes", "B", [need[name]])
+            if name in peaks:
+                print(f"  {name:<15}peak memory {peaks[name] / triangle_bytes(plan):.3f} times the packed triangle")
+                yield row(name, "peak memory", "B", [peaks[name]])
+        del run
+        on.free()
+    for name in left_out:
+        yield row(name, f"does not fit: {need[name] / 1e9:.1f} GB", "", [])
 
 
-def report(case: str, samples: dict[tuple[str, str], list[float]], limit_bytes: int) -> None:
-    median = {key: statistics.median(values) for key, values in samples.items()}
-    read = median["read", "step"]
-    blas = [value for (name, metric), value in median.items() if ("blas" in name or "mkl" in name) and metric == "step"]
-    print(f"{case}: read {limit_bytes / read / 1e9:.1f} GB/s, limit {1e3 * read:.2f} ms (float64)")
+def report(case: str, run: Run, num_bytes: int) -> None:
+    median = {key: statistics.median(values) for key, values in run.samples.items()}
+    read = median.pop(("read", "step"))
+    blas = [value for (name, _), value in median.items() if name.endswith(("symv", "spmv"))]
+    print(f"{case}: read {num_bytes / read / 1e9:.1f} GB/s, limit {1e3 * read:.4g} ms (float64)")
     for (name, metric), value in median.items():
-        if name == "read":
-            continue
-        if metric == OF_EIGHT:
-            print(
-                f"  {name:<15}{metric:<24}{1e3 * value:9.2f} ms, {value / median[name, 'step'] / 8:.2f} of a step each"
-            )
-            continue
         limit = read / 2 if "float32" in name else read
-        line = f"  {name:<15}{metric:<24}{1e3 * value:9.2f} ms{limit_bytes / value / 1e9 * limit / read:8.1f} GB/s"
-        line += f"{100 * limit / value:7.0f} % of limit"
+        line = f"  {name:<15}{metric:<29}{1e3 * value:10.4g} ms{100 * limit / value:6.0f} % of limit"
         if ("naive", "step") in median:
             line += f"{median['naive', 'step'] / value:8.1f} x naive"
-        if blas:
-            line += f"{min(blas) / value:7.2f} x best BLAS"
-        print(line, flush=True)
+        print(line + (f"{min(blas) / value:7.2f} x best BLAS" if blas else ""), flush=True)
+
+
+def measure(on: Cpu, cases: Sequence[str], named: Named, rounds: int, output: Path) -> list[str]:
+    """Append the rows of all cases. Returns the cases that failed."""
+    columns = ["case", "provider", *(["huge_pages"] if on.device.type == "cpu" else []), "metric", "unit"]
+    columns += ["value", "min", "max", "samples", *on.where, "version", "commit"]
+    common = {key: value for key, value in {**machine(output), **on.facts()}.items() if key in columns}
+    print(", ".join(f"{key} {value}" for key, value in common.items()), flush=True)
+    failed = []
+    for case in cases:
+        try:
+            append(output, columns, ({**row, **common} for row in rows_of(case, named, on, rounds)))
+        except (ArithmeticError, RuntimeError, ValueError, MemoryError) as error:
+            print(f"{case} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            failed.append(case)
+        on.free()
+    return failed
 
 
 def main() -> None:
+    names = dict.fromkeys(name for device in ("cpu", "cuda") for some in providers(device) for name in some)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--case", nargs="+", choices=list(CASES), default=[name for name in CASES if name != "water-10240"]
-    )
-    parser.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--case", nargs="+", choices=list(CASES))
+    parser.add_argument("--provider", nargs="+", choices=list(names), default=list(names))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--huge-pages", choices=["off", "on", "both"], default="both", help="for torch's allocations")
-    arguments = parser.parse_args()
-    if arguments.huge_pages == "both":  # the setting is read once, when torch starts
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--huge-pages", choices=["off", "on", "both"], default="both", help="for torch on a CPU")
+    given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda needs a GPU that torch sees.")
+    if given.device == "cpu" and given.huge_pages == "both":  # the setting is read once, when torch starts
         for value in ("off", "on"):
             # KMP_BLOCKTIME: else threads of MKL spin on after their work, on the cores of the next provider.
             environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": str(int(value == "on")), "KMP_BLOCKTIME": "0"}
             subprocess.run([sys.executable, *sys.argv, "--huge-pages", value], env=environment, check=True)
         return
-    torch.set_num_threads(arguments.threads)
-    huge_pages = int(os.environ.get("THP_MEM_ALLOC_ENABLE") == "1")
-    common = {"huge_pages": huge_pages, "numpy": np.__version__, **machine()}
-    print(f"{common['cpu']}, {common['threads']} threads, huge pages for torch: {common['huge_pages']}")
-    for case in arguments.case:
-        rows = rows_of(case, arguments.provider, arguments.rounds, common)
-        append(arguments.output, COLUMNS, rows)
+    torch.set_num_threads(given.threads)
+    found, absent = providers(given.device)
+    for name, reason in absent.items():
+        print(f"left out: {name}: {reason}")
+    on = Gpu() if given.device == "cuda" else Cpu()
+    named = {name: kind for name, kind in found.items() if name in given.provider}
+    if failed := measure(on, given.case or on.cases, named, given.rounds, given.output or on.output):
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

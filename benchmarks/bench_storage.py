@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=6000)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    output, common = arguments.output.resolve(), machine()
+    output, common = arguments.output.resolve(), machine(arguments.output)
     os.chdir(HERE.parent / "examples/nacl")
     given = json.loads(Path("rlekf.json").read_text())
     options = {"type": "RLEKF", "block_size": 1024, "preset": "paper", "covariance_dtype": "float32"}

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=30000)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
-    where = machine()
+    where = machine(given.output)
     stops = [t for t in (300, 1000, 3000, 10000, 30000, 100000) if t <= given.updates]
     for blocks, sigma in ((1, 1.0), (4, 1.0), (1, 0.3)):
         source = torch.Generator().manual_seed(1)

@@ -216,6 +216,7 @@ def main() -> None:
         for section in sections:
             place = place.setdefault(section, {})
         place[last] = json.loads(value)
+    machine(given.output)
     for seed in given.seeds:
         key = dict(zip(KEY, (given.system, given.network, given.label or given.method, seed), strict=False))
         key |= {"frames": given.frames, "epochs": given.epochs}

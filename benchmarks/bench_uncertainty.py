@@ -1,6 +1,6 @@
 """Whether the filter's predicted deviations order frames as their errors do, on DFT data, as rows.
 
-    python benchmarks/bench_uncertainty.py [--data DIR] [--case nacl ...] [--seeds 1 2 3] [--picture FILE.png]
+    python benchmarks/bench_uncertainty.py --data DIR [--case nacl ...] [--seeds 1 2 3] [--picture FILE.png]
 
 For each case a small network is trained by the default settings of `rlekf train` on the first 60 % of some frames, and
 a row is one set of other frames: Spearman correlations of |energy error| and of the force RMSE of a frame with
@@ -11,7 +11,7 @@ a row is one set of other frames: Spearman correlations of |energy error| and of
     identity    sqrt(HᵀH): what the sensitivity of the network says without P
     size        the RMS of the predicted forces: what needs no filter at all
 
-and the ratio of RMS error to RMS deviation. DIR holds the data sets by the names below; NaCl is embedded in examples/.
+and the ratio of RMS error to RMS deviation. DIR holds the data sets (docs/data.md); NaCl is in examples/.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def run(name: str, data: Path, seed: int) -> tuple[list[dict], dict[str, Uncerta
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the sets (docs/data.md)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument(
@@ -227,7 +227,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    data, output, where = arguments.data.resolve(), arguments.output.resolve(), machine()  # run() changes folders
+    # run() changes folders
+    data, output, where = arguments.data.resolve(), arguments.output.resolve(), machine(arguments.output)
     shown: dict[str, Uncertainty] = {}
     for name in arguments.case:
         for seed in arguments.seeds:

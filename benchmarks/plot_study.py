@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean, median
 
@@ -22,7 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from bench_training import ROOT, STUDY
-from rows import table
+from rows import fill, table
 
 MARK = 1.2  # times the lower final RMSE of RLEKF and Adam counts as reached: the paper's rule
 KINDS = {"E": "energy, meV/atom", "F": "force, meV/Å"}
@@ -173,7 +173,7 @@ def variants(study: Study) -> str:
     """Validation errors relative to the default's at the same epoch."""
     systems = study.systems(*STUDY["variant"])
     rows = []
-    for label in ["RLEKF", *STUDY["variant"]]:
+    for label in ["RLEKF", *STUDY["variant"], *STUDY["past"]]:
         ratios, cells = {kind: [] for kind in KINDS}, []
         for system in systems:
             errors = [study.error(system, label, f"validation_{kind}", epoch=4) for kind in KINDS]
@@ -218,16 +218,10 @@ TABLES: dict[str, Callable[[Study], str]] = {
 
 
 PAGES = ROOT / "README.md", ROOT / "docs/study.md"
-PLACE = re.compile(r"<!-- table: (?P<name>[^\n]*) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
-
-
-def fill(text: str, make: Callable[[str], str]) -> str:
-    """The page with every table between <!-- table: NAME --> and <!-- end --> anew."""
-    return PLACE.sub(lambda place: f"<!-- table: {place['name']} -->\n{make(place['name'])}\n<!-- end -->", text)
 
 
 def write_tables(text: str, study: Study) -> str:
-    return fill(text, lambda name: TABLES[name](study))
+    return fill(text, {name: partial(make, study) for name, make in TABLES.items()})
 
 
 def grid(systems: Sequence[str], label: str = "{}") -> tuple[plt.Figure, Iterator[tuple[plt.Axes, str, str]]]:

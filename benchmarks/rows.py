@@ -3,37 +3,82 @@
 from __future__ import annotations
 
 import csv
+import os
+import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rlekf_ext.environment import this_machine
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
 MACHINE = ("threads", "cpu", "cpu_isa", "torch", "version", "commit")
+PLACE = re.compile(r"<!-- table: (?P<name>[^\n]*) -->\n(?P<table>.*?\n)??<!-- end -->", re.DOTALL)
 
 
-def machine() -> dict[str, object]:
-    """The columns of MACHINE, now."""
+def commit() -> str:
+    """The commit of the sources, with "-dirty" if they differ from it; without git or a repository, RLEKF_COMMIT."""
 
     def git(*words: str) -> str:
-        root = Path(__file__).resolve().parents[1]
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", ":!benchmarks/results", ":!docs")
-    return {**this_machine(), "commit": git("describe", "--always") + ("-dirty" if changed else "")}
+    try:
+        found = git("describe", "--always")
+        changed = found and git("status", "--porcelain", "--", ":!benchmarks/results", ":!docs", ":!*.md")
+    except OSError:
+        found = changed = ""
+    return found + ("-dirty" if changed else "") or os.environ.get("RLEKF_COMMIT", "")
+
+
+def machine(output: Path | None = None) -> dict[str, object]:
+    """The columns of MACHINE, now. A script names its `output` as it starts, and ends there if `append` would refuse
+    the rows."""
+    found = {**this_machine(), "commit": commit()}
+    if output and (reason := why_refused(output, found["commit"])):
+        sys.exit(reason)
+    return found
+
+
+def why_refused(path: Path, commit: object) -> str:
+    """Why a file cannot have rows of this commit, or ""."""
+    if not path.resolve().is_relative_to(RESULTS) or (commit and not str(commit).endswith("-dirty")):
+        return ""
+    found = f'is "{commit}"' if commit else "is unknown"
+    return (
+        f"Rows in {RESULTS.relative_to(ROOT)} should name the commit of their sources, which {found}: commit first "
+        "(without git: set RLEKF_COMMIT), or write to another file by --output."
+    )
 
 
 def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """Add rows to a CSV file, which gets its header when it is new."""
+    """Add rows to a CSV file, which gets its header when it is new.
+
+    Raises ValueError for rows in benchmarks/results whose sources are in no commit.
+    """
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            if "commit" in columns and (reason := why_refused(path, row["commit"])):
+                raise ValueError(reason)
+            writer.writerow(row)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """In Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fill(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """The page with those of these tables that it has, each between <!-- table: NAME --> and <!-- end -->, made new."""
+
+    def made(place: re.Match[str]) -> str:
+        name = place["name"]
+        return f"<!-- table: {name} -->\n{tables[name]()}\n<!-- end -->" if name in tables else place[0]
+
+    return PLACE.sub(made, text)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_training import COLUMNS, KEY, ROOT, STUDY, available, method_of, num_training, run
-from rows import append
+from rows import append, machine
 
 from rlekf_ext.potential.evaluate import Comparison
 
@@ -130,6 +130,8 @@ def main() -> None:
     data, plan = given.data.resolve(), STUDY["full" if given.full else "small"]
     output = given.output or ROOT / f"benchmarks/results/study{'_full' if given.full else ''}.csv"
 
+    if not given.estimate:
+        machine(output)
     rows = read_rows(output)
     todo = [job for job in jobs(plan, data, rows, guess=True) if job.name not in rows]
     if not todo:

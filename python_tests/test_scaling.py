@@ -3,13 +3,11 @@
 import bench_batches
 import plot_scaling
 import pytest
-from plot_study import PLACE
 
 
 def test_the_page_is_what_the_rows_say():
     text = plot_scaling.PAGE.read_text()
     assert plot_scaling.write_tables(text) == text, "run benchmarks/plot_scaling.py: scaling.md is not up to date"
-    assert {place["name"] for place in PLACE.finditer(text)} == set(plot_scaling.TABLES)
 
 
 def test_the_fit_finds_the_constants_of_rows_that_follow_the_model(monkeypatch):
