@@ -61,7 +61,7 @@ def drift(kind: str, size: int, steps: int) -> dict[torch.dtype, dict[str, float
         h, innovation = deviation * generator.standard_normal(size), generator.standard_normal()
         exact.step(h.astype(np.longdouble), innovation)
         for dtype in DTYPES:
-            ours[dtype].step(weights[dtype], torch.from_numpy(h), innovation)
+            weights[dtype] += ours[dtype].update(torch.from_numpy(h), innovation)
         if step % 1000 == 0:
             print(f"\rH {kind}: step {step} of {steps}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)

@@ -35,7 +35,8 @@ from providers import CYCLE, Ours, Provider, providers
 from rows import append, machine
 
 from rlekf_ext import BlockPlan
-from rlekf_ext.covariance import available_bytes, identity
+from rlekf_ext.covariance import identity
+from rlekf_ext.environment import available_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MEMORY_CASE = "paper-10240"
@@ -125,7 +126,7 @@ class Reader:
         self.passes = -(-num_bytes // BUFFER_BYTES)
         size = -(-num_bytes // (8 * self.passes))
         plan = BlockPlan((math.isqrt(2 * size) + 1,))
-        self.data = identity(plan, pending=1, device=device).tiles.view(-1)[:size].fill_(1.0)
+        self.data = identity(plan, max_pending=1, device=device).tiles.view(-1)[:size].fill_(1.0)
 
     def seconds(self, on: Cpu) -> float:
         return min(sum(on.times(lambda r=read: r(self.data), self.passes)) for read in on.reads)

@@ -168,16 +168,16 @@ class Ours(Provider):
 
     def __init__(self, plan: BlockPlan, device: torch.device):
         self.weights = torch.zeros(plan.num_weights, dtype=torch.float64, device=device)
-        options = {"covariance_dtype": self.dtype, "pending": CYCLE, "backend": self.backend, "device": device}
+        options = {"covariance_dtype": self.dtype, "max_pending": CYCLE, "backend": self.backend, "device": device}
         self.filter = KalmanFilter(plan, memory_factor=LAMBDA, forgetting_rate=NU, **options)
 
     @classmethod
     def num_bytes(cls, plan: BlockPlan) -> int:
-        return required_bytes(plan, dtype=cls.dtype, pending=CYCLE)
+        return required_bytes(plan, dtype=cls.dtype, max_pending=CYCLE)
 
     def step(self, jacobian: Tensor, innovation: Tensor) -> None:
         """One measurement, or several: jacobian (M, N), innovation (M,)."""
-        self.filter.step(self.weights, jacobian, innovation)
+        self.weights += self.filter.update(jacobian, innovation)
 
 
 def variant(kind: type[Provider], **attributes: Any) -> type[Provider]:

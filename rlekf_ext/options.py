@@ -193,15 +193,39 @@ def help_text(name: str) -> str:
     return f"{f.metadata['help']} Default: {_cell(f.default)}{''.join(f', {text}' for text in changed)}."
 
 
-def table() -> list[list[str]]:
-    """The rows of the table in docs/options.md, its header first."""
-    header = ["option", "default", *(f"`{name}`" for name in PRESETS if PRESETS[name]), "range", "what it does"]
-    rows = [header]
-    for section in (BlockOptions, FilterOptions, UpdateOptions):
+PAGE = """\
+# Options
+
+<!-- written by `python -m rlekf_ext.options > docs/options.md` -->
+
+One table for every way to set them: the section `optimizer` of the input of `rlekf train`, that of `dp --pt train`
+(all but {not_in_dp}), and keywords of `RLEKF`, `KalmanFilter` and `FrameUpdater`. An option that is unknown or out of
+range is an error that says so.
+
+`preset` chooses the defaults; the table has those of `paper` and, if they differ, of the others. The default is
+`robust`, except that `RLEKF` and `KalmanFilter` alone know no preset: theirs are those of `paper`.
+"""
+TAKERS = {
+    BlockOptions: "Blocks of P: `RLEKF`, `FrameUpdater`",
+    FilterOptions: "The filter: `KalmanFilter`, `RLEKF`, `FrameUpdater`",
+    UpdateOptions: "Updates of a batch: `FrameUpdater`",
+}
+NOT_IN_DP = ("average_frames",)  # DeePMD-kit has enable_ema
+
+
+def page() -> str:
+    """docs/options.md."""
+    others = [name for name, preset in PRESETS.items() if preset]
+    parts = [PAGE.format(not_in_dp=", ".join(f"`{name}`" for name in NOT_IN_DP))]
+    for section, title in TAKERS.items():
+        header = ["option", "`paper`", *(f"`{name}`" for name in others), "range", "what it does"]
+        rows = [header, ["---"] * len(header)]
         for f in fields(section):
-            changed = [_cell(preset[f.name]) if f.name in preset else "" for preset in PRESETS.values() if preset]
+            changed = [_cell(PRESETS[name][f.name]) if f.name in PRESETS[name] else "" for name in others]
             rows.append([f"`{f.name}`", _cell(f.default), *changed, range_text(f.metadata), f.metadata["help"]])
-    return rows
+        table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        parts.append(f"\n## {title}\n\n{table}\n")
+    return "".join(parts)
 
 
 def _cell(value: Any) -> str:
@@ -210,3 +234,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "null" if value is None else str(value).lower()
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -24,12 +24,11 @@ import torch
 
 from rlekf_ext.errors import OptionError
 from rlekf_ext.integrations.deepmd.optimizer import DeepmdRLEKF, Settings, Updates, group, log
-from rlekf_ext.options import Options, help_text
+from rlekf_ext.options import NOT_IN_DP, Options, help_text
 from rlekf_ext.processes import Processes
 from rlekf_ext.schema import range_text, values
 
 KNOWN = ("3.2",)  # versions of DeePMD-kit that this was written for and is tested with: make test-deepmd
-DPS_OWN = ("average_frames",)  # dp has enable_ema
 
 
 def register() -> None:
@@ -60,7 +59,7 @@ def arguments(make: Callable[..., Any]) -> list[Any]:
     return [
         make(f.name, _kinds(kinds[f.name]), optional=True, doc=help_text(f.name), **_check(f.name, f.metadata))
         for f in fields(Options)
-        if f.name not in DPS_OWN
+        if f.name not in NOT_IN_DP
     ]
 
 
