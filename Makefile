@@ -36,7 +36,7 @@ test-cpp: setup
 	@$(BIN)/cmake --build build/cpp --target all_tests
 	@$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
 
-test-install:  ## pip install . with and without build isolation, and without torch, each in a fresh environment
+test-install:  ## pip install in a fresh environment: with and without build isolation, of an sdist, and without torch
 	.ci/test_install $(PYTHON)
 
 test-deepmd: .venv-deepmd/.built  ## the plugin in the real dp: train, restart, LKF parity (makes .venv-deepmd: 6 GB of disk; 10 minutes)

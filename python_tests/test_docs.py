@@ -54,3 +54,11 @@ def test_links_lead_somewhere(page):
         target = (page.parent / path).resolve() if path else page
         assert link.startswith("http") or target.exists(), f"{page.name} links {link}, which is not there"
         assert not anchor or anchor in anchors(target), f"{page.name} links {link}, a section that is not there"
+
+
+def test_the_citation_is_of_this_version():
+    versions = [
+        re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)[1]
+        for file, pattern in (("pyproject.toml", r'^version = "(.*)"$'), ("CITATION.cff", r"^version: (.*)$"))
+    ]
+    assert versions[0] == versions[1]
