@@ -75,7 +75,7 @@ def test_an_imported_model_can_be_trained(file):
     model = import_model(file)
     frame = make_frame([[0, 0, 0], [1.5, 0, 0.3]], None, [0, 1], 4.0, 2)
     model(frame).forces.square().sum().backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if not name.endswith("bias_2"))
+    assert all(p.grad is not None for name, p in model.named_parameters() if not name.endswith("2.bias"))
 
 
 def test_the_file_has_the_keys_of_deepmd(file):
@@ -126,7 +126,7 @@ def test_the_arrays_have_the_shapes_of_deepmd(file):
     np.testing.assert_array_equal(bias, [[[-1300.25], [404.1]]])
     # (centre Na, neighbour Cl) is number 0 + 1 * 2
     weight = arrays[model["descriptor"]["embeddings"]["networks"][2]["layers"][1]["@variables"]["w"].lstrip("/")]
-    np.testing.assert_array_equal(weight, ours.descriptor.embeddings[2].weight_1.detach().numpy())
+    np.testing.assert_array_equal(weight, ours.descriptor.embeddings[2].layers[1].weight.detach().numpy())
 
 
 @pytest.mark.parametrize(

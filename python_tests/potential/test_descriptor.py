@@ -46,9 +46,9 @@ def padded_matrices(points, cell, types, sel, rcut=RCUT, rsmth=RSMTH):
 
 
 def slow_network(network, x):
-    tensors = {name: value.detach().numpy() for name, value in network.named_parameters()}
-    for k in range(sum(name.startswith("weight") for name in tensors)):
-        y = np.tanh(x @ tensors[f"weight_{k}"] + tensors[f"bias_{k}"]) * tensors.get(f"timestep_{k}", 1.0)
+    for layer in network.layers:
+        tensors = {name: value.detach().numpy() for name, value in layer.named_parameters()}
+        y = np.tanh(x @ tensors["weight"] + tensors["bias"]) * tensors.get("timestep", 1.0)
         if y.shape[-1] == x.shape[-1]:
             y = y + x
         elif y.shape[-1] == 2 * x.shape[-1]:
@@ -121,12 +121,11 @@ def test_standard_deviations_are_at_least_a_hundredth() -> None:
 
 def test_embedding_parameters_lie_in_order_as_in_out_and_follow_the_generator() -> None:
     network = Network(1, (4, 8, 8, 3), resnet_dt=True, generator=torch.Generator().manual_seed(0))
-    names = [name for name, _ in network.named_parameters()]
-    assert names == ["weight_0", "bias_0"] + ["weight_1", "bias_1", "timestep_1"] + [
-        "weight_2", "bias_2", "timestep_2", "weight_3", "bias_3"
+    names = [name.removeprefix("layers.") for name, _ in network.named_parameters()]
+    assert names == ["0.weight", "0.bias"] + ["1.weight", "1.bias", "1.timestep"] + [
+        "2.weight", "2.bias", "2.timestep", "3.weight", "3.bias"
     ]  # fmt: skip
-    assert network.parameter_layers == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
-    assert network._parameters["weight_1"].shape == (4, 8)  # type: ignore[union-attr]
+    assert network.layers[1].weight.shape == (4, 8)
     again = Network(1, (4, 8, 8, 3), resnet_dt=True, generator=torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
 

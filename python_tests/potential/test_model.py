@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlekf_ext import optim
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, collate, make_frame
 
@@ -207,21 +208,33 @@ def test_the_paper_network_has_26551_weights() -> None:
     sizes = [p.numel() for p in model.parameters()]
     assert sizes == [25, 25, 625, 25, 625, 25, 20000, 50, 2500, 50, 2500, 50, 50, 1]
     assert sum(sizes) == 26551
-    assert model.parameter_layers() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
 
 
-def test_weights_follow_the_seed_and_layers_follow_the_parameters() -> None:
+def test_weights_follow_the_seed() -> None:
     model = make_model(resnet_dt=True)
     same, other = make_model(resnet_dt=True), make_model(resnet_dt=True, seed=4)
     weights = [torch.cat([p.flatten() for p in m.parameters()]) for m in (model, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    by_layer: dict[int, list[str]] = {}
-    for (name, _), layer in zip(model.named_parameters(), model.parameter_layers(), strict=True):
-        by_layer.setdefault(layer, []).append(name)
-    assert list(by_layer) == list(range(4 * 2 + 2 * 3))  # four embedding nets of 2 layers, two fitting nets of 3
-    for names in by_layer.values():
-        assert len({(name.rsplit(".", 1)[0], name[-1]) for name in names}) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({}, (50, 650, 650, 20050, 2550, 2550, 51)),
+        (
+            {"neuron": (10, 10, 10), "axis_neuron": 6, "fitting_neuron": (20, 20, 20)},
+            (20, 110, 110, 1220, 420, 420, 21),
+        ),
+    ],
+)
+def test_lekf_has_a_block_per_layer(settings, sizes, monkeypatch) -> None:
+    plans = []
+    # The filter itself would fill 1.6 GB with P.
+    monkeypatch.setattr(optim, "KalmanFilter", lambda plan, **_: plans.append(plan))
+    model = DeepPotential(["Cu"], [100], **settings)
+    optim.RLEKF(model.named_parameters(), transpose=True, strategy="lekf")
+    assert plans[0].sizes == sizes
 
 
 def test_save_and_load() -> None:

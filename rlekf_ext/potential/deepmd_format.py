@@ -257,23 +257,18 @@ def _networks(
 
 
 def _layers(network: Network, precision: str) -> list[dict[str, Any]]:
-    parameters = dict(network.named_parameters())
     return [
         {
             "@class": "Layer",
             "@version": VERSIONS["Layer"][0],
             "bias": True,
-            "use_timestep": with_timestep,
-            "activation_function": "tanh" if hidden else "none",
-            "resnet": hidden,
+            "use_timestep": layer.timestep is not None,
+            "activation_function": "tanh" if layer.hidden else "none",
+            "resnet": layer.hidden,
             "precision": precision,
-            "@variables": {
-                "w": parameters[f"weight_{k}"],
-                "b": parameters[f"bias_{k}"],
-                "idt": parameters.get(f"timestep_{k}"),
-            },
+            "@variables": {"w": layer.weight, "b": layer.bias, "idt": layer.timestep},
         }
-        for k, (hidden, with_timestep, _) in enumerate(network.layers)
+        for layer in network.layers
     ]
 
 

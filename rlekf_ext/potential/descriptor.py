@@ -18,12 +18,44 @@ from torch import Tensor, nn
 from rlekf_ext.potential.neighbors import Frame
 
 
-class Network(nn.Module):
-    """Fully connected tanh layers with DeePMD-kit's shortcuts (`EmbeddingNet`, and with `output` its `FittingNet`).
+class Layer(nn.Module):
+    """One layer: tanh(x W + b), times idt if there is one, plus its shortcut; the output layer is x W + b.
 
-    A layer adds its input where the width stays the same, its input twice side by side where the width doubles.
-    Parameters in order: W (in, out), b (out,) and, with resnet_dt on a layer with a shortcut, idt (out,), layer after
-    layer; drawn as DeePMD-kit does, W ~ N(0, 1/(in + out)), b ~ N(0, 1), idt ~ N(0.1, 0.001²).
+    The shortcut adds the input if the width stays the same, and the input twice side by side if the width doubles.
+    Parameters in order: W (in, out), b (out,) and, with `resnet_dt` on a layer with a shortcut, idt (out,); drawn as in
+    DeePMD-kit, W ~ N(0, 1/(in + out)), b ~ N(0, 1), idt ~ N(0.1, 0.001²).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    timestep: Tensor | None  # DeePMD-kit's idt
+
+    def __init__(
+        self,
+        num_inputs: int,
+        num_outputs: int,
+        *,
+        hidden: bool = True,
+        resnet_dt: bool = False,
+        dtype: torch.dtype = torch.float64,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.copies = num_outputs // num_inputs if hidden and num_outputs in (num_inputs, 2 * num_inputs) else 0
+
+        def drawn(mean: float, std: float, *shape: int) -> nn.Parameter:
+            value = torch.randn(shape, dtype=torch.float64, generator=generator) * std + mean
+            return nn.Parameter(value.to(dtype))
+
+        self.weight = drawn(0.0, (num_inputs + num_outputs) ** -0.5, num_inputs, num_outputs)
+        self.bias = drawn(0.0, 1.0, num_outputs)
+        self.timestep = drawn(0.1, 0.001, num_outputs) if resnet_dt and self.copies else None
+
+
+class Network(nn.Module):
+    """Fully connected layers, DeePMD-kit's `EmbeddingNet` and, with `output`, a linear layer of width 1 at the end, its
+    `FittingNet`. The widths of the hidden layers are `neuron`; see Layer for `resnet_dt`.
     """
 
     def __init__(
@@ -37,23 +69,11 @@ class Network(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.layers: list[tuple[bool, bool, int]] = []  # (hidden, with idt, copies of the input that are added)
-        self.parameter_layers: list[int] = []  # the layer each parameter belongs to
-
-        def add(name: str, shape: tuple[int, ...], mean: float, std: float) -> None:
-            value = torch.randn(shape, dtype=torch.float64, generator=generator) * std + mean
-            self.register_parameter(f"{name}_{len(self.layers)}", nn.Parameter(value.to(dtype)))
-            self.parameter_layers.append(len(self.layers))
-
         widths = [num_inputs, *neuron] + [1] * output
-        for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            hidden = k < len(neuron)
-            copies = fan_out // fan_in if hidden and fan_out in (fan_in, 2 * fan_in) else 0
-            add("weight", (fan_in, fan_out), 0.0, (fan_in + fan_out) ** -0.5)
-            add("bias", (fan_out,), 0.0, 1.0)
-            if resnet_dt and copies:
-                add("timestep", (fan_out,), 0.1, 0.001)
-            self.layers.append((hidden, resnet_dt and copies > 0, copies))
+        self.layers = nn.ModuleList(
+            Layer(*ends, hidden=k < len(neuron), resnet_dt=resnet_dt, dtype=dtype, generator=generator)
+            for k, ends in enumerate(pairwise(widths))
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (rows, in) to (rows, out)."""
@@ -62,27 +82,27 @@ class Network(nn.Module):
 
 def run_networks(networks: Sequence[Network], inputs: Tensor) -> Tensor:
     """Map inputs (P, rows, in) to (P, rows, out), row block p by network p; all networks have one shape."""
-    # _parameters: a module's ordinary attribute access would cost as much as the arithmetic.
-    tensors = zip(*(network._parameters.values() for network in networks), strict=True)
-    stacked = (torch.stack(same) if len(same) > 1 else same[0].unsqueeze(0) for same in tensors)
+    # _modules and _parameters: a module's ordinary attribute access would cost as much as the arithmetic.
+    layers_of = [network._modules["layers"]._modules.values() for network in networks]  # type: ignore[union-attr]
     values = inputs
-    for hidden, with_timestep, copies in networks[0].layers:
-        weight, bias = next(stacked), next(stacked)
+    for layers in zip(*layers_of, strict=True):
+        tensors = zip(*(layer._parameters.values() for layer in layers), strict=True)
+        weight, bias, *timestep = [torch.stack(same) if len(same) > 1 else same[0].unsqueeze(0) for same in tensors]
         result = torch.baddbmm(bias.unsqueeze(1), values, weight)
-        if hidden:
+        if layers[0].hidden:
             result = torch.tanh(result)
-        if with_timestep:
-            result = result * next(stacked).unsqueeze(1)
-        if copies == 1:
+        if timestep:
+            result = result * timestep[0].unsqueeze(1)
+        if layers[0].copies == 1:
             result = result + values
-        elif copies == 2:
+        elif layers[0].copies == 2:
             result = result + torch.cat([values, values], dim=-1)
         values = result
     return values
 
 
 @dataclass(frozen=True)
-class Block:
+class NeighborBlock:
     """The neighbours of T elements around atoms of C elements: P = C·T networks run in it side by side."""
 
     centers: list[int]  # C elements
@@ -99,7 +119,7 @@ class Environment:
     normalised environment matrix times how many slots it stands for over nnei, and the derivative of both by the edge.
     """
 
-    batches: list[list[Block]]  # per batch of centre elements its blocks of neighbour elements
+    batches: list[list[NeighborBlock]]  # per batch of centre elements its blocks of neighbour elements
     scalars: list[Tensor]  # (P, A·S, 1)
     rows: list[Tensor]  # (P·A, S, 4)
     jacobians: list[Tensor]  # (P·A·S, 5, 3), 1/Å
@@ -215,7 +235,7 @@ class SeE2A(nn.Module):
             results.append(descriptor.view(len(blocks[0].centers), -1, self.num_outputs))
         return results
 
-    def _product(self, block: Block, scalars: Tensor, rows: Tensor) -> Tensor:
+    def _product(self, block: NeighborBlock, scalars: Tensor, rows: Tensor) -> Tensor:
         """Rᵀ G / nnei, (C·A, 4, M), summed over the block's neighbour elements."""
         networks = [self._embedding(center, neighbor) for center in block.centers for neighbor in block.neighbors]
         embedded = run_networks(networks, scalars)
@@ -259,7 +279,7 @@ class SeE2A(nn.Module):
         # An element without slots in this frame still has empty ones, unless its sel is 0.
         used = [count + 1 if sel else 0 for count, sel in zip(frame.slots, self.sel, strict=True)]
         neighbor_elements = _similar(used)
-        batches: list[list[Block]] = []
+        batches: list[list[NeighborBlock]] = []
         inputs: list[tuple[Tensor, Tensor, Tensor]] = []
         edges, center, neighbor = [], [], []
         first = 0
@@ -271,7 +291,8 @@ class SeE2A(nn.Module):
             for others in neighbor_elements:
                 slots = _pad([columns[t] for t in others], num_slots, extra=1)
                 where = (atoms[:, None, :, None], slots[None, :, None, :])
-                block, block_edges = Block(elements, others, atoms.shape[1], slots.shape[1]), padded_edges[where]
+                block = NeighborBlock(elements, others, atoms.shape[1], slots.shape[1])
+                block_edges = padded_edges[where]
                 batches[-1].append(block)
                 inputs.append(self._inputs(block, block_edges))
                 edges.append(block_edges.view(-1, 3))
@@ -288,7 +309,7 @@ class SeE2A(nn.Module):
             neighbor=torch.cat(neighbor),
         )
 
-    def _inputs(self, block: Block, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _inputs(self, block: NeighborBlock, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The scalars, rows and jacobian of a block with edges (C, T, A, S, 3)."""
         nnei = sum(self.sel)
         davg, dstd = (value[block.centers, None, None, None] for value in (self.davg, self.dstd))  # (C, 1, 1, 1, 4)

@@ -102,14 +102,6 @@ class DeepPotential(nn.Module):
         """Return the settings as plain values: `DeepPotential(**config)` and `load_state_dict` restore the model."""
         return {key: list(value) if isinstance(value, list) else value for key, value in self._config.items()}
 
-    def parameter_layers(self) -> list[int]:
-        """Return for each tensor of `parameters()` the number of its layer, which W, b and idt share."""
-        layers: list[int] = []
-        for network in [*self.descriptor.embeddings, *self.fittings]:
-            first = layers[-1] + 1 if layers else 0
-            layers += [first + k for k in network.parameter_layers]
-        return layers
-
     def fit_statistics(self, frames: Iterable[Frame]) -> None:
         """Set the descriptor's davg and dstd from the frames, see SeE2A.fit_statistics."""
         self.descriptor.fit_statistics(frames)
