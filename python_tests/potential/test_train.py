@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ import torch
 import rlekf_ext.updates
 from rlekf_ext.cli import main
 from rlekf_ext.covariance import STATE
-from rlekf_ext.errors import DataError, InputError, StoppedError
+from rlekf_ext.errors import DataError, InputError, OptionError, StoppedError
+from rlekf_ext.options import Options, resolve
 from rlekf_ext.potential import train as trainer
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, save_checkpoint
 from rlekf_ext.potential.data import frames, load_systems
@@ -312,10 +314,35 @@ def test_batches_go_on_from_the_middle_of_an_epoch():
 # Stopping and going on
 
 
+def other_values():
+    """Of every option of RLEKF in the table: each other choice, or one value that is not the default's."""
+    defaults = resolve({})
+    for option in fields(Options):
+        choices, default = option.metadata.get("choices"), getattr(defaults, option.name)
+        tried = choices or (True, False, 3, 2, 0.5, 0.25, 1e-3)
+        if isinstance(default, tuple):
+            tried = [["energy", "force"]]
+        allowed = [value for value in tried if value != default and is_allowed(option.name, value)]
+        assert allowed, f"no other value for {option.name}"
+        for value in allowed if choices and not isinstance(default, tuple) else allowed[:1]:
+            yield option.name, value
+
+
+def is_allowed(name, value):
+    try:
+        resolve({name: value})
+    except OptionError:
+        return False
+    return True
+
+
 RUNS = {
     "RLEKF": {},
     "RLEKF, float32": {"precision": "float32"},
-    "RLEKF, covariance float32": {"optimizer": {"type": "RLEKF", "covariance_dtype": "float32"}},
+    **{
+        f"RLEKF, {name} = {value}": {"optimizer": {"type": "RLEKF", "block_size": 40, name: value}}
+        for name, value in other_values()
+    },
     "RLEKF, one pass": {"optimizer": {"type": "RLEKF", "relinearize": False, "preset": "paper"}},
     "LKF": {"optimizer": {"type": "LKF", "kf_blocksize": 50, "kf_start_pref_e": 2.0, "kf_limit_pref_f": 0.5}},
     "Adam": {"optimizer": {"type": "Adam"}},
@@ -324,8 +351,13 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_interrupted_and_restarted_is_the_whole_run_bit_for_bit(tmp_path, before_batch, name):
-    """Stopped in the middle of the second epoch, between two rows of the curve."""
+def test_interrupted_and_restarted_is_the_whole_run_bit_for_bit(tmp_path, before_batch, monkeypatch, name):
+    """Stopped in the middle of the second epoch, between two rows of the curve; with every option there is.
+
+    "auto" turns to float64 after the sixth batch: what decides that was counted before the stop, too.
+    """
+    monkeypatch.setattr("rlekf_ext.filter.FLOAT32_CONDITION", 1.5)
+    monkeypatch.setattr("rlekf_ext.updates.UPDATES_PER_GUARD", 45)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(input_of(whole, **RUNS[name]))
     given = input_of(parts, **RUNS[name])
@@ -338,6 +370,8 @@ def test_interrupted_and_restarted_is_the_whole_run_bit_for_bit(tmp_path, before
     assert (summary["step"], summary["interrupted"]) == (9, False)
     one, other = checkpoint_of(whole), checkpoint_of(parts)
     assert same(one, other)
+    if name.endswith("= auto"):
+        assert one["optimizer"]["filter"]["state"][0]["tiles"].dtype == torch.float64
     assert (parts / "out" / "lcurve.out").read_text() == (whole / "out" / "lcurve.out").read_text()
     assert [row["epoch"] for row in summary["epochs"]] == [1, 2, 3]
 
@@ -611,11 +645,11 @@ def spoil(monkeypatch, from_update):
     """Energies that are not finite from the update of this number on."""
     original, calls = rlekf_ext.updates.energy_error, []
 
-    def spoilt(model, frame):
+    def spoilt(model, frame, _):
         calls.append(1)
         return original(model, frame) * (np.nan if len(calls) > from_update else 1.0)
 
-    monkeypatch.setattr("rlekf_ext.updates.energy_error", spoilt)
+    monkeypatch.setitem(rlekf_ext.updates.ERRORS, "energy", spoilt)
 
 
 def test_skipped_measurements_are_told(tmp_path, capsys, monkeypatch):
@@ -643,11 +677,11 @@ def test_a_few_skipped_measurements_do_not_stop_training(tmp_path, monkeypatch):
     """Every second update is bad: never two in a row."""
     original, calls = rlekf_ext.updates.energy_error, []
 
-    def every_second(model, frame):
+    def every_second(model, frame, _):
         calls.append(1)
         return original(model, frame) * (np.nan if len(calls) % 2 else 1.0)
 
-    monkeypatch.setattr("rlekf_ext.updates.energy_error", every_second)
+    monkeypatch.setitem(rlekf_ext.updates.ERRORS, "energy", every_second)
     options = {"type": "RLEKF", "block_size": 40, "order": ["energy"], "max_skipped": 2}
     assert train(read_input(input_of(tmp_path, options, numb_steps=10)), quiet=True)["step"] == 10
 
@@ -655,7 +689,7 @@ def test_a_few_skipped_measurements_do_not_stop_training(tmp_path, monkeypatch):
 def test_float32_storage_is_guarded_while_training(tmp_path, monkeypatch, capsys):
     """With a limit that any P is beyond: a warning, or with "auto" float64 from then on, also after a restart."""
     monkeypatch.setattr("rlekf_ext.filter.FLOAT32_CONDITION", 1.0)
-    monkeypatch.setattr("rlekf_ext.potential.optimizers.UPDATES_PER_GUARD", 10)
+    monkeypatch.setattr("rlekf_ext.updates.UPDATES_PER_GUARD", 10)
     for dtype, said in (("float32", "about to lose positive definiteness"), ("auto", "stored in float64 from now on")):
         options = {"type": "RLEKF", "block_size": 40, "covariance_dtype": dtype}
         given = input_of(tmp_path, options, numb_steps=6, save_ckpt=str(tmp_path / dtype))
