@@ -145,34 +145,48 @@ def test_providers_that_do_not_fit_together_take_turns():
     assert bench_step.groups(need, 5) == ([], list(need))
 
 
-def test_a_provider_that_disagrees_is_an_error():
-    class Wrong(Torch):
-        def forget(self):
-            pass
+class Greedy(Torch):
+    def block(self, n, device):
+        if n == 64:
+            raise torch.OutOfMemoryError("no memory left")
+        return super().block(n, device)
 
-    with pytest.raises(ValueError, match="wrong should agree with ours"):
-        bench_step.Run(PLAN, {"ours": Ours, "wrong": Wrong}, bench_step.Cpu(), rounds=0)
+
+class Wrong(Torch):
+    def forget(self):
+        pass
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_case_that_fails_does_not_stop_the_next(device, monkeypatch, gpu, tmp_path, capsys):
-    class Greedy(Torch):
-        def block(self, n, device):
-            if n == 64:
-                raise torch.OutOfMemoryError("no memory left")
-            return super().block(n, device)
+def test_what_fails_does_not_stop_the_others(device, monkeypatch, gpu, tmp_path, capsys):
+    class Late(Ours):
+        """Fails when nothing else can go on without it."""
 
-    cases = {"small": BlockPlan((20, 3)), "large": BlockPlan((64,)), "last": BlockPlan((30,))}
+        def __init__(self, plan, device):
+            if plan.sizes == (30,):
+                raise RuntimeError("no kernel")
+            super().__init__(plan, device)
+
+    cases = {"small": BlockPlan((20, 3)), "large": BlockPlan((64,)), "odd": BlockPlan((30,)), "last": BlockPlan((9,))}
     monkeypatch.setattr(bench_step, "CASES", cases)
-    on = bench_step.Cpu() if device == "cpu" else gpu
-    output = tmp_path / "rows.csv"
-    assert bench_step.measure(on, list(cases), {**NAMED, "greedy": Greedy}, 1, output) == ["large"]
-    assert "large failed: OutOfMemoryError: no memory left" in capsys.readouterr().err
+    on, output = bench_step.Cpu() if device == "cpu" else gpu, tmp_path / "rows.csv"
+    named = {"naive": Naive, "greedy": Greedy, "ours": Late}
+    assert bench_step.measure(on, list(cases), named, 1, output) == ["large", "odd"]
+    said = capsys.readouterr().err
+    assert "large failed: RuntimeError: greedy: OutOfMemoryError: no memory left" in said
+    assert "odd failed: RuntimeError: no kernel" in said
     with output.open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["case"] for row in rows} == {"small", "last"}
-    assert {row["provider"] for row in rows} == {"read", "naive", "greedy", "cuda float64"}
+    names = {case: {row["provider"] for row in rows if row["case"] == case} for case in cases}
+    everyone = {"read", *named}
+    assert names == {"small": everyone, "large": everyone - {"greedy"}, "odd": set(), "last": everyone}
     assert all(float(row["value"]) > 0 for row in rows)
+
+
+def test_a_provider_that_disagrees_is_left_out():
+    run = bench_step.Run(PLAN, {"ours": Ours, "wrong": Wrong}, bench_step.Cpu(), rounds=0)
+    assert list(run.providers) == ["ours"]
+    assert run.failed[0].startswith("wrong: ValueError: It should agree with ours to 1e-10")
 
 
 def test_rows_of_the_cpu_have_the_columns_of_those_that_are_there(monkeypatch, tmp_path):
