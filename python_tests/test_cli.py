@@ -237,7 +237,10 @@ def test_ctrl_c_before_training_begins(folder, monkeypatch, capsys):
         ({"model/descriptor/type": "dpa2"}, 'model/descriptor/type = "dpa2" is not supported; supported: "se_e2_a"'),
         ({"model/type": "pairtab"}, 'model/type = "pairtab" is not supported; supported: "standard"'),
         ({"optimizer/type": "SGD"}, 'optimizer/type = "SGD" is not supported; supported: "RLEKF", "LKF", "Adam"'),
-        ({"optimizer/preset": "best"}, 'optimizer/preset = "best" is not supported; supported: "robust", "paper"'),
+        (
+            {"optimizer/preset": "best"},
+            'optimizer/preset = "best" is not supported; supported: "paper", "robust", "lkf"',
+        ),
         ({"optimizer/order": []}, "optimizer/order must be"),
         ({"model/descriptor/rcut": -1}, "model/descriptor/rcut must be > 0.* but is: -1"),
         ({"model/type_map": ["Na", "K"]}, r"data has the element Cl, which is not in type_map \['Na', 'K'\]; add it"),

@@ -142,7 +142,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) > 0 and all(_fits(v, get_args(kind)[0]) for v in value)
     if kind in (int, float):  # numpy's numbers too; in Python true is an int, in JSON it is not a number
         wanted = Integral if kind is int else Real
-        finite = kind is int or (isinstance(value, Real) and abs(float(value)) <= sys.float_info.max)
+        finite = kind is int or (isinstance(value, Real) and abs(value) <= sys.float_info.max)  # type: ignore[operator]
         return isinstance(value, wanted) and not isinstance(value, bool) and finite
     return isinstance(value, kind)
 

@@ -189,7 +189,7 @@ def trained(tmp_path_factory):
     file, model = tmp_path_factory.mktemp("trained") / "model.pt", small_model()
     optimizer = RLEKF(model.parameters(), block_size=100)
     for _ in range(5):
-        optimizer.update(0.1, torch.randn(optimizer.filter.plan.num_weights, dtype=torch.float64))
+        optimizer.update(torch.randn(optimizer.filter.plan.num_weights, dtype=torch.float64), 0.1)
     save_checkpoint(file, model, optimizer=optimizer.state_dict(), progress={"step": 3, "epochs": [{"epoch": 0.5}]})
     return file.read_bytes(), torch.load(file, weights_only=True)
 

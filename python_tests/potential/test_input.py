@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from rlekf_ext.errors import InputError
+from rlekf_ext.options import resolve
 from rlekf_ext.potential.deepmd_keys import IGNORED, LACKING
-from rlekf_ext.potential.input import Config, read_input
+from rlekf_ext.potential.input import LKF, Adam, Config, read_input
 
 NACL = Path(__file__).resolve().parents[2] / "examples" / "nacl"
 
@@ -121,7 +122,7 @@ def test_defaults_are_the_papers_network():
     assert (descriptor.neuron, descriptor.axis_neuron, descriptor.resnet_dt) == ((25, 25, 25), 16, False)
     assert (descriptor.rcut, descriptor.rcut_smth, descriptor.sel, descriptor.sel_factor) == (6.0, 0.5, "auto", 1.1)
     assert (fitting.neuron, fitting.resnet_dt) == ((50, 50, 50), False)
-    assert (config.optimizer.type, config.optimizer.options) == ("RLEKF", {})
+    assert (config.optimizer.type, config.optimizer.options) == ("RLEKF", resolve({}))
     assert (config.training.validation_data, config.training.validation_fraction) == (None, 0.2)
     assert isinstance(config, Config)
 
@@ -186,18 +187,20 @@ RLEKF = {
 def test_optimizer_options_are_the_given_ones():
     optimizer = read_input(changed("optimizer", {"type": "RLEKF", **RLEKF, "_comment": ""})).optimizer
     assert optimizer.type == "RLEKF"
-    assert optimizer.options == RLEKF | {"order": ("energy", "force", "energy")}
+    assert optimizer.options == resolve(RLEKF)
+    assert optimizer.options.order == ("energy", "force", "energy")
+    assert optimizer.options.batch == "mean"  # of the preset
     optimizer = read_input(changed("optimizer", {"type": "LKF", "kf_blocksize": 2048, "kf_start_pref_f": 2})).optimizer
-    assert (optimizer.type, optimizer.options) == ("LKF", {"kf_blocksize": 2048, "kf_start_pref_f": 2.0})
+    assert (optimizer.type, optimizer.options) == ("LKF", LKF(kf_blocksize=2048, kf_start_pref_f=2.0))
     given = {"type": "Adam", "adam_beta1": 0.8, "beta2": 0.99, "weight_decay": 1e-4}
     optimizer = read_input(changed("optimizer", given)).optimizer
-    assert optimizer.options == {"beta1": 0.8, "beta2": 0.99, "weight_decay": 1e-4}
+    assert optimizer.options == Adam(beta1=0.8, beta2=0.99, weight_decay=1e-4)
 
 
 def test_optimizer_of_deepmd_kit_3_1_stands_in_training():
     training = SMALL["training"] | {"opt_type": "LKF", "kf_blocksize": 1024}
     optimizer = read_input(SMALL | {"training": training}).optimizer
-    assert (optimizer.type, optimizer.options) == ("LKF", {"kf_blocksize": 1024})
+    assert (optimizer.type, optimizer.options) == ("LKF", LKF(kf_blocksize=1024))
     with pytest.raises(InputError, match="training/opt_type and the section optimizer exclude each other"):
         read_input(SMALL | {"training": training, "optimizer": {"type": "LKF"}})
     with pytest.raises(InputError, match='training/opt_type = "AdamW" is not supported; supported: "RLEKF", "LKF"'):
@@ -269,8 +272,8 @@ def test_the_examples(name, kind):
         ("loss", {"type": "tensor"}, 'loss/type = "tensor" is not supported; supported: "ener".'),
         ("loss/loss_func", "mae", 'loss/loss_func = "mae" is not supported; supported: "mse".'),
         ("optimizer/type", "AdamW", 'optimizer/type = "AdamW" is not supported; supported: "RLEKF", "LKF", "Adam".'),
-        ("optimizer/strategy", "ekf", '"ekf" is not supported; supported: "rlekf", "gekf", "lekf", "sekf", "deepmd".'),
-        ("optimizer/preset", "fast", '"fast" is not supported; supported: "robust", "paper".'),
+        ("optimizer/strategy", "ekf", '"ekf" is not supported; supported: "rlekf", "deepmd", "lekf", "sekf", "gekf".'),
+        ("optimizer/preset", "fast", '"fast" is not supported; supported: "paper", "robust", "lkf".'),
         ("optimizer/order", ["energy", "dipole"], 'optimizer/order[1] = "dipole" is not supported'),
         ("training/training_data/auto_prob", "prob_uniform", '"prob_uniform" is not supported; supported: "prob_s'),
         # two keys at once

@@ -148,7 +148,7 @@ def test_a_run_writes_curve_summary_and_checkpoint(tmp_path, capsys):
     assert summary["epochs"][-1]["energy_rmse"] == held_out.energy_rmse
     assert summary["epochs"][-1]["force_rmse"] == held_out.force_rmse
     assert 0 < summary["epochs"][0]["seconds"] < summary["seconds"]
-    assert "strategy rlekf" in summary["optimizer"]
+    assert "memory_factor 0.998" in summary["optimizer"]
     assert {"version", "torch", "threads", "cpu", "cpu_isa"} <= set(summary)
 
 
@@ -637,7 +637,7 @@ def test_without_held_out_frames_the_errors_are_those_of_training(tmp_path, caps
 
 
 def test_virial_updates_alone_need_virials(tmp_path):
-    with pytest.raises(InputError, match="optimizer/order asks for virial updates alone"):
+    with pytest.raises(DataError, match="needs labels for some of virial but has none"):
         run(input_of(tmp_path, {"type": "RLEKF", "block_size": 40, "order": ["virial"]}, numb_steps=1))
 
 

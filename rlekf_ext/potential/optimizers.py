@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlekf_ext.errors import InputError
 from rlekf_ext.potential.input import LKF, Adam, Config, Loss
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, collate
@@ -21,6 +20,8 @@ Say = Callable[[str], Any]
 
 class KalmanSteps:
     """RLEKF, or LKF, which is RLEKF with the preset `lkf` and DeePMD-kit's prefactors: the updates of a batch."""
+
+    saved_as = ("filter", "updater", "weights")  # what state_dict holds
 
     def __init__(self, config: Config, model: DeepPotential, num_steps: int, processes: Processes, say: Say):
         options = config.optimizer.options
@@ -60,8 +61,6 @@ class KalmanSteps:
         return {**own, "weights": self._model.state_dict()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        if "updater" not in saved:
-            raise InputError(OTHER_OPTIMIZER)
         self._model.load_state_dict(saved["weights"])
         self.optimizer.load_state_dict(saved["filter"])
         self.updater.load_state_dict(saved["updater"])
@@ -72,6 +71,8 @@ class KalmanSteps:
 
 class AdamSteps:
     """Adam with DeePMD-kit's learning rate and loss: both decay exponentially, in steps."""
+
+    saved_as = ("state", "param_groups")
 
     def __init__(self, config: Config, model: DeepPotential, num_steps: int, processes: Processes):
         rate, options = config.learning_rate, config.optimizer.options
@@ -115,8 +116,6 @@ class AdamSteps:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        if "param_groups" not in saved:
-            raise InputError(OTHER_OPTIMIZER)
         self.optimizer.load_state_dict(saved)
 
     def __repr__(self) -> str:
@@ -131,12 +130,6 @@ def build_optimizer(
     if config.optimizer.type == "Adam":
         return AdamSteps(config, model, num_steps, processes)
     return KalmanSteps(config, model, num_steps, processes, say)
-
-
-OTHER_OPTIMIZER = (
-    "The checkpoint is of another optimizer than the input file asks for; start without --restart, or restore the "
-    "input file."
-)
 
 
 def own_part(batch: Sequence[Frame], processes: Processes) -> list[Frame]:

@@ -66,6 +66,11 @@ def train(
     optimize = build_optimizer(config, model, num_steps, processes, say)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
     if checkpoint:
+        if set(optimize.saved_as) != set(checkpoint.get("optimizer", ())):
+            raise InputError(
+                f"The checkpoint {checkpoint_file} is not of the optimizer {config.optimizer.type} that the input file "
+                "asks for; start without --restart, or restore the input file."
+            )
         optimize.load_state_dict(checkpoint["optimizer"])
         batches.load_state_dict(checkpoint["batches"])
         progress = checkpoint["progress"]
