@@ -5,7 +5,7 @@ BIN := .venv/bin
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gpu bench study soak demo test test-cpp test-install test-deepmd lint check format clean
+.PHONY: help setup docs gpu bench study soak demo test test-cpp test-install test-deepmd lint check format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -81,6 +81,9 @@ soak: setup  ## what takes long (30 minutes): fuzzing, 200 kills, drift over 20 
 	$(BIN)/python benchmarks/bench_accuracy.py --size 48 --steps 100000
 	$(BIN)/python benchmarks/bench_storage.py
 	$(BIN)/python benchmarks/plot_step.py
+
+docs: setup  ## docs/options.md from the table of options
+	$(BIN)/python -c 'from rlekf_ext.options import page; print(page(), end="")' > docs/options.md
 
 check: lint test  ## what CI runs first: ruff, mypy, clang-format, tests
 

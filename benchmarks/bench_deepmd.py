@@ -28,7 +28,7 @@ CLOCK = """
 import json, time
 import deepmd.pt
 from deepmd.pt.optimizer import LKFOptimizer
-from rlekf_ext.integrations.deepmd import DeepmdRLEKF
+from rlekf_ext.integrations.deepmd.optimizer import DeepmdRLEKF
 from deepmd.pt.train import training
 inside, batches = [], []
 def timed(cls, name):
@@ -39,7 +39,7 @@ def timed(cls, name):
         inside.append(time.perf_counter() - start)
     setattr(cls, name, run)
 timed(LKFOptimizer, "step")
-timed(DeepmdRLEKF, "_apply")
+timed(DeepmdRLEKF, "update")
 draw = training.Trainer._next_training_batch
 def marked(self, *args):
     batches.append((time.perf_counter(), len(inside)))

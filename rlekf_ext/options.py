@@ -196,7 +196,7 @@ def help_text(name: str) -> str:
 PAGE = """\
 # Options
 
-<!-- written by `python -m rlekf_ext.options > docs/options.md` -->
+<!-- written by `make docs` -->
 
 One table for every way to set them: the section `optimizer` of the input of `rlekf train`, that of `dp --pt train`
 (all but {not_in_dp}), and keywords of `RLEKF`, `KalmanFilter` and `FrameUpdater`. An option that is unknown or out of
@@ -234,7 +234,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "null" if value is None else str(value).lower()
-
-
-if __name__ == "__main__":
-    print(page(), end="")

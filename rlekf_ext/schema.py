@@ -11,9 +11,10 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
-from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from rlekf_ext.errors import OptionError
 
@@ -120,6 +121,8 @@ WORDS = {
 
 def _value(value: Any, kind: Any, rule: Mapping[str, Any], path: str, other: Callable[..., None]) -> Any:
     """A value as `kind`: a section, a scalar, tuple[..., ...] or a union of these."""
+    if isinstance(value, np.generic):  # a number of numpy
+        value = value.item()
     if get_origin(kind) in (Union, UnionType):
         kinds = [k for k in get_args(kind) if k is not NoneType]
         if value is None and NoneType in get_args(kind):
@@ -140,11 +143,10 @@ def _value(value: Any, kind: Any, rule: Mapping[str, Any], path: str, other: Cal
 def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         return isinstance(value, list | tuple) and len(value) > 0 and all(_fits(v, get_args(kind)[0]) for v in value)
-    if kind in (int, float):  # numpy's numbers too; in Python true is an int, in JSON it is not a number
-        wanted = Integral if kind is int else Real
-        finite = kind is int or (isinstance(value, Real) and abs(value) <= sys.float_info.max)  # type: ignore[operator]
-        return isinstance(value, wanted) and not isinstance(value, bool) and finite
-    return isinstance(value, kind)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    # in Python true is an int; in JSON it is not a number
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _in_range(value: Any, kind: type, rule: Mapping[str, Any], path: str) -> Any:
@@ -156,4 +158,4 @@ def _in_range(value: Any, kind: type, rule: Mapping[str, Any], path: str) -> Any
         limit = rule.get(name)
         if limit is not None and not isinstance(value, str) and not holds(value, limit):
             raise OptionError(f"{path} must be {sign} {limit} but is: {shown(value)}.")
-    return kind(value) if kind in (int, float) else value
+    return float(value) if kind is float else value
