@@ -12,11 +12,11 @@ namespace rlekf {
 
 /// What one measurement does, given y, its cross covariance over the scale: w += gain y, S -= rank_one y y^T.
 struct Update {
-  double used;      // 1, or 0 when the measurement is skipped
-  double shift;     // growth of the shift between the projection and this measurement: y holds shift * h
-  double gain;      // a beta e
-  double rank_one;  // a beta
-  double slot;      // row of `pending` for u = sqrt(rank_one) y
+  double used;          // 1, or 0 if the measurement is skipped
+  double shift_growth;  // of the shift since the projection: y includes shift_growth * h
+  double gain;          // a beta e
+  double rank_one;      // a beta
+  double slot;          // row of `pending` for u = sqrt(rank_one) y
 };
 
 /// Updates the state with one measurement. `product` is h^T y over all blocks; `innovation` is as measured, `left` what

@@ -297,8 +297,8 @@ RLEKF_EVERY_ISA void reduce_block(const Covariance& p, const Measurements& m, co
   }
 }
 
-/// M sequential updates, before any vector is touched.
-struct Plan {
+/// The M updates of a pass, before any vector changes.
+struct Recursion {
   Update updates[kMaxMeasurements];
   std::vector<double> products;  // (num_blocks, M, M): y_i^T h_j of each block, i <= j
 };
@@ -306,22 +306,22 @@ struct Plan {
 /// Runs the recursion on the inner products alone and leaves the state as after all M measurements.
 /// Block by block,
 ///     y_i^T h_j = z_i^T h_j + (shift_i - shift_0) h_i^T h_j - sum_{k<i} rank_one_k (y_k^T h_i) (y_k^T h_j)
-Plan plan_updates(const Covariance& p, const Measurements& m, const Projection& projection) {
+Recursion run_recursion(const Covariance& p, const Measurements& m, const Projection& projection) {
   const int count = m.count;
   const double* plain = projection.gram + p.num_blocks * count * count;
   const double first_shift = p.state->shift;
-  Plan plan{};
-  plan.products.assign(static_cast<size_t>(p.num_blocks * count * count), 0.0);
+  Recursion recursion{};
+  recursion.products.assign(static_cast<size_t>(p.num_blocks * count * count), 0.0);
   double totals[kMaxMeasurements][kMaxMeasurements] = {};  // y_i^T h_j over all blocks
   for (int i = 0; i < count; ++i) {
-    const double shift = p.state->shift - first_shift;
+    const double shift_growth = p.state->shift - first_shift;
     for (int64_t block = 0; block < p.num_blocks; ++block) {
-      double* y = plan.products.data() + block * count * count;
+      double* y = recursion.products.data() + block * count * count;
       for (int j = i; j < count; ++j) {
         double value = projection.gram[(block * count + i) * count + j];
-        if (shift != 0) value += shift * plain[(block * count + i) * count + j];
+        if (shift_growth != 0) value += shift_growth * plain[(block * count + i) * count + j];
         for (int k = 0; k < i; ++k) {
-          if (plan.updates[k].used) value -= plan.updates[k].rank_one * y[k * count + i] * y[k * count + j];
+          if (recursion.updates[k].used) value -= recursion.updates[k].rank_one * y[k * count + i] * y[k * count + j];
         }
         y[i * count + j] = value;
         totals[i][j] += value;
@@ -329,28 +329,28 @@ Plan plan_updates(const Covariance& p, const Measurements& m, const Projection& 
     }
     double left = m.innovation[i];
     for (int k = 0; k < i; ++k) {
-      if (plan.updates[k].used) left -= plan.updates[k].gain * totals[k][i];
+      if (recursion.updates[k].used) left -= recursion.updates[k].gain * totals[k][i];
     }
-    plan.updates[i] = take_measurement(*p.state, first_shift, totals[i][i], m.innovation[i], left);
+    recursion.updates[i] = take_measurement(*p.state, first_shift, totals[i][i], m.innovation[i], left);
   }
-  return plan;
+  return recursion;
 }
 
 /// y_j = z_j + (shift_j - shift_0) h_j - sum_{k<j} rank_one_k (y_k^T h_j) y_k
 /// w += gain_j y_j, u_j = sqrt(rank_one_j) y_j
 RLEKF_EVERY_ISA void correct_block(double* weights, const Covariance& p, const Measurements& m,
-                                   const Projection& projection, const Plan& plan, int64_t index) {
+                                   const Projection& projection, const Recursion& recursion, int64_t index) {
   const Block& block = p.blocks[index];
-  const double* products = plan.products.data() + index * m.count * m.count;
+  const double* products = recursion.products.data() + index * m.count * m.count;
   const int64_t begin = block.first_weight;
   for (int j = 0; j < m.count; ++j) {
-    const Update& update = plan.updates[j];
+    const Update& update = recursion.updates[j];
     if (!update.used) continue;
     double* u = p.pending + static_cast<int64_t>(update.slot) * p.num_weights + begin;
     std::copy_n(projection.cross + j * p.num_weights + begin, block.size, u);
-    if (update.shift != 0) add(update.shift, m.jacobian + j * p.num_weights + begin, u, block.size);
+    if (update.shift_growth != 0) add(update.shift_growth, m.jacobian + j * p.num_weights + begin, u, block.size);
     for (int k = 0; k < j; ++k) {
-      const Update& earlier = plan.updates[k];
+      const Update& earlier = recursion.updates[k];
       if (!earlier.used) continue;
       const double* v = p.pending + static_cast<int64_t>(earlier.slot) * p.num_weights + begin;  // sqrt(rank_one_k) y_k
       add(-std::sqrt(earlier.rank_one) * products[k * m.count + j], v, u, block.size);
@@ -386,8 +386,8 @@ void project(const Covariance& p, const Measurements& m, const Projection& out, 
 
 void correct(double* weights, const Covariance& p, const Measurements& m, const Projection& projection,
              const Parallel& parallel) {
-  const Plan plan = plan_updates(p, m, projection);
-  parallel.run(p.num_blocks, [&](int64_t block) { correct_block(weights, p, m, projection, plan, block); });
+  const Recursion recursion = run_recursion(p, m, projection);
+  parallel.run(p.num_blocks, [&](int64_t block) { correct_block(weights, p, m, projection, recursion, block); });
 }
 
 }  // namespace rlekf::cpu

@@ -1,4 +1,4 @@
-// What the kernels ask of a GPU, by name. csrc/tests/gpu_on_cpu.h has the same names for a CPU.
+// What the kernels need of a GPU, by name. csrc/tests/gpu_on_cpu.h has the same names for a CPU.
 
 #pragma once
 
@@ -16,8 +16,8 @@
 namespace rlekf::cuda {
 
 RLEKF_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
-RLEKF_DEVICE int worker() { return static_cast<int>(blockIdx.x); }
-RLEKF_DEVICE int num_workers() { return static_cast<int>(gridDim.x); }
+RLEKF_DEVICE int cta() { return static_cast<int>(blockIdx.x); }
+RLEKF_DEVICE int num_ctas() { return static_cast<int>(gridDim.x); }
 RLEKF_DEVICE void sync_threads() { __syncthreads(); }
 RLEKF_DEVICE void sync_warp() { __syncwarp(); }
 RLEKF_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
@@ -41,7 +41,7 @@ RLEKF_DEVICE void copy_async(void* shared, const void* global) {
 
 RLEKF_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-/// Waits until at most `stages` - 1 of the groups committed by this thread are still on their way.
+/// Waits until at most `stages` - 1 of the groups committed by this thread are still in flight.
 RLEKF_DEVICE void copy_wait(int64_t stages) {
   switch (stages) {
     case 1:

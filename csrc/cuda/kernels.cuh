@@ -1,10 +1,10 @@
 // The filter step on a GPU: one cooperative launch for all blocks.
 //
-//     visit      each worker reads its run of tiles once: z_i += T x_j, z_j += T^T x_i; a fold also writes them
+//     visit      each cta reads its run of tiles once: z_i += T x_j, z_j += T^T x_i; a fold also writes them
 //     -- grid barrier --
 //     reduce     adds the parts of z in a fixed order, subtracts the pending vectors; inner products with H
 //     -- grid barrier --
-//     plan       the first worker adds these up and runs the recursion over the M measurements on scalars
+//     plan       the first cta adds these up and runs the recursion over the M measurements on scalars
 //     -- grid barrier --
 //     apply      weights and new pending vectors
 //
@@ -14,7 +14,7 @@
 // tiles ahead, into shared memory of its own: no barrier separates the arrival of a tile from its use.
 //
 // A thread holds 8 rows x 2 columns of a tile: warp w has rows 8 w ... 8 w + 7, lane l columns 2 l and 2 l + 1. Row
-// sums stay in registers along a unit; column sums stay in shared memory, each thread its own, down a strip. See
+// sums stay in registers along a segment; column sums stay in shared memory, each thread its own, down a panel. See
 // walk.h.
 
 #pragma once
@@ -35,7 +35,7 @@ struct Task {
   double* weights;
   double* workspace;
   Launch launch;
-  Workspace places;
+  Workspace slots;
 };
 
 template <typename Scalar>
@@ -51,7 +51,7 @@ RLEKF_DEVICE T* shared_at(int64_t offset) {
   return reinterpret_cast<T*>(shared_memory() + offset);
 }
 
-/// The worker's own copy of the filter's scalars: it holds while the first worker changes those in memory.
+/// The cta's own copy of the filter's scalars: it holds while the first cta changes those in memory.
 RLEKF_DEVICE State& own_state() { return *shared_at<State>(0); }
 
 RLEKF_DEVICE void copy_state(const State& from, State& to) {
@@ -88,7 +88,7 @@ struct Ring {
         next(0),
         ahead(run) {
     for (int stage = 0; stage < stages; ++stage) {
-      const Scalar* from = ask();
+      const Scalar* from = prefetch();
       RLEKF_UNROLL
       for (int i = 0; i < kRowsPerThread; ++i) {
         if (from) copy_async<sizeof(Pair<Scalar>)>(slots + (stage * kRowsPerThread + i) * kThreads, from + i * kTile);
@@ -102,7 +102,7 @@ struct Ring {
   }
 
   /// Where this thread's entries of the tile to ask for next stand; null when the run has no more.
-  RLEKF_DEVICE const Scalar* ask() {
+  RLEKF_DEVICE const Scalar* prefetch() {
     if (ahead.left == 0) return nullptr;
     const Scalar* from = tiles + own_entry(ahead.tile(), 0);
     ahead.advance(width);
@@ -110,7 +110,7 @@ struct Ring {
   }
 
   /// This thread's first entry of the tile at hand, once it is there; the next is kThreads pairs on.
-  RLEKF_DEVICE Pair<Scalar>* take() {
+  RLEKF_DEVICE Pair<Scalar>* acquire() {
     copy_wait(stages);
     Pair<Scalar>* slot = slots + next * kRowsPerThread * kThreads;
     next = next + 1 == stages ? 0 : next + 1;
@@ -128,12 +128,12 @@ RLEKF_DEVICE double jacobian_entry(const Task& task, int k, const Block& block, 
 template <int kM>
 RLEKF_PHASE void dot_pending(const Task& task, int num_pending) {
   const Covariance& p = task.p;
-  const int items = num_pending * static_cast<int>(num_places(p.num_weights, p.num_blocks, kDotLog2));
-  for (int item = worker() * kWarps + warp(); item < items; item += num_workers() * kWarps) {
-    const int place = item / num_pending, i = item % num_pending;
-    const int64_t index = block_of_place(p.blocks, p.num_blocks, place, kDotLog2);
+  const int items = num_pending * static_cast<int>(num_slots(p.num_weights, p.num_blocks, kDotLog2));
+  for (int item = cta() * kWarps + warp(); item < items; item += num_ctas() * kWarps) {
+    const int slot = item / num_pending, i = item % num_pending;
+    const int64_t index = block_of_slot(p.blocks, p.num_blocks, slot, kDotLog2);
     const Block block = p.blocks[index];
-    const int64_t begin = (place - first_place(block, index, kDotLog2)) << kDotLog2;
+    const int64_t begin = (slot - first_slot(block, index, kDotLog2)) << kDotLog2;
     const int64_t behind = begin + (1 << kDotLog2), end = behind < block.size ? behind : block.size;
     const double* u = p.pending + i * p.num_weights + block.first_weight;
     double sums[kM] = {};
@@ -153,7 +153,7 @@ RLEKF_PHASE void dot_pending(const Task& task, int num_pending) {
         sums[k] += entries[n] * (w < end ? h[w] : 0.0);
       }
     }
-    double* out = task.workspace + task.places.dots + (place * p.capacity + i) * kM;
+    double* out = task.workspace + task.slots.dots + (slot * p.capacity + i) * kM;
     RLEKF_UNROLL
     for (int k = 0; k < kM; ++k) {
       const double sum = warp_sum(sums[k]);
@@ -165,7 +165,7 @@ RLEKF_PHASE void dot_pending(const Task& task, int num_pending) {
 /// T <- factor (T - sum_k u_k u_k^T) for this thread's entries, in memory and where they stand in shared memory.
 /// Products commute and the order over k is fixed: a diagonal tile stays symmetric.
 template <typename Scalar>
-RLEKF_DEVICE void fold_tile(const Task& task, const Fold& due, const Walk& at, bool first_of_unit, double* u_rows,
+RLEKF_DEVICE void fold_tile(const Task& task, const Fold& due, const Walk& at, bool first_of_segment, double* u_rows,
                             Pair<Scalar>* entries) {
   const Covariance& p = task.p;
   const Block block = p.blocks[at.block];
@@ -179,7 +179,7 @@ RLEKF_DEVICE void fold_tile(const Task& task, const Fold& due, const Walk& at, b
   for (int64_t done = 0; done < due.num_vectors; done += kFoldAtOnce) {
     const int count = static_cast<int>(due.num_vectors - done < kFoldAtOnce ? due.num_vectors - done : kFoldAtOnce);
     const double* u = p.pending + done * p.num_weights + block.first_weight;
-    if (first_of_unit || due.num_vectors > kFoldAtOnce) {
+    if (first_of_segment || due.num_vectors > kFoldAtOnce) {
       sync_warp();
       RLEKF_NO_UNROLL
       for (int n = lane(); n < kFoldAtOnce * kRowsPerThread; n += 32) {
@@ -229,7 +229,7 @@ RLEKF_DEVICE double sum_of_eight(const double (&v)[kRowsPerThread]) {
   return sum + shuffle_xor(sum, 1);
 }
 
-/// This worker's run: each tile is folded if due, then multiplied by every Jacobian. Returns the fold.
+/// This cta's run: each tile is folded if due, then multiplied by every Jacobian. Returns the fold.
 template <typename Scalar, int kM>
 RLEKF_PHASE Fold visit(const Task& task) {
   constexpr int kAtOnce = kM == 1 ? 1 : 2;  // measurements whose operands are in registers
@@ -241,28 +241,28 @@ RLEKF_PHASE Fold visit(const Task& task) {
   auto* x_rows = shared_at<double>(at_shared.x_rows) + warp() * kM * kRowsPerThread;
   auto* u_rows = shared_at<double>(at_shared.u_rows) + warp() * kFoldAtOnce * kRowsPerThread;
 
-  Walk at = run_of(p.blocks, p.num_blocks, width, task.launch.tiles, worker());
+  Walk at = run_of(p.blocks, p.num_blocks, width, task.launch.tiles, cta());
   Ring<Scalar> ring(task, at_shared.ring, at);
   load_state(task);  // while the first tiles are on their way
   const Fold due = fold_due(own_state(), task.m.count, p.capacity);
   if (due.num_vectors == 0) dot_pending<kM>(task, static_cast<int>(own_state().num_pending));
 
   while (at.left > 0) {
-    // --- a strip: the Jacobians' entries for its columns, and sums that start at zero
-    const int index = at.block, strip = at.strip;
-    const int strip_columns = static_cast<int>(kTile) << width.log2;
+    // --- a panel: the Jacobians' entries for its columns, and sums that start at zero
+    const int index = at.block, panel = at.panel;
+    const int panel_columns = static_cast<int>(kTile) << width.log2;
     sync_threads();
     RLEKF_NO_UNROLL
-    for (int n = thread(); n < kM * strip_columns; n += kThreads) {
-      const int64_t col = static_cast<int64_t>(strip) * strip_columns + (n & (strip_columns - 1));
+    for (int n = thread(); n < kM * panel_columns; n += kThreads) {
+      const int64_t col = static_cast<int64_t>(panel) * panel_columns + (n & (panel_columns - 1));
       x_columns[n] = jacobian_entry(task, n >> (kTileLog2 + width.log2), p.blocks[index], col);
     }
     RLEKF_NO_UNROLL
     for (int n = 0; n < kM * width.columns(); ++n) columns[n * kThreads] = {0.0, 0.0};
     sync_threads();
 
-    while (at.left > 0 && at.block == index && at.strip == strip) {
-      // --- a unit: the tiles of one row
+    while (at.left > 0 && at.block == index && at.panel == panel) {
+      // --- a segment: the tiles of one row
       const int row = at.row;
       sync_warp();
       RLEKF_NO_UNROLL
@@ -273,16 +273,16 @@ RLEKF_PHASE Fold visit(const Task& task) {
       sync_warp();
       double rows[kM][kRowsPerThread] = {};
       for (bool ends = false, begins = true; !ends; begins = false) {
-        Pair<Scalar>* entries = ring.take();
+        Pair<Scalar>* entries = ring.acquire();
         if (due.num_vectors > 0) fold_tile(task, due, at, begins, u_rows, entries);
-        const Scalar* from = ring.ask();
-        const int col = at.col - (strip << width.log2);
+        const Scalar* from = ring.prefetch();
+        const int col = at.col - (panel << width.log2);
         RLEKF_UNROLL
         for (int first = 0; first < kM; first += kAtOnce) {
           Pair<double> x[kAtOnce], sums[kAtOnce];
           RLEKF_UNROLL
           for (int k = 0; k < kAtOnce; ++k) {
-            x[k] = *reinterpret_cast<const Pair<double>*>(x_columns + (first + k) * strip_columns + col * kTile +
+            x[k] = *reinterpret_cast<const Pair<double>*>(x_columns + (first + k) * panel_columns + col * kTile +
                                                           2 * lane());
             sums[k] = columns[(((first + k) << width.log2) + col) * kThreads];
           }
@@ -309,11 +309,11 @@ RLEKF_PHASE Fold visit(const Task& task) {
           if (from) copy_async<sizeof(Pair<Scalar>)>(entries + i * kThreads, from + i * kTile);
         }
         copy_commit();
-        ends = at.ends_unit(width);
+        ends = at.ends_segment(width);
         at.advance(width);
       }
       double* out =
-          task.workspace + task.places.row_sums + row_place(p.blocks[index], index, width, row, strip) * kM * kTile;
+          task.workspace + task.slots.row_sums + row_slot(p.blocks[index], index, width, row, panel) * kM * kTile;
       RLEKF_UNROLL
       for (int k = 0; k < kM; ++k) {
         const double sum = sum_of_eight(rows[k]);
@@ -321,13 +321,13 @@ RLEKF_PHASE Fold visit(const Task& task) {
       }
     }
 
-    // --- the strip's column sums over the warps
+    // --- the panel's column sums over the warps
     sync_threads();
     const auto* all = shared_at<double>(at_shared.columns);  // (kM, width, kWarps, kTile)
-    double* out = task.workspace + task.places.column_sums +
-                  column_place(p.blocks[index], index, width, strip, worker()) * kM * strip_columns;
+    double* out = task.workspace + task.slots.column_sums +
+                  column_slot(p.blocks[index], index, width, panel, cta()) * kM * panel_columns;
     RLEKF_NO_UNROLL
-    for (int n = thread(); n < kM * strip_columns; n += kThreads) {
+    for (int n = thread(); n < kM * panel_columns; n += kThreads) {
       double sum = 0;
       RLEKF_UNROLL
       for (int w = 0; w < kWarps; ++w) sum += all[(n / kTile * kWarps + w) * kTile + n % kTile];
@@ -337,15 +337,15 @@ RLEKF_PHASE Fold visit(const Task& task) {
   return due;
 }
 
-/// The rows of tiles that this worker reduces and applies: places [first, last) of kTile weights.
+/// The rows of tiles that this cta reduces and applies: slots [first, last) of kTile weights.
 struct Rows {
   int first, last;
 };
 
 RLEKF_DEVICE Rows own_rows(const Task& task) {
   const Runs& rows = task.launch.rows;
-  if (worker() >= rows.workers) return {0, 0};
-  return {rows.begin(worker()), rows.begin(worker() + 1)};
+  if (cta() >= rows.ctas) return {0, 0};
+  return {rows.begin(cta()), rows.begin(cta() + 1)};
 }
 
 /// z = S h + shift h - sum_i u_i (u_i^T h), row of tiles by row of tiles, and its inner products with H.
@@ -370,13 +370,13 @@ RLEKF_PHASE void reduce(const Task& task) {
   int64_t index = -1;  // the block that `gram` and `dots` belong to
   const auto leave_block = [&] {
     sync_threads();
-    double* out = task.workspace + task.places.gram_parts + (worker() + index) * 2 * kM * kM;
+    double* out = task.workspace + task.slots.gram_parts + (cta() + index) * 2 * kM * kM;
     for (int n = thread(); n < 2 * kM * kM; n += kThreads) out[n] = gram[n];
   };
-  for (int place = own.first; place < own.last; ++place) {
-    const int64_t found = block_of_place(p.blocks, p.num_blocks, place, kTileLog2);
+  for (int slot = own.first; slot < own.last; ++slot) {
+    const int64_t found = block_of_slot(p.blocks, p.num_blocks, slot, kTileLog2);
     const Block block = p.blocks[found];
-    const int64_t row = place - first_place(block, found, kTileLog2);
+    const int64_t row = slot - first_slot(block, found, kTileLog2);
     if (row >= tile_rows(block.size)) continue;  // a gap
     const bool enters = found != index;
     if (enters) {
@@ -386,21 +386,21 @@ RLEKF_PHASE void reduce(const Task& task) {
     }
 
     // --- four threads a weight add up the parts
-    const int64_t weight = row * kTile + column, strip = row >> width.log2;
+    const int64_t weight = row * kTile + column, panel = row >> width.log2;
     const bool inside = weight < block.size;
     double sums[kM] = {};
-    const double* from = task.workspace + task.places.row_sums + row_place(block, index, width, row, 0) * kM * kTile;
-    const int strips = (static_cast<int>(strip) - group + kGroups) / kGroups;  // of this thread
+    const double* from = task.workspace + task.slots.row_sums + row_slot(block, index, width, row, 0) * kM * kTile;
+    const int panels = (static_cast<int>(panel) - group + kGroups) / kGroups;  // of this thread
     from += group * kM * kTile + column;
     RLEKF_UNROLL_BY_4
-    for (int n = 0; n < strips; ++n) {
+    for (int n = 0; n < panels; ++n) {
       RLEKF_UNROLL
       for (int k = 0; k < kM; ++k) sums[k] += from[(n * kGroups * kM + k) * kTile];
     }
-    const Workers workers = workers_of_strip(block, width, task.launch.tiles, strip);
-    from = task.workspace + task.places.column_sums + (row - (strip << width.log2)) * kTile;
-    const int parts_here = (workers.last - workers.first - group + kGroups) / kGroups;
-    from += (column_place(block, index, width, strip, workers.first + group) * kM << width.log2) * kTile + column;
+    const CtaRange ctas = ctas_of_panel(block, width, task.launch.tiles, panel);
+    from = task.workspace + task.slots.column_sums + (row - (panel << width.log2)) * kTile;
+    const int parts_here = (ctas.last - ctas.first - group + kGroups) / kGroups;
+    from += (column_slot(block, index, width, panel, ctas.first + group) * kM << width.log2) * kTile + column;
     RLEKF_UNROLL_BY_4
     for (int n = 0; n < parts_here; ++n) {
       RLEKF_UNROLL
@@ -410,12 +410,12 @@ RLEKF_PHASE void reduce(const Task& task) {
       const int now = static_cast<int>(num_pending - first < kFoldAtOnce ? num_pending - first : kFoldAtOnce);
       if (enters || num_pending > kFoldAtOnce) {
         sync_threads();
-        const int64_t begin = first_place(block, index, kDotLog2);
+        const int64_t begin = first_slot(block, index, kDotLog2);
         const int64_t end = begin + ((block.size + (1 << kDotLog2) - 1) >> kDotLog2);
         for (int n = thread(); n < now * kM; n += kThreads) {
           double sum = 0;
           for (int64_t q = begin; q < end; ++q) {
-            sum += task.workspace[task.places.dots + (q * p.capacity + first) * kM + n];
+            sum += task.workspace[task.slots.dots + (q * p.capacity + first) * kM + n];
           }
           dots[n] = sum;
         }
@@ -463,7 +463,7 @@ RLEKF_PHASE void reduce(const Task& task) {
   if (index >= 0) leave_block();
 }
 
-/// By the first worker: the inner products over the rows of each block.
+/// By the first cta: the inner products over the rows of each block.
 template <int kM>
 RLEKF_PHASE void gather_gram(const Task& task) {
   const Covariance& p = task.p;
@@ -479,9 +479,9 @@ RLEKF_PHASE void gather_gram(const Task& task) {
       const int which = n / (num_blocks * count * count), index = n / (count * count) % num_blocks;
       const int j = n / count % count, k = n % count;
       const Block block = p.blocks[index];
-      const auto begin = static_cast<int>(first_place(block, index, kTileLog2));
+      const auto begin = static_cast<int>(first_slot(block, index, kTileLog2));
       const int last = rows.owner(begin + static_cast<int>(tile_rows(block.size)) - 1);
-      const double* from = task.workspace + task.places.gram_parts + (which * kM + j) * kM + k;
+      const double* from = task.workspace + task.slots.gram_parts + (which * kM + j) * kM + k;
       const int part = rows.owner(begin) + thread() % together, parts = (last - part + together) / together;
       from += static_cast<int64_t>(part + index) * 2 * kM * kM;
       RLEKF_UNROLL_BY_4
@@ -492,17 +492,17 @@ RLEKF_PHASE void gather_gram(const Task& task) {
   }
 }
 
-/// By the first worker: the recursion over the M measurements, on inner products alone.
+/// By the first cta: the recursion over the M measurements, on inner products alone.
 /// y_i^T h_j = z_i^T h_j + (shift_i - shift_0) h_i^T h_j - sum_{k<i} rank_one_k (y_k^T h_i) (y_k^T h_j), block by
 /// block.
 template <int kM>
-RLEKF_PHASE void plan_updates(const Task& task) {
+RLEKF_PHASE void run_recursion(const Task& task) {
   const Covariance& p = task.p;
   const int count = task.m.count;
   const double* inner = task.projection.gram;
   const double* plain = inner + p.num_blocks * count * count;
-  double* products = task.workspace + task.places.products;
-  auto* updates = reinterpret_cast<Update*>(task.workspace + task.places.updates);
+  double* products = task.workspace + task.slots.products;
+  auto* updates = reinterpret_cast<Update*>(task.workspace + task.slots.updates);
   State& state = own_state();
   auto* totals = shared_at<double>(shared_layout(kM, 0, 0, 8).columns);  // (kM, kM) y_i^T h_j over all blocks
   double* parts = totals + kM * kM;                                      // (kWarps, kM)
@@ -510,7 +510,7 @@ RLEKF_PHASE void plan_updates(const Task& task) {
   sync_threads();
   const double first_shift = state.shift;
   for (int i = 0; i < count; ++i) {
-    const double shift = state.shift - first_shift;
+    const double shift_growth = state.shift - first_shift;
     double sums[kM] = {};
     for (int64_t index = thread(); index < p.num_blocks; index += kThreads) {
       double* y = products + index * kM * kM;
@@ -518,7 +518,7 @@ RLEKF_PHASE void plan_updates(const Task& task) {
       for (int j = 0; j < kM; ++j) {
         if (j < i || j >= count) continue;
         double value = inner[(index * count + i) * count + j];
-        if (shift != 0) value += shift * plain[(index * count + i) * count + j];
+        if (shift_growth != 0) value += shift_growth * plain[(index * count + i) * count + j];
         for (int k = 0; k < i; ++k) {
           if (updates[k].used != 0) value -= updates[k].rank_one * y[k * kM + i] * y[k * kM + j];
         }
@@ -553,15 +553,15 @@ RLEKF_PHASE void plan_updates(const Task& task) {
 template <int kM>
 RLEKF_PHASE void apply(const Task& task) {
   const Covariance& p = task.p;
-  const auto* updates = reinterpret_cast<const Update*>(task.workspace + task.places.updates);
+  const auto* updates = reinterpret_cast<const Update*>(task.workspace + task.slots.updates);
   const Rows own = own_rows(task);
   for (int64_t n = own.first * kTile + thread(); n < own.last * kTile; n += kThreads) {
-    const int64_t index = block_of_place(p.blocks, p.num_blocks, n / kTile, kTileLog2);
+    const int64_t index = block_of_slot(p.blocks, p.num_blocks, n / kTile, kTileLog2);
     const Block block = p.blocks[index];
-    const int64_t local = n - first_place(block, index, kTileLog2) * kTile;
+    const int64_t local = n - first_slot(block, index, kTileLog2) * kTile;
     if (local >= block.size) continue;
     const int64_t weight = block.first_weight + local;
-    const double* products = task.workspace + task.places.products + index * kM * kM;
+    const double* products = task.workspace + task.slots.products + index * kM * kM;
     double y[kM], moved = 0;
     RLEKF_UNROLL
     for (int j = 0; j < kM; ++j) {
@@ -570,7 +570,7 @@ RLEKF_PHASE void apply(const Task& task) {
       const Update update = updates[j];
       if (update.used == 0) continue;
       y[j] = task.projection.cross[j * p.num_weights + weight];
-      if (update.shift != 0) y[j] += update.shift * task.m.jacobian[j * p.num_weights + weight];
+      if (update.shift_growth != 0) y[j] += update.shift_growth * task.m.jacobian[j * p.num_weights + weight];
       RLEKF_UNROLL
       for (int k = 0; k < kM; ++k) {
         if (k < j && updates[k].used != 0) y[j] -= updates[k].rank_one * products[k * kM + j] * y[k];
@@ -591,12 +591,12 @@ RLEKF_DEVICE void filter_step(const Task& task) {
     sync_grid();
     reduce<kM>(task);
     sync_grid();
-    if (worker() == 0) gather_gram<kM>(task);
-  } else if (worker() == 0) {
+    if (cta() == 0) gather_gram<kM>(task);
+  } else if (cta() == 0) {
     load_state(task);
   }
-  if (worker() == 0) {
-    if (task.phases & kCorrect) plan_updates<kM>(task);
+  if (cta() == 0) {
+    if (task.phases & kCorrect) run_recursion<kM>(task);
     copy_state(own_state(), *task.p.state);
   }
   if (task.phases & kCorrect) {

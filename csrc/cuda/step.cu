@@ -18,18 +18,17 @@ namespace rlekf::cuda {
 namespace {
 
 template <typename Scalar, int kM>
-__global__ void __launch_bounds__(kThreads, blocks_per_processor(kM))
-    rlekf_filter_step(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kThreads, ctas_per_sm(kM)) rlekf_filter_step(const __grid_constant__ Task task) {
   filter_step<Scalar, kM>(task);
 }
 
 void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // an error of a call is told once; it should not meet the next one
+  cudaGetLastError();  // clear it, or the next call would report it again
   throw std::runtime_error("rlekf: " + what + " failed: " + cudaGetErrorString(error) + ".");
 }
 
-/// Makes a GPU the current one, and the one before it again.
+/// Makes a GPU the current one and, at the end of the scope, restores the previous one.
 class Current {
  public:
   explicit Current(int device) {
@@ -51,7 +50,7 @@ class Current {
 Device limits(int device) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, device), "asking GPU " + std::to_string(device) + " for its limits");
+    check(cudaDeviceGetAttribute(&value, which, device), "querying the limits of GPU " + std::to_string(device));
     return value;
   };
   return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
@@ -80,15 +79,15 @@ std::string sizes_text(const Covariance& p, const Measurements& m, const Launch&
   std::ostringstream text;
   text << "rlekf_filter_step<" << (p.storage == Storage::kFloat64 ? "float64" : "float32") << ", "
        << launch.num_measurements << "> for " << p.num_weights << " weights in " << p.num_blocks << " blocks, "
-       << p.num_tiles << " tiles, " << m.count << " measurements, with " << launch.workers << " thread blocks of "
+       << p.num_tiles << " tiles, " << m.count << " measurements, with " << launch.ctas << " thread blocks of "
        << kThreads << " threads and " << launch.shared_bytes << " bytes of shared memory each";
   return text.str();
 }
 
-/// What a GPU can hold of a kernel. Asked for once: it depends on nothing else, and a step has no time for questions.
+/// How much of a kernel a GPU can hold. It depends on both alone and is queried once: queries would slow every step.
 struct Fit {
   Device limits;
-  int resident;  // thread blocks on a processor at once
+  int resident;  // thread blocks per SM
 };
 
 Fit fit_of(const Covariance& p, const Measurements& m, const Launch& launch, const Device& own) {
@@ -108,23 +107,23 @@ Fit fit_of(const Covariance& p, const Measurements& m, const Launch& launch, con
   return {own, resident};
 }
 
-/// The plan for this GPU. No more thread blocks than can be resident at once: a grid barrier waits for all.
+/// The plan for this GPU. All thread blocks must be resident at once: they meet at grid barriers.
 Launch plan_for(const Covariance& p, const Measurements& m) {
   const int64_t bytes_each = p.storage == Storage::kFloat64 ? 8 : 4;
   static std::mutex mutex;
   static std::map<std::tuple<int, Storage, int>, Fit> known;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key = std::make_tuple(p.device, p.storage, rounded_up(m.count));
-  const auto place = known.find(key);
-  const Device own = place == known.end() ? limits(p.device) : place->second.limits;
+  const auto found = known.find(key);
+  const Device own = found == known.end() ? limits(p.device) : found->second.limits;
   Launch launch = plan_launch(own, m.count, bytes_each, p.num_tiles, p.num_weights, p.num_blocks);
   if (launch.stages == 0) {
     throw std::runtime_error("rlekf: GPU " + std::to_string(p.device) + " gives a thread block " +
-                             std::to_string(own.shared_per_block) + " bytes of shared memory, too little for " +
-                             std::to_string(m.count) + " measurements a pass; pass fewer at once.");
+                             std::to_string(own.shared_per_cta) + " bytes of shared memory, too little for " +
+                             std::to_string(m.count) + " measurements per pass; pass fewer at once.");
   }
-  const Fit fit = place == known.end() ? known.emplace(key, fit_of(p, m, launch, own)).first->second : place->second;
-  deal(launch, std::min(launch.workers, fit.resident * own.processors), p.num_tiles, p.num_weights, p.num_blocks);
+  const Fit fit = found == known.end() ? known.emplace(key, fit_of(p, m, launch, own)).first->second : found->second;
+  assign(launch, std::min(launch.ctas, fit.resident * own.sms), p.num_tiles, p.num_weights, p.num_blocks);
   return launch;
 }
 
@@ -132,12 +131,12 @@ void run(int phases, double* weights, const Covariance& p, const Measurements& m
          double* scratch, void* stream) {
   const Current current(p.device);
   const Launch launch = plan_for(p, m);
-  const Workspace places = workspace_layout(launch, p.num_tiles, p.num_weights, p.num_blocks, p.capacity);
-  const Projection own{scratch + places.cross, scratch + places.gram};
-  Task task{phases, p, m, projection ? *projection : own, weights, scratch, launch, places};
+  const Workspace slots = workspace_layout(launch, p.num_tiles, p.num_weights, p.num_blocks, p.capacity);
+  const Projection own{scratch + slots.cross, scratch + slots.gram};
+  Task task{phases, p, m, projection ? *projection : own, weights, scratch, launch, slots};
   void* arguments[] = {&task};
   const cudaError_t error = cudaLaunchCooperativeKernel(
-      kernel_for(p.storage, launch.num_measurements), dim3(static_cast<unsigned>(launch.workers)), dim3(kThreads),
+      kernel_for(p.storage, launch.num_measurements), dim3(static_cast<unsigned>(launch.ctas)), dim3(kThreads),
       arguments, static_cast<size_t>(launch.shared_bytes), static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess) check(error, "the launch of " + sizes_text(p, m, launch));
 }

@@ -30,10 +30,10 @@ namespace rlekf::cuda {
 
 class Gpu {
  public:
-  /// Runs `kernel` on num_workers blocks of num_threads threads; shared memory starts full of NaN.
-  static void launch(int64_t num_workers, int num_threads, int64_t shared_bytes, unsigned seed,
+  /// Runs `kernel` on num_ctas blocks of num_threads threads; shared memory starts full of NaN.
+  static void launch(int64_t num_ctas, int num_threads, int64_t shared_bytes, unsigned seed,
                      const std::function<void()>& kernel) {
-    Gpu gpu(num_workers, num_threads, shared_bytes, kernel);
+    Gpu gpu(num_ctas, num_threads, shared_bytes, kernel);
     gpu.run(seed);
   }
 
@@ -49,7 +49,7 @@ class Gpu {
     Barrier barrier;
     double values[2][32];
   };
-  struct Worker {
+  struct Cta {
     int index;
     Barrier barrier;
     std::vector<Warp> warps;
@@ -57,7 +57,7 @@ class Gpu {
   };
   struct Fiber {
     int thread;
-    Worker* worker;
+    Cta* cta;
     ucontext_t start;
     jmp_buf at;
     bool begun = false, ended = false;
@@ -72,7 +72,7 @@ class Gpu {
   Fiber* now = nullptr;
   Barrier grid;
 
-  int num_workers() const { return static_cast<int>(workers_.size()); }
+  int num_ctas() const { return static_cast<int>(ctas_.size()); }
 
   /// Lets others run until all that share the barrier have come.
   void wait(Barrier& barrier) {
@@ -87,21 +87,21 @@ class Gpu {
   }
 
  private:
-  Gpu(int64_t num_workers, int num_threads, int64_t shared_bytes, const std::function<void()>& kernel)
-      : kernel_(kernel), workers_(static_cast<size_t>(num_workers)) {
-    grid.size = num_workers * num_threads;
-    for (Worker& worker : workers_) {
-      worker.index = static_cast<int>(&worker - workers_.data());
-      worker.barrier.size = num_threads;
-      worker.warps.resize(static_cast<size_t>(num_threads / 32));
-      for (Warp& warp : worker.warps) warp.barrier.size = 32;
+  Gpu(int64_t num_ctas, int num_threads, int64_t shared_bytes, const std::function<void()>& kernel)
+      : kernel_(kernel), ctas_(static_cast<size_t>(num_ctas)) {
+    grid.size = num_ctas * num_threads;
+    for (Cta& cta : ctas_) {
+      cta.index = static_cast<int>(&cta - ctas_.data());
+      cta.barrier.size = num_threads;
+      cta.warps.resize(static_cast<size_t>(num_threads / 32));
+      for (Warp& warp : cta.warps) warp.barrier.size = 32;
       const auto numbers = static_cast<size_t>((shared_bytes + 7) / 8);
-      worker.shared.reset(new double[numbers]);
-      std::fill_n(worker.shared.get(), numbers, NAN);
+      cta.shared.reset(new double[numbers]);
+      std::fill_n(cta.shared.get(), numbers, NAN);
       for (int thread = 0; thread < num_threads; ++thread) {
         fibers_.push_back(std::make_unique<Fiber>());
         fibers_.back()->thread = thread;
-        fibers_.back()->worker = &worker;
+        fibers_.back()->cta = &cta;
       }
     }
   }
@@ -159,21 +159,21 @@ class Gpu {
 
   static constexpr size_t kStack = 64 * 1024;
   const std::function<void()>& kernel_;
-  std::vector<Worker> workers_;
+  std::vector<Cta> ctas_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   jmp_buf scheduler_;
 };
 
 inline Gpu::Fiber& fiber() { return *Gpu::current->now; }
-inline Gpu::Warp& own_warp() { return fiber().worker->warps[static_cast<size_t>(fiber().thread / 32)]; }
+inline Gpu::Warp& own_warp() { return fiber().cta->warps[static_cast<size_t>(fiber().thread / 32)]; }
 
 inline int thread() { return fiber().thread; }
-inline int worker() { return fiber().worker->index; }
-inline int num_workers() { return Gpu::current->num_workers(); }
-inline void sync_threads() { Gpu::current->wait(fiber().worker->barrier); }
+inline int cta() { return fiber().cta->index; }
+inline int num_ctas() { return Gpu::current->num_ctas(); }
+inline void sync_threads() { Gpu::current->wait(fiber().cta->barrier); }
 inline void sync_warp() { Gpu::current->wait(own_warp().barrier); }
 inline void sync_grid() { Gpu::current->wait(Gpu::current->grid); }
-inline char* shared_memory() { return reinterpret_cast<char*>(fiber().worker->shared.get()); }
+inline char* shared_memory() { return reinterpret_cast<char*>(fiber().cta->shared.get()); }
 
 inline double shuffle_xor(double value, int mask) {
   double* values = own_warp().values[fiber().turn];

@@ -7,7 +7,7 @@
 #include <set>
 
 #include "filters.h"
-// clang-format off: the kernels take what stands for a GPU from the first
+// clang-format off: gpu_on_cpu.h must come before the kernels
 #include "gpu_on_cpu.h"
 #include "../cuda/kernels.cuh"
 // clang-format on
@@ -39,58 +39,57 @@ std::vector<Block> layout_of(const std::vector<int64_t>& sizes, int64_t& tiles, 
   return blocks;
 }
 
-/// Every tile once, by the worker that the places of its sums expect.
-void check_walk(const std::vector<int64_t>& sizes, Width width, int64_t num_workers) {
+/// Every tile once, by the thread block that the slots of its sums expect.
+void check_walk(const std::vector<int64_t>& sizes, Width width, int64_t num_ctas) {
   int64_t tiles, weights;
   const std::vector<Block> blocks = layout_of(sizes, tiles, weights);
   const auto num_blocks = static_cast<int64_t>(blocks.size());
-  num_workers = std::min(num_workers, std::max<int64_t>(1, tiles >> width.log2));
-  const Runs runs = runs_of(tiles, num_workers);
+  num_ctas = std::min(num_ctas, std::max<int64_t>(1, tiles >> width.log2));
+  const Runs runs = runs_of(tiles, num_ctas);
   std::vector<int> seen(static_cast<size_t>(tiles), 0);
-  std::set<int64_t> row_places, column_places;
-  std::map<std::pair<int64_t, int64_t>, std::set<int64_t>> workers;
-  for (int worker = 0; worker < num_workers; ++worker) {
-    Walk at = run_of(blocks.data(), num_blocks, width, runs, worker);
-    expect(at.left > 0, "a worker has no tile", worker, num_workers);
-    std::set<std::pair<int64_t, int64_t>> strips;
+  std::set<int64_t> row_slots, column_slots;
+  std::map<std::pair<int64_t, int64_t>, std::set<int64_t>> ctas;
+  for (int cta = 0; cta < num_ctas; ++cta) {
+    Walk at = run_of(blocks.data(), num_blocks, width, runs, cta);
+    expect(at.left > 0, "a thread block without a tile", cta, num_ctas);
+    std::set<std::pair<int64_t, int64_t>> panels;
     bool begins = true;
     while (at.left > 0) {
       ++seen[static_cast<size_t>(at.tile())];
-      expect(at.col <= at.row && at.col >> width.log2 == at.strip, "a tile outside its strip", at.row, at.col);
-      expect(!begins || at.col == at.strip << width.log2, "a run that begins inside a unit", at.row, at.col);
-      begins = at.ends_unit(width);
+      expect(at.col <= at.row && at.col >> width.log2 == at.panel, "a tile outside its panel", at.row, at.col);
+      expect(!begins || at.col == at.panel << width.log2, "a run that begins inside a segment", at.row, at.col);
+      begins = at.ends_segment(width);
       if (begins) {
-        const int64_t place = row_place(blocks[static_cast<size_t>(at.block)], at.block, width, at.row, at.strip);
-        expect(row_places.insert(place).second, "two units with one place", place);
-        expect(place >= 0 && place < num_row_places(tiles, weights, num_blocks, width), "row place", place);
+        const int64_t slot = row_slot(blocks[static_cast<size_t>(at.block)], at.block, width, at.row, at.panel);
+        expect(row_slots.insert(slot).second, "two segments with one slot", slot);
+        expect(slot >= 0 && slot < num_row_slots(tiles, weights, num_blocks, width), "row slot", slot);
       }
-      strips.insert({at.block, at.strip});
+      panels.insert({at.block, at.panel});
       at.advance(width);
     }
-    expect(begins, "a run that ends inside a unit", worker);
-    for (const auto& strip : strips) {
-      workers[strip].insert(worker);
-      const int64_t place =
-          column_place(blocks[static_cast<size_t>(strip.first)], strip.first, width, strip.second, worker);
-      expect(column_places.insert(place).second, "two columns with one place", place);
-      expect(place >= 0 && place < num_column_places(weights, num_blocks, width, num_workers), "column place", place);
+    expect(begins, "a run that ends inside a segment", cta);
+    for (const auto& panel : panels) {
+      ctas[panel].insert(cta);
+      const int64_t slot = column_slot(blocks[static_cast<size_t>(panel.first)], panel.first, width, panel.second, cta);
+      expect(column_slots.insert(slot).second, "two columns with one slot", slot);
+      expect(slot >= 0 && slot < num_column_slots(weights, num_blocks, width, num_ctas), "column slot", slot);
     }
   }
   for (const int count : seen) expect(count == 1, "a tile visited other than once", count);
-  for (const auto& [strip, who] : workers) {
-    const Workers said = workers_of_strip(blocks[static_cast<size_t>(strip.first)], width, runs, strip.second);
+  for (const auto& [panel, who] : ctas) {
+    const CtaRange said = ctas_of_panel(blocks[static_cast<size_t>(panel.first)], width, runs, panel.second);
     expect(said.first == *who.begin() && said.last == *who.rbegin() &&
                said.last - said.first + 1 == static_cast<int64_t>(who.size()),
-           "the workers of a strip", said.first, said.last);
+           "the thread blocks of a panel", said.first, said.last);
   }
   for (const int log2 : {kTileLog2, kDotLog2}) {
-    std::set<int64_t> places;
+    std::set<int64_t> slots;
     for (int64_t i = 0; i < num_blocks; ++i) {
       const Block& block = blocks[static_cast<size_t>(i)];
       for (int64_t part = 0; part << log2 < block.size; ++part) {
-        const int64_t place = first_place(block, i, log2) + part;
-        expect(places.insert(place).second && place < num_places(weights, num_blocks, log2), "place", place);
-        expect(block_of_place(blocks.data(), num_blocks, place, log2) == i, "block of a place", place, i);
+        const int64_t slot = first_slot(block, i, log2) + part;
+        expect(slots.insert(slot).second && slot < num_slots(weights, num_blocks, log2), "slot", slot);
+        expect(block_of_slot(blocks.data(), num_blocks, slot, log2) == i, "block of a slot", slot, i);
       }
     }
   }
@@ -106,7 +105,7 @@ void check_walks() {
   }
   for (const auto& sizes : plans) {
     for (const int log2 : {0, 1, 2}) {
-      for (const int64_t workers : {1, 2, 7, 132, 264}) check_walk(sizes, {log2}, workers);
+      for (const int64_t ctas : {1, 2, 7, 132, 264}) check_walk(sizes, {log2}, ctas);
     }
   }
 }
@@ -121,12 +120,12 @@ void check_launches() {
         const Launch launch = plan_launch(device, count, bytes, tiles, weights, 4);
         const int m = launch.num_measurements;
         expect(m >= count && m <= 8 && (m & (m - 1)) == 0, "rounded number of measurements", count, m);
-        expect(launch.stages >= 1 && launch.stages <= kMostStages, "stages", count, launch.stages);
-        expect(launch.shared_bytes <= device.shared_per_block, "shared memory of a block", launch.shared_bytes);
-        const int64_t resident = launch.workers / device.processors;
-        expect(resident >= 1 && launch.workers % device.processors == 0, "workers", launch.workers);
-        expect(resident * (launch.shared_bytes + kReservedShared) <= device.shared_per_processor,
-               "shared memory of a processor", launch.shared_bytes, resident);
+        expect(launch.stages >= 1 && launch.stages <= kMaxStages, "stages", count, launch.stages);
+        expect(launch.shared_bytes <= device.shared_per_cta, "shared memory of a block", launch.shared_bytes);
+        const int64_t resident = launch.ctas / device.sms;
+        expect(resident >= 1 && launch.ctas % device.sms == 0, "thread blocks", launch.ctas);
+        expect(resident * (launch.shared_bytes + kReservedShared) <= device.shared_per_sm, "shared memory of an SM",
+               launch.shared_bytes, resident);
         const Shared shared = shared_layout(m, launch.width.columns(), launch.stages, bytes);
         expect(8 * reduce_shared(m) <= shared.size - shared.columns, "shared memory of the reduction", m);
         const Workspace workspace = workspace_layout(launch, tiles, weights, 4, 32);
@@ -135,9 +134,9 @@ void check_launches() {
       }
     }
   }
-  // What docs/performance.md says of an H200: two thread blocks a processor, 64 KB each on their way.
+  // What docs/performance.md says of an H200: two thread blocks per SM, each with 64 KB in flight.
   const Launch launch = plan_launch(kH200, 1, 8, tiles, weights, 4);
-  expect(launch.workers == 264 && launch.width.columns() == 4 && launch.stages == 2, "plan for an H200", launch.workers,
+  expect(launch.ctas == 264 && launch.width.columns() == 4 && launch.stages == 2, "plan for an H200", launch.ctas,
          launch.stages);
   expect(plan_launch({1, 1000, 1000}, 1, 8, tiles, weights, 4).stages == 0, "a GPU with no shared memory");
 }
@@ -164,29 +163,28 @@ struct GpuFilter : PackedFilter<Scalar> {
           return filter_step<Scalar, 8>(task);
       }
     };
-    Gpu::launch(launch.workers, kThreads, launch.shared_bytes, seed, kernel);
+    Gpu::launch(launch.ctas, kThreads, launch.shared_bytes, seed, kernel);
   }
 
   void step(Vector& weights, const Vector& jacobian, const Vector& innovation) {
     const Covariance& p = this->p;
     const Measurements m{static_cast<int>(innovation.size()), jacobian.data(), innovation.data()};
-    const Workspace places = workspace_layout(launch, p.num_tiles, p.num_weights, p.num_blocks, p.capacity);
-    Vector workspace(static_cast<size_t>(places.size), NAN);
+    const Workspace slots = workspace_layout(launch, p.num_tiles, p.num_weights, p.num_blocks, p.capacity);
+    Vector workspace(static_cast<size_t>(slots.size), NAN);
     if (apart) {
       Vector cross(jacobian.size(), NAN), gram(static_cast<size_t>(2 * p.num_blocks * m.count * m.count), NAN);
       const Projection projection{cross.data(), gram.data()};
-      run({kProject, p, m, projection, nullptr, workspace.data(), launch, places});
+      run({kProject, p, m, projection, nullptr, workspace.data(), launch, slots});
       std::fill(workspace.begin(), workspace.end(), NAN);
-      run({kCorrect, p, m, projection, weights.data(), workspace.data(), launch, places});
+      run({kCorrect, p, m, projection, weights.data(), workspace.data(), launch, slots});
     } else {
-      const Projection projection{workspace.data() + places.cross, workspace.data() + places.gram};
-      run({kProject | kCorrect, p, m, projection, weights.data(), workspace.data(), launch, places});
+      const Projection projection{workspace.data() + slots.cross, workspace.data() + slots.gram};
+      run({kProject | kCorrect, p, m, projection, weights.data(), workspace.data(), launch, slots});
     }
   }
 };
 
-Launch launch_of(const std::vector<int64_t>& sizes, int count, int64_t workers, Width width, int stages,
-                 int64_t bytes) {
+Launch launch_of(const std::vector<int64_t>& sizes, int count, int64_t ctas, Width width, int stages, int64_t bytes) {
   int64_t tiles, weights;
   layout_of(sizes, tiles, weights);
   Launch launch{};
@@ -194,14 +192,14 @@ Launch launch_of(const std::vector<int64_t>& sizes, int count, int64_t workers, 
   launch.width = width;
   launch.stages = stages;
   launch.shared_bytes = shared_layout(launch.num_measurements, width.columns(), stages, bytes).size;
-  deal(launch, workers, tiles, weights, static_cast<int64_t>(sizes.size()));
+  assign(launch, ctas, tiles, weights, static_cast<int64_t>(sizes.size()));
   return launch;
 }
 
 template <typename Scalar>
-void check_filter(const std::vector<int64_t>& sizes, int64_t capacity, int count, int64_t workers, Width width,
-                  int stages, double q, int steps) {
-  const Launch launch = launch_of(sizes, count, workers, width, stages, sizeof(Scalar));
+void check_filter(const std::vector<int64_t>& sizes, int64_t capacity, int count, int64_t ctas, Width width, int stages,
+                  double q, int steps) {
+  const Launch launch = launch_of(sizes, count, ctas, width, stages, sizeof(Scalar));
   const DenseFilter start(sizes, q);
   DenseFilter dense = start;
   GpuFilter<Scalar> one(start, capacity, launch, 1);

@@ -1,17 +1,17 @@
 """The ops as Triton kernels: for GPUs that the compiled ops have no kernels for, and on a CPU in Triton's interpreter.
 
 A step is five launches, each over all blocks. project:
-    _visit    each tile is read once (and written once when it folds) and multiplied by all Jacobians; u_iᵀh beside it
-    _reduce   the sums of a tile row in a fixed order, the shift and the waiting vectors: cross, and its share of gram
+    _visit    reads each tile once (and writes it in a fold) and multiplies it by all Jacobians; some programs do u_iᵀh
+    _reduce   adds the sums of a tile row in a fixed order, the shift and the pending vectors: cross, its part of gram
     _gather   gram, and the state after the fold
 correct:
-    _update   M measurements one after another, on inner products alone: one program
-    _apply    weights and pending, from what _update found
+    _update   M measurements in sequence, on inner products alone: one program
+    _apply    weights and pending vectors, by the updates
 
-Traffic: the packed triangle, and 2 % of it in float64 for the column sums that _visit leaves to _reduce (M = 1). The
-limit it is held against is the device's read bandwidth. There are no atomics: the same bits on every run. Scalars stay
-on the device, in `state`; the host waits for it once, in the first call with a given layout. All arithmetic is in
-float64; a Python float would arrive in a kernel as float32, so none is passed.
+Traffic: the packed triangle, and 2 % of it in float64 for the column sums from _visit to _reduce (M = 1). The limit is
+the device's read bandwidth. There are no atomics, so the bits are the same on every run. Scalars stay on the device, in
+`state`; the host waits for it once, in the first call with a given layout. All arithmetic is in float64; a Python float
+would arrive in a kernel as float32, so none is passed.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ INFINITY = tl.constexpr(float("inf"))
 
 TILE = tl.constexpr(TILE_SIZE)
 RUN = tl.constexpr(8)  # tiles of one tile row that a program visits
-VECTORS = tl.constexpr(8)  # waiting vectors taken at once
-CHUNK = tl.constexpr(128)  # weights taken at once where whole vectors are multiplied
-PARTS = tl.constexpr(64)  # partial sums that are loaded at once, over all measurements
-BLOCKS = tl.constexpr(64)  # blocks that the recursion takes at once
+VECTORS = tl.constexpr(8)  # pending vectors at a time
+CHUNK = tl.constexpr(128)  # weights at a time in products of whole vectors
+PARTS = tl.constexpr(64)  # partial sums loaded at a time, over all measurements
+BLOCKS = tl.constexpr(64)  # blocks at a time in the recursion
 
 # A row of `updates`, what one measurement does (csrc/recursion.h): w += gain y, S -= rank_one y yᵀ.
-USED = tl.constexpr(0)  # 1, or 0 when the measurement is skipped
-GROWTH = tl.constexpr(1)  # of the shift between the projection and this measurement: y holds growth * h
-GAIN = tl.constexpr(2)
-WEIGHT = tl.constexpr(3)  # rank_one
-SLOT = tl.constexpr(4)  # the row of `pending` that takes sqrt(rank_one) y
-UPDATE = tl.constexpr(5)
+UPDATE_USED = tl.constexpr(0)  # 1, or 0 if the measurement is skipped
+UPDATE_SHIFT_GROWTH = tl.constexpr(1)  # of the shift since the projection: y includes shift_growth * h
+UPDATE_GAIN = tl.constexpr(2)
+UPDATE_RANK_ONE = tl.constexpr(3)
+UPDATE_SLOT = tl.constexpr(4)  # row of `pending` for sqrt(rank_one) y
+UPDATE_SIZE = tl.constexpr(5)
 
-# These would otherwise be compiled anew for the value 1 and for multiples of 16; nothing here gains by that.
+# Without this they would be recompiled for the value 1 and for multiples of 16, for no gain.
 _plain_sizes = triton.jit(do_not_specialize=["num_weights", "num_blocks", "num_tiles", "num_products", "capacity"])
 
 
@@ -84,8 +84,8 @@ def why_absent(device_type: str) -> str:
 
 @triton.jit
 def _fold_due(state, capacity, count: tl.constexpr):
-    """How many vectors a pass of M measurements folds into the tiles (0: no fold), how many still wait after that, and
-    the power of two that moves from the scale into S."""
+    """How many vectors a pass of M measurements folds into the tiles (0: no fold), how many are still pending after
+    that, and the power of two that moves from the scale into S."""
     num_pending = tl.load(state + NUM_PENDING).to(tl.int64)
     scale = tl.load(state + SCALE)
     due = num_pending + count > capacity
@@ -96,7 +96,7 @@ def _fold_due(state, capacity, count: tl.constexpr):
 
 @triton.jit
 def _visit_run(run, tiles, pending, state, layout, runs, jacobian, sums, num_weights, num_tiles, capacity, count):
-    """Up to RUN tiles beside each other. sums: the column sums of each tile, then the row sums of each run."""
+    """Up to RUN tiles of one tile row. sums: the column sums of each tile, then the row sums of each run."""
     block = tl.load(runs + 4 * run)
     row = tl.load(runs + 4 * run + 1)
     first_col = tl.load(runs + 4 * run + 2)
@@ -110,7 +110,7 @@ def _visit_run(run, tiles, pending, state, layout, runs, jacobian, sums, num_wei
     entries = inside[:, None] * TILE + inside[None, :]
     h = jacobian + first_weight
     i = row * TILE + inside
-    # Two columns in one: a thread holds both, and half as many registers stay occupied along the run.
+    # Sums of pairs of columns: a thread holds both, so the sums take half as many registers along the run.
     row_sums = (tl.zeros((TILE, TILE // 2), tl.float64),) * count
     for col in range(first_col, end_col):
         index = first_tile + row * (row + 1) // 2 + col
@@ -138,7 +138,7 @@ def _visit_run(run, tiles, pending, state, layout, runs, jacobian, sums, num_wei
 
 
 @triton.jit
-def _multiply_waiting(
+def _multiply_pending(
     program,
     pending,
     state,
@@ -150,25 +150,25 @@ def _multiply_waiting(
     count: tl.constexpr,
     padded: tl.constexpr,
 ):
-    """products (L, capacity, M): u_iᵀ h_j over one block, for VECTORS of the u_i that wait after the fold."""
+    """products (L, capacity, M): u_iᵀ h_j over one block, for VECTORS of the u_i still pending after the fold."""
     groups = tl.cdiv(capacity, VECTORS)
     block = program // groups
     first_weight = tl.load(layout + 3 * block)
     size = tl.load(layout + 3 * block + 1)
-    _, num_waiting, _ = _fold_due(state, capacity, count)
+    _, num_kept, _ = _fold_due(state, capacity, count)
 
     n = (program % groups) * VECTORS + tl.arange(0, VECTORS)[None, :, None]
     k = tl.arange(0, padded)[:, None, None]
     total = tl.zeros((padded, VECTORS, CHUNK), tl.float64)
-    # A group past the last waiting vector has nothing to do.
-    for start in range(0, tl.where((program % groups) * VECTORS < num_waiting, size, 0), CHUNK):
+    # A group past the last pending vector has nothing to do.
+    for start in range(0, tl.where((program % groups) * VECTORS < num_kept, size, 0), CHUNK):
         i = start + tl.arange(0, CHUNK)[None, None, :]
-        u = tl.load(pending + n * num_weights + first_weight + i, mask=(n < num_waiting) & (i < size), other=0.0)
+        u = tl.load(pending + n * num_weights + first_weight + i, mask=(n < num_kept) & (i < size), other=0.0)
         h = tl.load(jacobian + k * num_weights + first_weight + i, mask=(k < count) & (i < size), other=0.0)
         total += u * h
     n = (program % groups) * VECTORS + tl.arange(0, VECTORS)[None, :]
     k = tl.arange(0, padded)[:, None]
-    tl.store(products + (block * capacity + n) * count + k, tl.sum(total, 2), mask=(n < num_waiting) & (k < count))
+    tl.store(products + (block * capacity + n) * count + k, tl.sum(total, 2), mask=(n < num_kept) & (k < count))
 
 
 @_plain_sizes
@@ -188,10 +188,10 @@ def _visit(
     count: tl.constexpr,
     padded: tl.constexpr,
 ):
-    """Programs below `num_products` multiply waiting vectors, the others visit tiles."""
+    """Programs below `num_products` multiply pending vectors, the others visit tiles."""
     program = tl.program_id(0).to(tl.int64)
     if program < num_products:
-        _multiply_waiting(program, pending, state, layout, jacobian, products, num_weights, capacity, count, padded)
+        _multiply_pending(program, pending, state, layout, jacobian, products, num_weights, capacity, count, padded)
     else:
         run = program - num_products
         _visit_run(run, tiles, pending, state, layout, runs, jacobian, sums, num_weights, num_tiles, capacity, count)
@@ -223,7 +223,7 @@ def _reduce(
     first_weight = tl.load(layout + 3 * block)
     size = tl.load(layout + 3 * block + 1)
     first_tile = tl.load(layout + 3 * block + 2)
-    _, num_waiting, factor = _fold_due(state, capacity, count)
+    _, num_kept, factor = _fold_due(state, capacity, count)
 
     # S h: the row sums of the runs left of the diagonal, then the column sums of the tiles below it that are there.
     k = tl.arange(0, padded)[:, None, None]
@@ -246,12 +246,12 @@ def _reduce(
     here = k * num_weights + first_weight + i
     h = tl.load(jacobian + here, mask=valid, other=0.0)
     z += tl.load(state + SHIFT) * factor * h
-    for start in range(0, num_waiting, VECTORS):
+    for start in range(0, num_kept, VECTORS):
         n = start + tl.arange(0, VECTORS)
         u = pending + n[:, None] * num_weights + first_weight + i
-        u = tl.load(u, mask=(n[:, None] < num_waiting) & (i < size), other=0.0)
+        u = tl.load(u, mask=(n[:, None] < num_kept) & (i < size), other=0.0)
         inner = products + (block * capacity + n[None, :]) * count + k
-        inner = tl.load(inner, mask=(n[None, :] < num_waiting) & (k < count), other=0.0)
+        inner = tl.load(inner, mask=(n[None, :] < num_kept) & (k < count), other=0.0)
         z -= tl.sum(inner[:, :, None] * u[None, :, :], 1)
     z = tl.where(valid, z, 0.0)  # 0 · NaN in the padding
     tl.store(cross + here, z, mask=valid)
@@ -282,18 +282,18 @@ def _gather(
     tl.store(place, tl.sum(total, 0), mask=entry < 2 * count * count)
 
     if block == 0:
-        _, num_waiting, factor = _fold_due(state, capacity, count)
+        _, num_kept, factor = _fold_due(state, capacity, count)
         scale = tl.load(state + SCALE) / factor
         shift = tl.load(state + SHIFT) * factor
-        tl.debug_barrier()  # no thread stores before all have read
-        tl.store(state + NUM_PENDING, num_waiting.to(tl.float64))
+        tl.debug_barrier()  # no thread writes before all have read
+        tl.store(state + NUM_PENDING, num_kept.to(tl.float64))
         tl.store(state + SCALE, scale)
         tl.store(state + SHIFT, shift)
 
 
 @_plain_sizes
 def _update(state, gram, innovation, products, updates, num_blocks, count: tl.constexpr, padded: tl.constexpr):
-    """The recursion of csrc/recursion.h. products (L, M, M): y_iᵀ h_j of each block, i <= j; updates (M, UPDATE)."""
+    """The recursion of csrc/recursion.h. products (L, M, M): y_iᵀ h_j of each block, i <= j; updates (M, 5)."""
     forgetting = tl.load(state + FORGETTING)
     noise = tl.load(state + MEASUREMENT_NOISE)
     process_noise = tl.load(state + PROCESS_NOISE)
@@ -309,11 +309,11 @@ def _update(state, gram, innovation, products, updates, num_blocks, count: tl.co
     skipped_in_a_row = tl.load(state + SKIPPED_IN_A_ROW)
 
     j = tl.arange(0, padded)
-    left = tl.load(innovation + j, mask=j < count, other=0.0)  # what the earlier measurements leave of each innovation
+    left = tl.load(innovation + j, mask=j < count, other=0.0)  # of each innovation, after earlier measurements
     first_shift = shift
     for i in tl.static_range(count):
-        # y_iᵀ h_j = z_iᵀ h_j + growth h_iᵀ h_j - Σ_{k<i} rank_one_k (y_kᵀ h_i) (y_kᵀ h_j), block by block.
-        growth = shift - first_shift
+        # y_iᵀ h_j = z_iᵀ h_j + shift_growth h_iᵀ h_j - Σ_{k<i} rank_one_k (y_kᵀ h_i) (y_kᵀ h_j), block by block.
+        shift_growth = shift - first_shift
         total = tl.zeros((padded,), tl.float64)
         for start in range(0, num_blocks, BLOCKS):
             block = start + tl.arange(0, BLOCKS)
@@ -321,11 +321,11 @@ def _update(state, gram, innovation, products, updates, num_blocks, count: tl.co
             valid = (block[:, None] < num_blocks) & (j[None, :] >= i) & (j[None, :] < count)
             y = tl.load(gram + row, mask=valid, other=0.0)
             plain = tl.load(gram + num_blocks * (count * count) + row, mask=valid, other=0.0)
-            y += tl.where(growth != 0, growth * plain, 0.0)
+            y += tl.where(shift_growth != 0, shift_growth * plain, 0.0)
             for k in tl.static_range(i):
-                used = tl.load(updates + k * UPDATE + USED) != 0
-                there = block[:, None] < tl.where(used, num_blocks, 0)  # numbers of a skipped one may be NaN
-                rank_one = tl.load(updates + k * UPDATE + WEIGHT)
+                used = tl.load(updates + k * UPDATE_SIZE + UPDATE_USED) != 0
+                there = block[:, None] < tl.where(used, num_blocks, 0)  # a skipped one may hold NaN
+                rank_one = tl.load(updates + k * UPDATE_SIZE + UPDATE_RANK_ONE)
                 earlier = products + (block[:, None] * count + k) * count
                 to_i = tl.load(earlier + i, mask=there, other=0.0)
                 to_j = tl.load(earlier + j[None, :], mask=there & valid, other=0.0)
@@ -341,12 +341,12 @@ def _update(state, gram, innovation, products, updates, num_blocks, count: tl.co
         rank_one = tl.where(used, scale / (noise * lam + variance), 0.0)
         gain = tl.where(used, rank_one * tl.sum(tl.where(j == i, left, 0.0)), 0.0)
         left = tl.where(used, left - gain * total, left)
-        update = updates + i * UPDATE
-        tl.store(update + USED, used.to(tl.float64))
-        tl.store(update + GROWTH, growth)
-        tl.store(update + GAIN, gain)
-        tl.store(update + WEIGHT, rank_one)
-        tl.store(update + SLOT, num_pending)
+        update = updates + i * UPDATE_SIZE
+        tl.store(update + UPDATE_USED, used.to(tl.float64))
+        tl.store(update + UPDATE_SHIFT_GROWTH, shift_growth)
+        tl.store(update + UPDATE_GAIN, gain)
+        tl.store(update + UPDATE_RANK_ONE, rank_one)
+        tl.store(update + UPDATE_SLOT, num_pending)
 
         one = used.to(tl.float64)
         num_pending += one
@@ -389,7 +389,7 @@ def _apply(
     count: tl.constexpr,
     padded: tl.constexpr,
 ):
-    """y_j = z_j + growth_j h_j - Σ_{k<j} rank_one_k (y_kᵀ h_j) y_k of one tile row; w += gain_j y_j; u_j =
+    """y_j = z_j + shift_growth_j h_j - Σ_{k<j} rank_one_k (y_kᵀ h_j) y_k of one tile row; w += gain_j y_j; u_j =
     sqrt(rank_one_j) y_j."""
     tile_row = tl.program_id(0).to(tl.int64)
     block = tl.load(tile_rows + 4 * tile_row)
@@ -398,23 +398,23 @@ def _apply(
     i += first
     end = first + tl.load(layout + 3 * block + 1)
     k = tl.arange(0, padded)
-    used = tl.load(updates + k * UPDATE + USED, mask=k < count, other=0.0) != 0
-    rank_ones = tl.load(updates + k * UPDATE + WEIGHT, mask=k < count, other=0.0)
+    used = tl.load(updates + k * UPDATE_SIZE + UPDATE_USED, mask=k < count, other=0.0) != 0
+    rank_ones = tl.load(updates + k * UPDATE_SIZE + UPDATE_RANK_ONE, mask=k < count, other=0.0)
 
     w = tl.load(weights + i, mask=i < end, other=0.0)
     earlier = tl.zeros((padded, TILE), tl.float64)  # y_k of those used so far, 0 of the others
     for j in tl.static_range(count):
-        update = updates + j * UPDATE
-        wanted = i < tl.where(tl.load(update + USED) != 0, end, 0)  # numbers of a skipped one may be NaN
+        update = updates + j * UPDATE_SIZE
+        wanted = i < tl.where(tl.load(update + UPDATE_USED) != 0, end, 0)  # a skipped one may hold NaN
         h = tl.load(jacobian + j * num_weights + i, mask=wanted, other=0.0)
-        y = tl.load(cross + j * num_weights + i, mask=wanted, other=0.0) + tl.load(update + GROWTH) * h
+        y = tl.load(cross + j * num_weights + i, mask=wanted, other=0.0) + tl.load(update + UPDATE_SHIFT_GROWTH) * h
         inner = tl.load(products + (block * count + k) * count + j, mask=used & (k < j), other=0.0)
         y -= tl.sum((rank_ones * inner)[:, None] * earlier, 0)
         y = tl.where(wanted, y, 0.0)
         earlier = tl.where(k[:, None] == j, y[None, :], earlier)
-        w += tl.load(update + GAIN) * y
-        slot = tl.load(update + SLOT).to(tl.int64)
-        tl.store(pending + slot * num_weights + i, tl.sqrt(tl.load(update + WEIGHT)) * y, mask=wanted)
+        w += tl.load(update + UPDATE_GAIN) * y
+        slot = tl.load(update + UPDATE_SLOT).to(tl.int64)
+        tl.store(pending + slot * num_weights + i, tl.sqrt(tl.load(update + UPDATE_RANK_ONE)) * y, mask=wanted)
     tl.store(weights + i, w, mask=i < end)
 
 
@@ -508,7 +508,7 @@ def correct(p: Covariance, weights: Tensor, cross: Tensor, gram: Tensor, jacobia
     count, num_weights, num_blocks = len(jacobian), pending.shape[1], len(layout)
     work, padded = _work(layout, 0), triton.next_power_of_2(count)
     products = _empty(weights, num_blocks, count, count)
-    updates = _empty(weights, count, UPDATE.value)
+    updates = _empty(weights, count, UPDATE_SIZE.value)
     with torch.cuda.device_of(weights):
         _update[(1,)](state, gram, innovation, products, updates, num_blocks, count=count, padded=padded)
         _apply[(len(work.tile_rows),)](
