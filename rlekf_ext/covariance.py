@@ -12,6 +12,7 @@ from torch import Tensor
 from rlekf_ext import _C
 from rlekf_ext.environment import available_bytes
 from rlekf_ext.errors import NotEnoughMemoryError
+from rlekf_ext.options import FilterOptions
 from rlekf_ext.packing import TILE, diagonal_places, entry_places, layout_of, num_tiles, unpack
 from rlekf_ext.partition import BlockPlan
 
@@ -251,7 +252,7 @@ def identity(
     *,
     initial_covariance: float = 1.0,  # p_0: P starts as p_0 I
     dtype: torch.dtype = torch.float64,
-    max_pending: int = 32,
+    max_pending: int = FilterOptions.max_pending,
     device: torch.device | str = "cpu",
     tiles: range | None = None,  # those that this process keeps; None: all
 ) -> Covariance:
@@ -282,7 +283,11 @@ def identity(
 
 
 def required_bytes(
-    plan: BlockPlan, *, dtype: torch.dtype = torch.float64, max_pending: int = 32, num_own: int | None = None
+    plan: BlockPlan,
+    *,
+    dtype: torch.dtype = torch.float64,
+    max_pending: int = FilterOptions.max_pending,
+    num_own: int | None = None,
 ) -> int:
     """Bytes of the packed triangle (or of `num_own` tiles of it), the pending vectors, and the scalars."""
     scalars = 8 * (len(STATE) + 3 * plan.num_blocks)

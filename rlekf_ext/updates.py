@@ -23,7 +23,7 @@ from rlekf_ext.options import PRESETS, OptimizerOptions, Options, part, resolve,
 from rlekf_ext.processes import Processes
 
 EMA_DECAY = 0.95
-EARLY_DECAY = 0.9987  # per update: as fast as 1 - λ falls with the forgetting rate of the paper
+EARLY_DECAY = Options.forgetting_rate  # per update: as fast as 1 - λ falls in the paper
 UPDATES_PER_GUARD = 250  # one look costs ten reads of P; in trials float32 was warned of 500 updates or more in advance
 CAUSES = {
     "skipped_innovation": "error not finite",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlekf_ext.covariance import Covariance, abridged, identity
 from rlekf_ext.optim import RLEKF
+from rlekf_ext.options import BlockOptions, FilterOptions
 from rlekf_ext.packing import pack
 from rlekf_ext.partition import BlockPlan
 
@@ -31,9 +32,9 @@ class LKFOptimizer(RLEKF):
     def __init__(
         self,
         params: Iterable[Any],
-        kalman_lambda: float = 0.98,
-        kalman_nue: float = 0.9987,
-        block_size: int = 5120,
+        kalman_lambda: float = FilterOptions.memory_factor,
+        kalman_nue: float = FilterOptions.forgetting_rate,
+        block_size: int = BlockOptions.block_size,
         q0: float | None = None,
         qmin: float | None = None,
         p0_weight: float | None = None,

@@ -150,7 +150,7 @@ class Training:
 class LKF:
     """optimizer, type LKF: DeePMD-kit's own Kalman filter, which is RLEKF with the preset `lkf`."""
 
-    kf_blocksize: int = option(5120, low=1)
+    kf_blocksize: int = option(Options.block_size, low=1)
     kf_start_pref_e: float = option(1.0, above=0)
     kf_limit_pref_e: float = option(1.0, above=0)
     kf_start_pref_f: float = option(1.0, above=0)

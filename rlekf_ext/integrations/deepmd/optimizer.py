@@ -40,7 +40,7 @@ class Settings:
         prefactors: dict[str, float] = {}
         if kind == "LKF" and os.environ.get("RLEKF_DEEPMD") == "LKF":
             prefactors = {name: value for name, value in given.items() if name.startswith("kf_") and "pref" in name}
-            given = {"preset": "lkf", "block_size": given.get("kf_blocksize", 5120)}
+            given = {"preset": "lkf", "block_size": given.get("kf_blocksize", Options.block_size)}
         elif kind != "RLEKF":
             return None
         options = resolve(given, "optimizer")
