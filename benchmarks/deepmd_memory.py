@@ -19,18 +19,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, neuron, axis, fitting, resnet_dt, one_side in NETWORKS:
         model = DeepPotential(
-            type_map=["O", "H"],
-            rcut=6.0,
-            rcut_smth=0.5,
-            sel=[46, 92],
-            neuron=neuron,
-            axis_neuron=axis,
-            type_one_side=one_side,
-            resnet_dt=False,
-            fitting_neuron=fitting,
-            fitting_resnet_dt=resnet_dt,
-            dtype="float64",
-            seed=0,
+            {
+                "type_map": ["O", "H"],
+                "descriptor": {"sel": [46, 92], "neuron": neuron, "axis_neuron": axis, "type_one_side": one_side},
+                "fitting_net": {"neuron": fitting, "resnet_dt": resnet_dt},
+            }
         )
         sizes = [p.numel() for p in model.parameters()]
         for block_size in (1024, 5120, 10240):

@@ -1,4 +1,4 @@
-"""Imports run downwards only, and optional packages stay in their own file (design: "Files")."""
+"""Imports run downwards only, and optional packages stay in their own file."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "rlekf_ext"
-# Highest first: a module imports only what stands on a line below its own, or on its own line.
+# Highest first: a module imports only what is on a line below its own, or on its own line.
 ORDER = [
     ["rlekf_ext.__main__"],
     ["rlekf_ext.cli"],
@@ -18,8 +18,9 @@ ORDER = [
     ["rlekf_ext.filter"],
     ["rlekf_ext.sharding", "rlekf_ext.ops"],
     ["rlekf_ext.covariance", "rlekf_ext.diagnostics", "rlekf_ext.environment", "rlekf_ext.processes"],
-    ["rlekf_ext.partition"],
-    ["rlekf_ext._C"],
+    ["rlekf_ext.options"],
+    ["rlekf_ext.partition", "rlekf_ext.schema"],
+    ["rlekf_ext._C", "rlekf_ext.errors"],
 ]
 OPTIONAL = {
     "vesin": "potential/neighbors.py",
@@ -47,7 +48,7 @@ def imports(path):
 
 
 def line(name):
-    """The line of ORDER that the longest listed prefix of a dotted name stands on."""
+    """The line of ORDER with the longest listed prefix of a dotted name."""
     places = {listed: place for place, names in enumerate(ORDER) for listed in names}
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
@@ -62,7 +63,7 @@ def test_imports_run_downwards(path):
     own = line(".".join(part for part in relative.parts if part != "__init__"))
     for name in imports(path):
         if name.startswith("rlekf_ext"):
-            assert line(name) >= own, f"{path.name} imports {name}, which stands above it"
+            assert line(name) >= own, f"{path.name} imports {name}, which is above it"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -73,7 +74,7 @@ def test_optional_packages_stay_in_their_own_file(path):
 
 
 def test_runtime_core_is_torch_and_numpy():
-    """Importing the package loads no optional one (tqdm is left out: torch loads it itself where it is installed)."""
+    """Importing the package loads no optional one (tqdm is left out: torch loads it itself if it is installed)."""
     unwanted = (set(OPTIONAL) | {"scipy"}) - {"tqdm"}
     code = f"import sys, rlekf_ext; sys.exit(sorted({unwanted} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
