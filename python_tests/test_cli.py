@@ -294,7 +294,7 @@ def test_restart_without_a_checkpoint(folder, capsys):
 def test_restart_with_another_network_or_optimizer(in_trained, capsys):
     write_input(in_trained, {"model/fitting_net/neuron": [7, 7]})
     said = complaint(capsys, ["train", "input.json", "--restart"])
-    assert "fitting_neuron = [6, 6] but the input file asks for [7, 7]; start without --restart" in said
+    assert "model/fitting_net/neuron = [6, 6] but the input file asks for [7, 7]; start without --restart" in said
     write_input(in_trained, {"optimizer": {"type": "Adam"}})
     said = complaint(capsys, ["train", "input.json", "--restart"])
     assert "model.ckpt.pt is not of the optimizer Adam" in said

@@ -75,7 +75,7 @@ def test_optional_packages_stay_in_their_own_file(path):
 
 
 def test_runtime_core_is_torch_and_numpy():
-    """Importing the package loads no optional one (tqdm is left out: torch loads it itself where it is installed)."""
+    """Importing the package loads no optional one (tqdm is left out: torch loads it itself if it is installed)."""
     unwanted = (set(OPTIONAL) | {"scipy"}) - {"tqdm"}
     code = f"import sys, rlekf_ext; sys.exit(sorted({unwanted} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

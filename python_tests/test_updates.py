@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import make_model
 from oracles import DenseFilter, relative
 from torch import nn
 
@@ -14,7 +15,6 @@ from rlekf_ext import RLEKF
 from rlekf_ext.batch_parts import force_groups
 from rlekf_ext.errors import DataError, OptionError
 from rlekf_ext.potential import neighbors
-from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.updates import FrameUpdater, energy_error, force_error, schedule, virial_error
 
 E, F, V = "energy", "force", "virial"
@@ -524,8 +524,8 @@ def test_virial_updates_fit_the_stress_of_an_ase_calculator():
         types = np.zeros(len(atoms), int)
         labelled.append(neighbors.make_frame(atoms.positions, atoms.cell.array, types, 4.0, 1, **labels))
 
-    model = DeepPotential(["Cu"], [100], 4.0, 0.5, [6, 6], 3, fitting_neuron=[8, 8], seed=0)
-    model.fit_statistics(labelled)
+    sizes = {"neuron": (6, 6), "axis_neuron": 3, "fitting_neuron": (8, 8)}
+    model = make_model(("Cu",), (100,), 4.0, seed=0, frames=labelled, **sizes)
     model.fit_energy_bias(labelled)
 
     def rmse(kind):

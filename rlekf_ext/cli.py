@@ -97,7 +97,7 @@ def run_test(arguments: argparse.Namespace) -> int:
     model = restored_model(checkpoint)
     optimizer = filter_of(checkpoint, model) if arguments.uncertainty else None
     systems = load_systems(arguments.system, model.type_map)
-    rcut = model.config()["rcut"]
+    rcut = model.architecture.descriptor.rcut
     labelled = frames(systems, rcut, len(model.type_map), model.dtype)
     comparison = compare(model, labelled)
     print(f"frames       {len(comparison.energy)}")

@@ -11,12 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
 
 from rlekf_ext.potential.deepmd_format import export_model, import_model
-from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import make_frame
 
 pytest.importorskip("deepmd.pt", reason="needs deepmd-kit with its PyTorch backend")
@@ -45,7 +45,8 @@ def structures():
 
 def ours(model, points, cell, types):
     with torch.no_grad():
-        found = model(make_frame(points, cell, types, model.descriptor.rcut, len(model.type_map), dtype=model.dtype))
+        rcut = model.architecture.descriptor.rcut
+        found = model(make_frame(points, cell, types, rcut, len(model.type_map), dtype=model.dtype))
     return found.energy.numpy(), found.forces.numpy(), found.virial.reshape(1, 9).numpy()
 
 
@@ -70,10 +71,10 @@ def check(model, deep_pot, frames, tolerance=1e-10):
     assert worst.max() < tolerance
 
 
-def make_model(type_one_side=False, resnet_dt=False, fitting_resnet_dt=False, dtype="float64"):
+def make_model(type_one_side=False, resnet_dt=False, fitting_resnet_dt=False, precision="float64"):
     """A model with weights that matter: statistics of the frames, and davg that makes empty slots count."""
     settings = {"neuron": (6, 12), "axis_neuron": 4, "fitting_neuron": (10, 10, 10), "rcut_smth": 1.0, "seed": 1}
-    model = DeepPotential(
+    return helpers.make_model(
         ["Na", "Cl"],
         SEL,
         RCUT,
@@ -81,11 +82,10 @@ def make_model(type_one_side=False, resnet_dt=False, fitting_resnet_dt=False, dt
         type_one_side=type_one_side,
         resnet_dt=resnet_dt,
         fitting_resnet_dt=fitting_resnet_dt,
-        dtype=dtype,
+        precision=precision,
+        frames=[make_frame(*frame, RCUT, 2, dtype=getattr(torch, precision)) for frame in structures()],
+        energy_bias=[-1300.25, 404.5],
     )
-    model.fit_statistics([make_frame(*frame, RCUT, 2, dtype=model.dtype) for frame in structures()])
-    model.energy_bias.copy_(torch.tensor([-1300.25, 404.5]))
-    return model
 
 
 @pytest.mark.parametrize(("type_one_side", "resnet_dt", "fitting_resnet_dt"), COMBINATIONS)
@@ -99,7 +99,7 @@ def test_deepmd_evaluates_a_model_of_ours(tmp_path, type_one_side, resnet_dt, fi
     check(model, frozen, structures())
     convert_backend(INPUT=str(tmp_path / "model.pth"), OUTPUT=str(tmp_path / "again.dp"))
     again = import_model(tmp_path / "again.dp")
-    assert again.config() == model.config()
+    assert again.architecture == model.architecture
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -115,7 +115,7 @@ def test_deepmd_reads_the_file_itself(tmp_path):
 
 
 def test_deepmd_evaluates_a_float32_model_of_ours(tmp_path):
-    model = make_model(dtype="float32")
+    model = make_model(precision="float32")
     export_model(model, tmp_path / "model.dp")
     convert_backend(INPUT=str(tmp_path / "model.dp"), OUTPUT=str(tmp_path / "model.pth"))
     check(model, DeepPot(str(tmp_path / "model.pth")), structures(), tolerance=1e-4)

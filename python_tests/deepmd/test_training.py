@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
 
 from rlekf_ext.covariance import STATE
 from rlekf_ext.potential.data import frames, load_systems
-from rlekf_ext.potential.model import DeepPotential
 
 pytestmark = pytest.mark.deepmd
 
@@ -202,8 +202,8 @@ def test_virials_are_learned(dp, tmp_path):
     system = tmp_path / "salt"
     shutil.copytree(SALT, system)
     salt = frames(load_systems(system, ["Na", "Cl"]), 4.5, 2)
-    teacher = DeepPotential(["Na", "Cl"], [60, 60], 4.5, neuron=(5, 10), axis_neuron=3, fitting_neuron=(10, 10), seed=7)
-    teacher.fit_statistics(salt)
+    settings = {"neuron": (5, 10), "axis_neuron": 3, "fitting_neuron": (10, 10), "seed": 7}
+    teacher = helpers.make_model(["Na", "Cl"], [60, 60], 4.5, frames=salt, **settings)
     with torch.no_grad():
         found = [teacher(frame) for frame in salt]
     np.save(system / "set.000/energy.npy", np.array([float(f.energy) for f in found]))

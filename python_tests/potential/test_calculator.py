@@ -1,5 +1,6 @@
 """The calculator of ASE: derivatives against finite differences, all kinds of periodicity, a short run."""
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -14,10 +15,10 @@ from ase.md.verlet import VelocityVerlet
 from rlekf_ext.errors import InputError
 from rlekf_ext.potential import Calculator
 from rlekf_ext.potential.checkpoint import save_checkpoint
-from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import make_frame
 
 RCUT = 3.8
+TYPE_MAP = ("Cl", "Na")
 
 
 def crystal(pbc=True, seed=0):
@@ -30,12 +31,9 @@ def crystal(pbc=True, seed=0):
 
 def make_model(**changes):
     settings = {"neuron": (4, 8), "axis_neuron": 4, "fitting_neuron": (10, 10), "rcut_smth": 1.0, "seed": 3, **changes}
-    model = DeepPotential(["Cl", "Na"], [20, 20], RCUT, **settings)
-    model.energy_bias.copy_(torch.tensor([-2.0, -1.0]))
     atoms = crystal()
-    types = [model.type_map.index(symbol) for symbol in atoms.symbols]
-    model.fit_statistics([make_frame(atoms.positions, atoms.cell.array, types, RCUT, 2, dtype=model.dtype)])
-    return model
+    frame = make_frame(atoms.positions, atoms.cell.array, [TYPE_MAP.index(s) for s in atoms.symbols], RCUT, 2)
+    return helpers.make_model(TYPE_MAP, [20, 20], RCUT, frames=[frame], energy_bias=[-2.0, -1.0], **settings)
 
 
 def test_it_says_what_the_model_says():
@@ -104,7 +102,7 @@ def test_energy_is_conserved_in_a_run():
 
 def test_a_checkpoint_and_float32(tmp_path):
     save_checkpoint(tmp_path / "model.pt", make_model())
-    save_checkpoint(tmp_path / "single.pt", make_model(dtype="float32"))
+    save_checkpoint(tmp_path / "single.pt", make_model(precision="float32"))
     results = []
     for model in (make_model(), tmp_path / "model.pt", str(tmp_path / "single.pt")):
         atoms = crystal()

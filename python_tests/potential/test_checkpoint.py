@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_model
 
 from rlekf_ext import RLEKF
 from rlekf_ext.errors import InputError
@@ -19,14 +20,11 @@ from rlekf_ext.potential.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import make_frame
 
 
 def small_model(**changes):
-    settings = {"neuron": (3, 6), "axis_neuron": 2, "fitting_neuron": (5, 5), "seed": 1, **changes}
-    model = DeepPotential(["A", "B"], [9, 9], 4.0, **settings)
-    model.energy_bias.copy_(torch.tensor([1.5, -2.0]))
+    model = make_model(sel=[9, 9], energy_bias=[1.5, -2.0], **changes)
     model.descriptor.davg.add_(0.25)
     return model
 
@@ -36,7 +34,7 @@ def weights(model):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"dtype": torch.float32, "type_one_side": True, "resnet_dt": True, "fitting_resnet_dt": True}]
+    "changes", [{}, {"precision": "float32", "type_one_side": True, "resnet_dt": True, "fitting_resnet_dt": True}]
 )
 def test_what_is_saved_is_loaded(tmp_path, changes):
     model, file = small_model(**changes), tmp_path / "deep" / "down" / "model.pt"
@@ -47,7 +45,7 @@ def test_what_is_saved_is_loaded(tmp_path, changes):
     assert checkpoint["progress"] == rest["progress"]
     assert torch.equal(checkpoint["state"]["tiles"], torch.arange(5.0))
     restored = restored_model(checkpoint)
-    assert restored.config() == model.config()
+    assert restored.architecture == model.architecture
     assert torch.equal(weights(restored), weights(model))
     frame = make_frame([[0, 0, 0], [1.5, 0, 0.3]], None, [0, 1], 4.0, 2, dtype=model.dtype)
     assert torch.equal(restored(frame).forces, model(frame).forces)
@@ -273,7 +271,7 @@ WRONG = {
     "text": lambda path: path.write_text("hello\n" * 100),
     "numbers": lambda path: torch.save(torch.zeros(3), path),
     "deepmd-kit's": lambda path: torch.save({"model": {"weight": torch.zeros(3)}, "optimizer": {}}, path),
-    "code": lambda path: torch.save({"model": os.system, "weights": 1}, path),
+    "code": lambda path: torch.save({"format": 1, "model": os.system, "weights": 1}, path),
 }
 
 
@@ -286,7 +284,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path, kind):
     message = str(caught.value)
     assert message == (
         f"{file} is not a checkpoint of `rlekf train`: it is damaged, or another program wrote it. Take another copy, "
-        "or train anew."
+        "or train again."
     )
     assert caught.value.__cause__ is not None
 
@@ -296,3 +294,20 @@ def test_a_checkpoint_that_is_not_there(tmp_path):
         load_checkpoint(tmp_path / "none.pt")
     with pytest.raises(InputError, match=r"The checkpoint .* cannot be read: Is a directory\."):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (2, "The checkpoint .* has format 2 but this version of rlekf_ext reads format 1; use the version that wrote"),
+        (None, "is not a checkpoint of this version of rlekf_ext: it has no format"),
+    ],
+)
+def test_another_format_is_refused(tmp_path, form, message):
+    file = tmp_path / "model.pt"
+    save_checkpoint(file, small_model())
+    checkpoint = torch.load(file, weights_only=True)
+    assert checkpoint.pop("format") == 1
+    torch.save(checkpoint if form is None else {**checkpoint, "format": form}, file)
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(file)

@@ -5,17 +5,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers import make_model
 
 from rlekf_ext.potential import evaluate
 from rlekf_ext.potential.evaluate import compare
-from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import collate, make_frame
 
 RCUT = 4.0
 
 
-def small_model(dtype=torch.float64):
-    return DeepPotential(["A", "B"], [60, 60], RCUT, 0.5, (3, 6), 2, fitting_neuron=(5, 5), seed=1, dtype=dtype)
+def small_model(precision="float64"):
+    return make_model(sel=[60, 60], rcut=RCUT, precision=precision)
 
 
 def labelled(seed, num_atoms, dtype=torch.float64):
@@ -82,7 +82,7 @@ def test_no_gradient_is_left():
 
 
 def test_float32_model():
-    model, exact = small_model(torch.float32), small_model()
+    model, exact = small_model("float32"), small_model()
     single = compare(model, [labelled(seed, n, torch.float32) for seed, n in enumerate(SIZES)])
     double = compare(exact, [labelled(seed, n) for seed, n in enumerate(SIZES)])
     assert single.energy_rmse == pytest.approx(double.energy_rmse, rel=1e-5)

@@ -264,6 +264,7 @@ def test_the_examples(name, kind):
         # choices
         ("model/type", "hybrid", 'model/type = "hybrid" is not supported; supported: "standard".'),
         ("model/descriptor", {"type": "dpa2", "repinit": {}}, 'type = "dpa2" is not supported; supported: "se_e2_a", '),
+        ("model/descriptor", {"sel": 120, "type": "se_atten"}, 'descriptor/type = "se_atten" is not supported'),
         ("model/descriptor/activation_function", "gelu", '= "gelu" is not supported; supported: "tanh".'),
         ("model/descriptor/precision", "float16", '= "float16" is not supported; supported: "default", "float64", "fl'),
         ("model/descriptor/trainable", False, "model/descriptor/trainable = false is not supported; supported: true."),

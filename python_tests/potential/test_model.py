@@ -1,14 +1,15 @@
 """The network: derivatives against finite differences, symmetries, batches, weights, and saving."""
 
-import copy
 import itertools
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
 
 from rlekf_ext import optim
+from rlekf_ext.potential.architecture import plain
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, collate, make_frame
 
@@ -31,10 +32,8 @@ def frame_of(points, cell, types, **labels) -> Frame:
 
 def make_model(**changes) -> DeepPotential:
     settings = {"neuron": (5, 10), "axis_neuron": 4, "fitting_neuron": (8, 8), "rcut_smth": 1.0, "seed": 3, **changes}
-    model = DeepPotential(["A", "B"], SEL, RCUT, **settings)
-    model.fit_statistics([frame_of(*structure(k)) for k in range(2)])
-    model.energy_bias.copy_(torch.tensor([1.5, -2.0]))
-    return model
+    frames = [frame_of(*structure(k)) for k in range(2)]
+    return helpers.make_model(["A", "B"], SEL, RCUT, frames=frames, energy_bias=[1.5, -2.0], **settings)
 
 
 def energy(model: DeepPotential, points, cell, types) -> float:
@@ -204,7 +203,7 @@ def test_a_changed_statistic_or_frame_is_never_answered_from_the_past() -> None:
 
 
 def test_the_paper_network_has_26551_weights() -> None:
-    model = DeepPotential(["Cu"], [100], seed=0)
+    model = DeepPotential({"type_map": ["Cu"], "descriptor": {"sel": [100]}}, seed=0)
     sizes = [p.numel() for p in model.parameters()]
     assert sizes == [25, 25, 625, 25, 625, 25, 20000, 50, 2500, 50, 2500, 50, 50, 1]
     assert sum(sizes) == 26551
@@ -219,35 +218,33 @@ def test_weights_follow_the_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "sizes"),
+    ("neuron", "axis_neuron", "fitting_neuron", "sizes"),
     [
-        ({}, (50, 650, 650, 20050, 2550, 2550, 51)),
-        (
-            {"neuron": (10, 10, 10), "axis_neuron": 6, "fitting_neuron": (20, 20, 20)},
-            (20, 110, 110, 1220, 420, 420, 21),
-        ),
+        ((25, 25, 25), 16, (50, 50, 50), (50, 650, 650, 20050, 2550, 2550, 51)),
+        ((10, 10, 10), 6, (20, 20, 20), (20, 110, 110, 1220, 420, 420, 21)),
     ],
 )
-def test_lekf_has_a_block_per_layer(settings, sizes, monkeypatch) -> None:
+def test_lekf_has_a_block_per_layer(neuron, axis_neuron, fitting_neuron, sizes, monkeypatch) -> None:
     plans = []
     # The filter itself would fill 1.6 GB with P.
     monkeypatch.setattr(optim, "KalmanFilter", lambda plan, **_: plans.append(plan))
-    model = DeepPotential(["Cu"], [100], **settings)
+    model = helpers.make_model(["Cu"], [100], neuron=neuron, axis_neuron=axis_neuron, fitting_neuron=fitting_neuron)
     optim.RLEKF(model.named_parameters(), transpose=True, strategy="lekf")
     assert plans[0].sizes == sizes
 
 
 def test_save_and_load() -> None:
-    model = make_model(type_one_side=True, fitting_resnet_dt=True, dtype=torch.float32)
-    restored = DeepPotential(**copy.deepcopy(model.config()))
-    restored.load_state_dict(model.state_dict())
-    assert restored.config() == model.config()
+    model = make_model(type_one_side=True, fitting_resnet_dt=True, precision="float32")
+    for given in (model.architecture, plain(model.architecture)):
+        restored = DeepPotential(given)
+        restored.load_state_dict(model.state_dict())
+        assert restored.architecture == model.architecture
     frame = frame_of(*structure()).to(torch.float32)
     assert torch.equal(restored(frame).energy, model(frame).energy)
 
 
 def test_float32_agrees_with_float64() -> None:
-    model, single = make_model(), make_model(dtype="float32")
+    model, single = make_model(), make_model(precision="float32")
     frame = frame_of(*structure())
     expected, result = model(frame), single(frame.to(torch.float32))
     assert result.forces.dtype == torch.float32
@@ -274,7 +271,7 @@ def test_energy_bias_is_the_least_squares_solution() -> None:
 
 
 def test_too_many_neighbors_are_refused_by_name() -> None:
-    model = DeepPotential(["Na", "Cl"], [4, 20], RCUT)
+    model = helpers.make_model(["Na", "Cl"], [4, 20], RCUT)
     with pytest.raises(ValueError, match="element Na"):
         model(frame_of(*structure()))
 
@@ -286,12 +283,11 @@ def test_forces_of_a_real_cell() -> None:
     points = np.load(folder / "set.000" / "coord.npy")[0].reshape(-1, 3).astype(float)
     cell = np.load(folder / "set.000" / "box.npy")[0].reshape(3, 3)
     types = np.loadtxt(folder / "type.raw", dtype=int)
-    model = DeepPotential(["Na", "Cl"], [40, 40], neuron=(5, 10), axis_neuron=4, fitting_neuron=(8, 8), seed=0)
 
     def at(points: np.ndarray) -> Frame:
         return make_frame(points, cell, types, 6.0, 2)
 
-    model.fit_statistics([at(points)])
+    model = helpers.make_model(["Na", "Cl"], [40, 40], 6.0, neuron=(5, 10), axis_neuron=4, frames=[at(points)])
     unit = np.random.default_rng(0).normal(size=points.shape)
     slope = derivative(lambda h: model(at(points + h * unit), forces=False).energy.item())
     assert (model(at(points)).forces.detach().numpy() * unit).sum() == pytest.approx(-slope, rel=1e-6)

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import make_model
 from oracles import DenseFilter, relative
 
 from rlekf_ext.batch_parts import force_groups
 from rlekf_ext.partition import partition
 from rlekf_ext.potential.input import read_input
-from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import collate, make_frame
 from rlekf_ext.potential.optimizers import build_optimizer, mean_squared_loss, prefactors
 
@@ -49,7 +49,7 @@ def built(config, model, frames, *, fresh=True, num_steps=NUM_STEPS):
 
 @pytest.fixture
 def model():
-    return DeepPotential(["A", "B"], [30, 30], RCUT, neuron=(3, 6), axis_neuron=2, fitting_neuron=(5, 5), seed=1)
+    return make_model(rcut=RCUT)
 
 
 def flat(model):

@@ -255,7 +255,7 @@ def test_precision_and_statistics_reach_the_model(tmp_path):
     assert {p.dtype for p in model.parameters()} == {training[0][0].edges.dtype} == {torch.float32}
     assert not model.descriptor.davg.any()
     assert (model.descriptor.dstd != 1).all()
-    assert model.config()["sel"] == [8, 8]  # of 6 neighbours at most, times 1.1, to a multiple of 4
+    assert model.architecture.descriptor.sel == (8, 8)  # of 6 neighbours at most, times 1.1, to a multiple of 4
 
 
 def test_warm_start_leaves_no_mean_energy_error(tmp_path):
@@ -520,9 +520,9 @@ CHANGES = {
     "neuron": ("descriptor", [5, 5], r"neuron = \[4, 4\] but the input file asks for \[5, 5\]"),
     "rcut": ("descriptor", 3.4, "rcut = 3.5 but the input file asks for 3.4"),
     "sel": ("descriptor", [40, 40], r"sel = \[8, 8\] but the input file asks for \[40, 40\]"),
-    "resnet_dt": ("descriptor", True, "resnet_dt = False but the input file asks for True"),
+    "resnet_dt": ("descriptor", True, "resnet_dt = false but the input file asks for true"),
     "type_one_side": ("descriptor", True, "type_one_side = False"),
-    "precision": (None, "float32", "dtype = float64 but the input file asks for float32"),
+    "precision": (None, "float32", 'precision = "float64" but the input file asks for "float32"'),
     "type_map": (None, ["Cl", "Na"], r"type_map = \['Na', 'Cl'\]"),
 }
 

@@ -2,10 +2,12 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers import make_model
 
 from rlekf_ext.errors import InputError
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, save_checkpoint
@@ -19,12 +21,6 @@ from rlekf_ext.potential.uncertainty import DRAWS, Uncertainty, filter_of, measu
 RCUT = 4.0
 
 
-def small_model(dtype=torch.float64):
-    model = DeepPotential(["A", "B"], [30, 30], RCUT, 0.5, (3, 6), 2, fitting_neuron=(5, 5), seed=1, dtype=dtype)
-    model.energy_bias.copy_(torch.tensor([1.0, -2.0]))
-    return model
-
-
 def labelled(seed, num_atoms=12, dtype=torch.float64):
     random = np.random.default_rng(seed)
     grid = np.array(list(itertools.product(range(3), repeat=3)))[:num_atoms] * 2.0
@@ -33,11 +29,12 @@ def labelled(seed, num_atoms=12, dtype=torch.float64):
     return make_frame(points, 6 * np.eye(3), np.arange(num_atoms) % 2, RCUT, 2, dtype=dtype, **labels)
 
 
-def trained(folder, optimizer, num_batches=5, dtype=torch.float64):
+def trained(folder, optimizer, num_batches=5, precision="float64"):
     """What trained a tiny network on a few batches, and the checkpoint, as the trainer writes it."""
     training = {"training_data": {"systems": "a"}, "numb_steps": num_batches, "seed": 3}
     config = read_input({"model": {"type_map": ["A", "B"]}, "training": training, "optimizer": optimizer})
-    model, frames = small_model(dtype), [labelled(seed, dtype=dtype) for seed in range(num_batches)]
+    model = make_model(rcut=RCUT, precision=precision, energy_bias=[1.0, -2.0])
+    frames = [labelled(seed, dtype=model.dtype) for seed in range(num_batches)]
     steps = build_optimizer(config, model, num_batches)
     steps.start(frames)
     for i, frame in enumerate(frames):
@@ -161,13 +158,12 @@ def test_errors_are_those_of_compare_and_no_frame_disturbs_another(checkpoint):
 
 
 def test_float32_model(tmp_path):
-    _, file = trained(tmp_path, {"type": "RLEKF", "block_size": 70}, dtype=torch.float32)
+    _, file = trained(tmp_path, {"type": "RLEKF", "block_size": 70}, precision="float32")
     checkpoint = load_checkpoint(file)
     model = restored_model(checkpoint)
     optimizer = filter_of(checkpoint, model)
     single = uncertainty(optimizer, model, [labelled(9, dtype=torch.float32)])
-    exact = model.config() | {"dtype": torch.float64}
-    model = DeepPotential(**exact)
+    model = DeepPotential(replace(model.architecture, precision="float64"))
     model.load_state_dict(checkpoint["weights"])
     double = uncertainty(filter_of(checkpoint, model), model, [labelled(9)])
     np.testing.assert_allclose(single.energy, double.energy, rtol=1e-4)

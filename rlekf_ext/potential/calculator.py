@@ -53,11 +53,12 @@ class Calculator(ase_calculator.Calculator):
         super().calculate(atoms, properties, system_changes)
         structure: Any = self.atoms  # a copy of atoms, or those of the latest call
         model = self.model
+        rcut = model.architecture.descriptor.rcut
         frame = make_frame(
             structure.positions,
-            _box(structure, model.descriptor.rcut),
+            _box(structure, rcut),
             self._types(structure),
-            model.descriptor.rcut,
+            rcut,
             len(model.type_map),
             dtype=model.dtype,
         ).to(device=model.energy_bias.device)

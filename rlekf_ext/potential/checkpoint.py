@@ -23,8 +23,12 @@ import torch
 from torch import Tensor
 
 from rlekf_ext.errors import InputError
+from rlekf_ext.potential.architecture import plain
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.processes import ALONE, Processes
+from rlekf_ext.schema import shown
+
+FORMAT = 1  # of checkpoints; to be raised when what is in them changes its name or its meaning
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def save_checkpoint(path: Path, model: DeepPotential, processes: Processes = ALO
     All of `processes` must call it, with the same but for the DTensors in `rest`. Raises InputError where the disk does
     not take it.
     """
-    checkpoint = {"model": model.config(), "weights": model.state_dict(), **rest}
+    checkpoint = {"format": FORMAT, "model": plain(model.architecture), "weights": model.state_dict(), **rest}
     spread: dict[str, Tensor] = {}
     checkpoint = _noted(checkpoint, "", spread)
     folder = _shards(path) / str(processes.gather([time.time_ns()])[0][0])
@@ -184,13 +188,24 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever a damaged file makes of the unpickler: its own words help nobody
         raise InputError(
             f"{path} is not a checkpoint of `rlekf train`: it is damaged, or another program wrote it. Take "
-            "another copy, or train anew."
+            "another copy, or train again."
         ) from error
+    if "format" not in checkpoint:
+        raise InputError(
+            f"{path} is not a checkpoint of this version of rlekf_ext: it has no format. Use the version that wrote "
+            "it, or train again."
+        )
+    if checkpoint["format"] != FORMAT:
+        raise InputError(
+            f"The checkpoint {path} has format {shown(checkpoint['format'])} but this version of rlekf_ext reads "
+            f"format {FORMAT}; use the version that wrote it, or train again."
+        )
     return checkpoint
 
 
 def restored_model(checkpoint: dict[str, Any]) -> DeepPotential:
-    model = DeepPotential(**checkpoint["model"])
+    """The model of a loaded checkpoint, on the CPU."""
+    model = DeepPotential(checkpoint["model"])
     model.load_state_dict(checkpoint["weights"])
     return model
 

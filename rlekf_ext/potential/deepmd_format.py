@@ -9,8 +9,8 @@ DeePMD-kit that we have no counterpart for is an error, whatever its name.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from rlekf_ext import _C
 from rlekf_ext.errors import InputError
+from rlekf_ext.potential.architecture import Architecture, DescriptorArchitecture, FittingArchitecture, plain
 from rlekf_ext.potential.checkpoint import check_writable, write_atomically
 from rlekf_ext.potential.descriptor import Network
 from rlekf_ext.potential.model import DeepPotential
+from rlekf_ext.schema import read
 
 # The versions that DeePMD-kit 3.0 writes, which every later one reads, and the newest whose meaning is known here.
 VERSIONS = {
@@ -103,17 +105,13 @@ def import_model(path: str | Path) -> DeepPotential:
     try:
         with h5py.File(path, "r") as file:
             return _built(json.loads(file.attrs["json"]), file)
-    except UnfitError as error:
+    except InputError as error:  # the file is readable, but no model of ours can be made of it
         raise InputError(f"{path}: {error}") from error
     except Exception as error:  # whatever a damaged file makes of HDF5: its own words help nobody
         raise InputError(
             f"{path} is not a whole .dp file of DeePMD-kit: take another copy, or make one of a .pth or .pb file by "
             "`dp convert-backend`."
         ) from error
-
-
-class UnfitError(ValueError):
-    """The file is readable, but no model of ours can be made of it; the message begins with the place in the tree."""
 
 
 def _checked_name(path: str | Path) -> Path:
@@ -131,16 +129,17 @@ def _checked_name(path: str | Path) -> Path:
 
 def _tree(model: DeepPotential) -> dict[str, Any]:
     """DeePMD-kit's serialized form, with tensors as arrays."""
-    config, descriptor, num_types = model.config(), model.descriptor, len(model.type_map)
-    precision = config["dtype"]
+    architecture, descriptor, type_map = model.architecture, model.descriptor, list(model.type_map)
+    ours, fitting, precision = architecture.descriptor, architecture.fitting_net, architecture.precision
+    num_types = len(type_map)
     # DeePMD-kit keeps statistics of each neighbour slot, all equal; (num_types, nnei, 4)
-    davg, dstd = (values[:, None].expand(-1, sum(descriptor.sel), -1) for values in (descriptor.davg, descriptor.dstd))
+    davg, dstd = (values[:, None].expand(-1, sum(ours.sel), -1) for values in (descriptor.davg, descriptor.dstd))
     bias = model.energy_bias.view(1, num_types, 1)
     return {
         "@class": "Model",
         "@version": VERSIONS["Model"][0],
         "type": "standard",
-        "type_map": config["type_map"],
+        "type_map": type_map,
         "atom_exclude_types": [],
         "pair_exclude_types": [],
         "rcond": None,
@@ -151,14 +150,8 @@ def _tree(model: DeepPotential) -> dict[str, Any]:
             "@class": "Descriptor",
             "@version": VERSIONS["Descriptor"][0],
             "type": "se_e2_a",
-            "rcut": descriptor.rcut,
-            "rcut_smth": descriptor.rcut_smth,
-            "sel": config["sel"],
-            "neuron": config["neuron"],
-            "axis_neuron": config["axis_neuron"],
-            "resnet_dt": config["resnet_dt"],
+            **plain(ours),
             "trainable": True,
-            "type_one_side": config["type_one_side"],
             "exclude_types": [],
             "env_protection": 0.0,
             "set_davg_zero": False,
@@ -166,29 +159,29 @@ def _tree(model: DeepPotential) -> dict[str, Any]:
             "precision": precision,
             "spin": None,
             "env_mat": {
-                "rcut": descriptor.rcut,
-                "rcut_smth": descriptor.rcut_smth,
+                "rcut": ours.rcut,
+                "rcut_smth": ours.rcut_smth,
                 "protection": 0.0,
                 "use_exp_switch": False,
             },
             "embeddings": _networks(
                 descriptor.embeddings,  # type: ignore[arg-type]
-                ndim=1 if config["type_one_side"] else 2,
+                ndim=1 if ours.type_one_side else 2,
                 num_types=num_types,
                 network_type="embedding_network",
                 common={
                     "@class": "EmbeddingNetwork",
                     "@version": VERSIONS["EmbeddingNetwork"][0],
                     "in_dim": 1,
-                    "neuron": config["neuron"],
+                    "neuron": list(ours.neuron),
                     "activation_function": "tanh",
-                    "resnet_dt": config["resnet_dt"],
+                    "resnet_dt": ours.resnet_dt,
                     "bias": True,
                     "precision": precision,
                 },
             ),
             "@variables": {"davg": davg, "dstd": dstd},
-            "type_map": config["type_map"],
+            "type_map": type_map,
         },
         "fitting": {
             "@class": "Fitting",
@@ -198,8 +191,7 @@ def _tree(model: DeepPotential) -> dict[str, Any]:
             "ntypes": num_types,
             "dim_descrpt": descriptor.num_outputs,
             "dim_out": 1,
-            "neuron": config["fitting_neuron"],
-            "resnet_dt": config["fitting_resnet_dt"],
+            **plain(fitting),
             "numb_fparam": 0,
             "numb_aparam": 0,
             "rcond": None,
@@ -217,9 +209,9 @@ def _tree(model: DeepPotential) -> dict[str, Any]:
                     "@version": VERSIONS["FittingNetwork"][0],
                     "in_dim": descriptor.num_outputs,
                     "out_dim": 1,
-                    "neuron": config["fitting_neuron"],
+                    "neuron": list(fitting.neuron),
                     "activation_function": "tanh",
-                    "resnet_dt": config["fitting_resnet_dt"],
+                    "resnet_dt": fitting.resnet_dt,
                     "bias_out": True,
                     "precision": precision,
                 },
@@ -231,7 +223,7 @@ def _tree(model: DeepPotential) -> dict[str, Any]:
                 "aparam_avg": None,
                 "aparam_inv_std": None,
             },
-            "type_map": config["type_map"],
+            "type_map": type_map,
             "atom_ener": [],
             "tot_ener_zero": False,
             "trainable": True,
@@ -274,19 +266,11 @@ def _layers(network: Network, precision: str) -> list[dict[str, Any]]:
 
 def _input_section(model: DeepPotential) -> dict[str, Any]:
     """The section `model` of an input file for this model: DeePMD-kit keeps it in its .pth and .pb files."""
-    config = model.config()
-    common = {"activation_function": "tanh", "precision": config["dtype"]}
-    names = ("rcut", "rcut_smth", "sel", "neuron", "axis_neuron", "type_one_side", "resnet_dt")
-    return {
-        "type_map": config["type_map"],
-        "descriptor": {"type": "se_e2_a", **{name: config[name] for name in names}, **common},
-        "fitting_net": {
-            "type": "ener",
-            "neuron": config["fitting_neuron"],
-            "resnet_dt": config["fitting_resnet_dt"],
-            **common,
-        },
-    }
+    described = plain(model.architecture)
+    common = {"activation_function": "tanh", "precision": described.pop("precision")}
+    described["descriptor"] |= {"type": "se_e2_a", **common}
+    described["fitting_net"] |= {"type": "ener", **common}
+    return described
 
 
 # Reading
@@ -303,18 +287,15 @@ class Match(NamedTuple):
 def _built(content: Any, file: Any) -> DeepPotential:
     """The model of a file's tree, its arrays read from the file."""
     tree = content["model"]
-    config = _config(tree)
-    try:
-        with torch.device("meta"):  # a damaged size costs nothing
-            model = DeepPotential(**config)
-    except ValueError as error:
-        raise UnfitError(str(error)) from error
+    architecture = _architecture(tree)
+    with torch.device("meta"):  # a damaged size costs nothing
+        model = DeepPotential(architecture)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[str, Tensor] = {}
     others: dict[str, np.ndarray] = {}
     matches = list(_matches("model", _tree(model), tree))
     if len({match.found for match in matches}) < len(matches):
-        raise UnfitError("two nodes of the model name the same array: the file is damaged.")
+        raise InputError("two nodes of the model name the same array: the file is damaged.")
     for match in matches:
         array = _array(match, file)
         if id(match.expected) in names:
@@ -324,91 +305,81 @@ def _built(content: Any, file: Any) -> DeepPotential:
     for name in ("davg", "dstd"):
         values = others[name]
         if (values != values[:, :1]).any():
-            raise UnfitError(
+            raise InputError(
                 f"{name} differs between the neighbour slots of an element; here it is one for all of them."
             )
         state[f"descriptor.{name}"] = torch.from_numpy(values[:, 0].copy())
     if (others["dstd"] <= 0).any():
-        raise UnfitError("dstd has standard deviations that are not above 0.")
+        raise InputError("dstd has standard deviations that are not above 0.")
     state["energy_bias"] = torch.from_numpy(others["out_bias"][0, :, 0] + others["bias_atom_e"][:, 0])
     model.load_state_dict(state, assign=True)
     return model
 
 
-def _config(tree: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of DeepPotential; sizes are compared with the number of networks that the file itself has."""
+def _architecture(tree: dict[str, Any]) -> Architecture:
+    """The settings in the file; sizes are compared with the number of networks that the file itself has.
 
-    def read(place: str, kind: type) -> Any:
-        node: Any = tree
-        for name in place.split("/"):
-            if not isinstance(node, dict) or name not in node:
-                raise UnfitError(f"model/{place} is missing.")
-            node = node[name]
-        wrong = [value for value in (node if isinstance(node, list) else [node]) if type(value) is not kind]
-        if kind is float:
-            wrong = [value for value in wrong if type(value) is not int]
-        if wrong:
-            raise UnfitError(f"model/{place} = {_shown(node)}, which is not of type {kind.__name__}.")
-        return node
-
+    A setting that is missing takes its default here, and is found to be missing by `_matches`.
+    """
     # Before anything else, for the sake of what the message says of other kinds of models
-    for place, expected in (("type", "standard"), ("descriptor/type", "se_e2_a"), ("fitting/type", "ener")):
-        if (found := read(place, str)) != expected:
-            raise UnfitError(f"model/{place} = {_shown(found)}, but only {_shown(expected)} is known here.")
-    precision = read("descriptor/precision", str)
-    config = {
-        "type_map": read("type_map", str),
-        "sel": read("descriptor/sel", int),
-        "rcut": float(read("descriptor/rcut", float)),
-        "rcut_smth": float(read("descriptor/rcut_smth", float)),
-        "neuron": read("descriptor/neuron", int),
-        "axis_neuron": read("descriptor/axis_neuron", int),
-        "type_one_side": read("descriptor/type_one_side", bool),
-        "resnet_dt": read("descriptor/resnet_dt", bool),
-        "fitting_neuron": read("fitting/neuron", int),
-        "fitting_resnet_dt": read("fitting/resnet_dt", bool),
-        "dtype": SYNONYMS.get(precision, precision),
+    for place, found, expected in (
+        ("type", tree["type"], "standard"),
+        ("descriptor/type", tree["descriptor"]["type"], "se_e2_a"),
+        ("fitting/type", tree["fitting"]["type"], "ener"),
+    ):
+        if found != expected:
+            raise InputError(f"model/{place} = {_shown(found)}, but only {_shown(expected)} is known here.")
+    sections = (("descriptor", "descriptor", DescriptorArchitecture), ("fitting_net", "fitting", FittingArchitecture))
+    given = {
+        ours: {f.name: tree[theirs][f.name] for f in fields(section) if f.name in tree[theirs]}
+        for ours, theirs, section in sections
     }
-    if config["dtype"] not in ("float32", "float64"):
-        raise UnfitError(f'model/descriptor/precision = "{precision}", but here are only "float32" and "float64".')
-    if not math.isfinite(config["rcut"]):
-        raise UnfitError("model/descriptor/rcut is not a finite number.")
-    num_types = len(config["type_map"])
-    networks = tree["descriptor"]["embeddings"]["networks"]
-    if len(networks) != num_types ** (1 if config["type_one_side"] else 2) or min(config["sel"]) < 0:
-        raise UnfitError(
-            f"{len(networks)} embedding nets for {num_types} elements, sel = {config['sel']} and type_one_side = "
-            f"{config['type_one_side']} do not fit together: the file is damaged."
+    precision = tree["descriptor"]["precision"]
+    if SYNONYMS.get(precision, precision) not in ("float32", "float64"):
+        raise InputError(
+            f'model/descriptor/precision = {_shown(precision)}, but here are only "float32" and "float64".'
         )
-    return config
+    architecture: Architecture = read(
+        Architecture,
+        {**given, "type_map": tree["type_map"], "precision": SYNONYMS.get(precision, precision)},
+        "model",
+    )
+    descriptor, num_types = architecture.descriptor, len(architecture.type_map)
+    networks = tree["descriptor"]["embeddings"]["networks"]
+    if len(networks) != num_types ** (1 if descriptor.type_one_side else 2):
+        raise InputError(
+            f"{len(networks)} embedding nets for {num_types} elements and type_one_side = {descriptor.type_one_side} "
+            "do not fit together: the file is damaged."
+        )
+    return architecture
 
 
 def _matches(place: str, expected: Any, found: Any) -> Iterator[Match]:
     """Compare the file's tree with that of a model of ours, and return its arrays."""
     if isinstance(expected, Tensor):
         if not isinstance(found, str):
-            raise UnfitError(f"{place} = {_shown(found)}, which is no array of the file.")
+            raise InputError(f"{place} = {_shown(found)}, which is no array of the file.")
         yield Match(place, expected, found.lstrip("/"))
     elif isinstance(expected, dict) and isinstance(found, dict):
         if "@class" in expected:
             known = VERSIONS[expected["@class"]][1]
             version = found.get("@version", 1)
             if type(version) is not int or version > known:
-                raise UnfitError(f"{place}/@version = {_shown(version)}, but versions are known up to {known}.")
+                raise InputError(f"{place}/@version = {_shown(version)}, but versions are known up to {known}.")
         for key, value in expected.items():
             if key in found:
                 if key != "@version" and key not in IRRELEVANT:
                     yield from _matches(f"{place}/{key}", value, found[key])
             elif not _neutral(value) and key not in IRRELEVANT:
-                raise UnfitError(f"{place}/{key} is missing.")
+                raise InputError(f"{place}/{key} is missing.")
         for key in sorted(found.keys() - expected.keys() - IRRELEVANT - {"@version"}):
             if not _neutral(found[key]):
-                raise UnfitError(f"{place}/{key} = {_shown(found[key])}, which has no counterpart here.")
+                raise InputError(f"{place}/{key} = {_shown(found[key])}, which has no counterpart here.")
     elif isinstance(expected, list) and expected and isinstance(found, list) and len(found) == len(expected):
         for k, (mine, theirs) in enumerate(zip(expected, found, strict=True)):
             yield from _matches(f"{place}/{k}", mine, theirs)
     elif not (_same(expected, found) or (place.endswith("/type_map") and found is None)):
-        raise UnfitError(f"{place} = {_shown(found)}, but only {_shown(expected)} is known here.")
+        raise InputError(f"{place} = {_shown(found)}, but only {_shown(expected)} is known here.")
 
 
 def _same(expected: Any, found: Any) -> bool:
@@ -438,13 +409,13 @@ def _array(match: Match, file: Any) -> np.ndarray:
     own = "/" not in name and isinstance(file.get(name, getlink=True), h5py.HardLink)
     stored = file[name] if own else None
     if not isinstance(stored, h5py.Dataset) or stored.external or stored.is_virtual:
-        raise UnfitError(f"{place} is not in the file.")
+        raise InputError(f"{place} is not in the file.")
     dtype = str(expected.dtype).removeprefix("torch.")
     if stored.shape != tuple(expected.shape) or stored.dtype != np.dtype(dtype):
-        raise UnfitError(
+        raise InputError(
             f"{place} must be {dtype} of shape {tuple(expected.shape)} but is {stored.dtype} of shape {stored.shape}."
         )
     array = stored[()]
     if not np.isfinite(array).all():
-        raise UnfitError(f"{place} has numbers that are not finite.")
+        raise InputError(f"{place} has numbers that are not finite.")
     return array

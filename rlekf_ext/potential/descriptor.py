@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from rlekf_ext.potential.architecture import DescriptorArchitecture
 from rlekf_ext.potential.neighbors import Frame
 
 
@@ -134,7 +135,7 @@ class SeE2A(nn.Module):
 
     sel[t] is DeePMD-kit's number of neighbour slots of element t: it fixes the norm nnei = sum(sel) and the number of
     empty slots. Embedding net of (centre c, neighbour t): `embeddings[t * num_types + c]`, DeePMD-kit's order, or
-    `embeddings[t]` with type_one_side. rcut and rcut_smth in Å. ValueError where a setting is out of range.
+    `embeddings[t]` with type_one_side. The settings are those of an Architecture, which has checked them.
     """
 
     davg: Tensor  # (num_types, 4), 1/Å
@@ -142,39 +143,21 @@ class SeE2A(nn.Module):
 
     def __init__(
         self,
-        num_types: int,
-        sel: Sequence[int],
-        rcut: float = 6.0,
-        rcut_smth: float = 0.5,
-        neuron: Sequence[int] = (25, 25, 25),
-        axis_neuron: int = 16,
-        type_one_side: bool = False,
-        resnet_dt: bool = False,
-        *,
-        activation: str = "tanh",
-        type_map: Sequence[str] | None = None,
+        architecture: DescriptorArchitecture,
+        type_map: Sequence[str],
         dtype: torch.dtype = torch.float64,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if len(sel) != num_types or min(sel) < 0 or sum(sel) == 0:
-            raise ValueError(f"sel needs {num_types} numbers of neighbours, one per element, but is {tuple(sel)}.")
-        if not 0 <= rcut_smth < rcut:
-            raise ValueError(f"Radii need 0 <= rcut_smth < rcut, but are {rcut_smth} and {rcut} Å.")
-        if not 0 < axis_neuron <= neuron[-1]:
-            raise ValueError(f"axis_neuron must lie between 1 and neuron[-1] = {neuron[-1]}, but is {axis_neuron}.")
-        if activation != "tanh":
-            raise ValueError(f"The only activation function is 'tanh', but {activation!r} was asked for.")
-        self.num_types, self.sel, self.type_one_side = num_types, tuple(sel), type_one_side
-        self.rcut, self.rcut_smth = float(rcut), float(rcut_smth)
-        self.axis_neuron, self.num_outputs = axis_neuron, neuron[-1] * axis_neuron
-        self.names = [str(t) for t in range(num_types)] if type_map is None else list(type_map)
+        self.architecture, self.type_map, self.num_types = architecture, tuple(type_map), len(type_map)
+        neuron = architecture.neuron
+        self.num_outputs = neuron[-1] * architecture.axis_neuron
         self.embeddings = nn.ModuleList(
-            Network(1, neuron, resnet_dt=resnet_dt, dtype=dtype, generator=generator)
-            for _ in range(num_types if type_one_side else num_types**2)
+            Network(1, neuron, resnet_dt=architecture.resnet_dt, dtype=dtype, generator=generator)
+            for _ in range(self.num_types if architecture.type_one_side else self.num_types**2)
         )
-        self.register_buffer("davg", torch.zeros(num_types, 4, dtype=dtype))
-        self.register_buffer("dstd", torch.ones(num_types, 4, dtype=dtype))
+        self.register_buffer("davg", torch.zeros(self.num_types, 4, dtype=dtype))
+        self.register_buffer("dstd", torch.ones(self.num_types, 4, dtype=dtype))
         self._latest: tuple[Frame, tuple[int, ...], Environment] | None = None
 
     @torch.no_grad()
@@ -189,12 +172,12 @@ class SeE2A(nn.Module):
         sums = torch.zeros(self.num_types, 4, dtype=torch.float64, device=self.davg.device)
         for frame in frames:
             self.check(frame)
-            _, direction, s, _ = _radial(frame.edges.double(), self.rcut, self.rcut_smth)
+            _, direction, s, _ = _radial(frame.edges.double(), self.architecture.rcut, self.architecture.rcut_smth)
             angular = (s * direction).sum((1, 2))
             per_atom = [torch.ones_like(angular), s.sum((1, 2)), s.square().sum((1, 2)), angular]
             sums.index_add_(0, frame.types, torch.stack(per_atom, dim=1))
         atoms, total, squares, angular = sums.unbind(1)
-        number = (atoms * sum(self.sel)).clamp(min=1)
+        number = (atoms * sum(self.architecture.sel)).clamp(min=1)
         mean = total / number
         # DeePMD-kit subtracts the small mean of the angular columns here, although their davg is 0.
         radial = squares / number - mean**2
@@ -231,7 +214,7 @@ class SeE2A(nn.Module):
             # D = (Gᵀ R / nnei) (Rᵀ G_< / nnei): the products Rᵀ G of all neighbour elements are added up before.
             products = [self._product(block, *next(inputs)) for block in blocks]
             product = products[0] if len(products) == 1 else torch.stack(products).sum(0)
-            descriptor = torch.bmm(product.mT, product[:, :, : self.axis_neuron])
+            descriptor = torch.bmm(product.mT, product[:, :, : self.architecture.axis_neuron])
             results.append(descriptor.view(len(blocks[0].centers), -1, self.num_outputs))
         return results
 
@@ -245,19 +228,20 @@ class SeE2A(nn.Module):
         return product.view(len(block.centers), -1, block.num_atoms, *product.shape[1:]).sum(1).flatten(0, 1)
 
     def _embedding(self, center: int, neighbor: int) -> Network:
-        index = neighbor if self.type_one_side else neighbor * self.num_types + center
+        index = neighbor if self.architecture.type_one_side else neighbor * self.num_types + center
         return self.embeddings[index]  # type: ignore[return-value]
 
     def check(self, frame: Frame) -> None:
         """Raise ValueError where the frame's cutoff, elements or number of neighbours do not fit the network."""
+        rcut = self.architecture.rcut
         if len(frame.slots) != self.num_types:
             raise ValueError(f"The network has {self.num_types} elements, but the frame has {len(frame.slots)}.")
-        if frame.cutoff is not None and frame.cutoff != self.rcut:
-            raise ValueError(f"The network's cutoff is {self.rcut} Å, but the frame was made with {frame.cutoff} Å.")
-        for name, count, sel in zip(self.names, frame.slots, self.sel, strict=True):
+        if frame.cutoff is not None and frame.cutoff != rcut:
+            raise ValueError(f"The network's cutoff is {rcut} Å, but the frame was made with {frame.cutoff} Å.")
+        for name, count, sel in zip(self.type_map, frame.slots, self.architecture.sel, strict=True):
             if count > sel:
                 raise ValueError(
-                    f"An atom has {count} neighbours of element {name} within {self.rcut} Å, more than sel = {sel}: "
+                    f"An atom has {count} neighbours of element {name} within {rcut} Å, more than sel = {sel}: "
                     'raise sel, or set "sel": "auto", or "auto:1.5" for more room.'
                 )
 
@@ -267,7 +251,7 @@ class SeE2A(nn.Module):
         device = frame.edges.device
         n, num_slots = frame.neighbors.shape
         # Row n and slot num_slots are what padding points to.
-        far = frame.edges.new_tensor([2 * self.rcut, 0.0, 0.0])
+        far = frame.edges.new_tensor([2 * self.architecture.rcut, 0.0, 0.0])
         padded_edges = far.repeat(n + 1, num_slots + 1, 1)
         padded_edges[:n, :num_slots] = frame.edges
         padded_neighbors = frame.neighbors.new_zeros(n + 1, num_slots + 1)
@@ -277,7 +261,7 @@ class SeE2A(nn.Module):
         columns = torch.arange(num_slots, device=device).split(frame.slots)
         position = torch.empty(n + 1, dtype=torch.int64, device=device)
         # An element without slots in this frame still has empty ones, unless its sel is 0.
-        used = [count + 1 if sel else 0 for count, sel in zip(frame.slots, self.sel, strict=True)]
+        used = [count + 1 if sel else 0 for count, sel in zip(frame.slots, self.architecture.sel, strict=True)]
         neighbor_elements = _similar(used)
         batches: list[list[NeighborBlock]] = []
         inputs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -311,16 +295,16 @@ class SeE2A(nn.Module):
 
     def _inputs(self, block: NeighborBlock, edges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The scalars, rows and jacobian of a block with edges (C, T, A, S, 3)."""
-        nnei = sum(self.sel)
+        nnei = sum(self.architecture.sel)
         davg, dstd = (value[block.centers, None, None, None] for value in (self.davg, self.dstd))  # (C, 1, 1, 1, 4)
-        matrix, jacobian = _environment_matrix(edges, self.rcut, self.rcut_smth)
+        matrix, jacobian = _environment_matrix(edges, self.architecture.rcut, self.architecture.rcut_smth)
         matrix = (matrix - davg) / dstd
         jacobian = jacobian / dstd.unsqueeze(-1)
         scalars = matrix[..., :1].reshape(len(block.centers) * len(block.neighbors), -1, 1)
         # The last slot of each element is empty and stands for all that are missing.
         share = edges.new_full((len(block.neighbors), 1, block.num_slots, 1), 1 / nnei)
         for k, element in enumerate(block.neighbors):
-            share[k, 0, -1] = (self.sel[element] - block.num_slots + 1) / nnei
+            share[k, 0, -1] = (self.architecture.sel[element] - block.num_slots + 1) / nnei
         # Empty slots do not depend on their edges: for the jacobian every share is 1/nnei.
         jacobian = torch.cat([jacobian[..., :1, :], jacobian / nnei], dim=-2)
         return scalars, (matrix * share).view(-1, block.num_slots, 4), jacobian.view(-1, 5, 3)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rlekf_ext.errors import InputError
-from rlekf_ext.options import Options, resolve
+from rlekf_ext.options import Options, part, resolve
+from rlekf_ext.potential.architecture import Architecture, DescriptorArchitecture, FittingArchitecture
 from rlekf_ext.potential.data import split_format
 from rlekf_ext.potential.deepmd_keys import IGNORED, LACKING
 from rlekf_ext.schema import check_choice, join, json_object, option, read, shown, unknown
@@ -25,23 +26,24 @@ PRECISIONS = ("default", "float64", "float32")
 
 
 @dataclass(frozen=True)
-class Descriptor:
-    """model/descriptor: the se_e2_a descriptor; lengths in Å."""
+class NetworkKeys:
+    """DeePMD-kit's keys of model/descriptor and model/fitting_net that are not in the architecture."""
 
-    type: str = option("se_e2_a", choices=("se_e2_a", "se_a"))
-    sel: str | tuple[int, ...] = option(
-        "auto", low=0, pattern=r"auto(:\d+(\.\d*)?)?", form='"auto", "auto:FACTOR" or a list of whole numbers'
-    )
-    rcut: float = option(6.0, above=0, high=100)
-    rcut_smth: float = option(0.5, low=0)
-    neuron: tuple[int, ...] = option((25, 25, 25), low=1)
-    axis_neuron: int = option(16, low=1, also=("n_axis_neuron",))
-    resnet_dt: bool = False
-    type_one_side: bool = False
+    type: str  # first, so that another type is reported before the keys that come with it
     activation_function: str = option("tanh", choices=("tanh",))
     precision: str = option("default", choices=PRECISIONS)
     trainable: bool = option(True, choices=(True,))
     seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Descriptor(DescriptorArchitecture, NetworkKeys):
+    """model/descriptor: the se_e2_a descriptor; lengths in Å."""
+
+    type: str = option("se_e2_a", choices=("se_e2_a", "se_a"))
+    sel: str | tuple[int, ...] = option(  # type: ignore[assignment]
+        "auto", low=0, pattern=r"auto(:\d+(\.\d*)?)?", form='"auto", "auto:FACTOR" or a list of whole numbers'
+    )
     set_davg_zero: bool = False
 
     @property
@@ -53,16 +55,10 @@ class Descriptor:
 
 
 @dataclass(frozen=True)
-class FittingNet:
+class FittingNet(FittingArchitecture, NetworkKeys):
     """model/fitting_net: from the descriptor to the atomic energy."""
 
     type: str = option("ener", choices=("ener",))
-    neuron: tuple[int, ...] = option((50, 50, 50), low=1, also=("n_neuron",))
-    resnet_dt: bool = False
-    activation_function: str = option("tanh", choices=("tanh",))
-    precision: str = option("default", choices=PRECISIONS)
-    trainable: bool = option(True, choices=(True,))
-    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,21 @@ class Model:
     type: str = option("standard", choices=("standard",))
     descriptor: Descriptor = Descriptor()
     fitting_net: FittingNet = FittingNet()
+
+    def architecture(self, auto_sel: Sequence[int] | None = None) -> Architecture:
+        """The network; `auto_sel` replaces sel = "auto" and is 1 per element if not given, before data are read.
+
+        Raises OptionError if settings do not fit together.
+        """
+        sel = self.descriptor.sel
+        if isinstance(sel, str):
+            sel = (1,) * len(self.type_map) if auto_sel is None else tuple(auto_sel)
+        return Architecture(
+            self.type_map,
+            DescriptorArchitecture(**{**part(DescriptorArchitecture, self.descriptor), "sel": sel}),
+            FittingArchitecture(**part(FittingArchitecture, self.fitting_net)),
+            self.descriptor.precision.replace("default", "float64"),
+        )
 
 
 @dataclass(frozen=True)
@@ -275,18 +286,12 @@ def _optimizer_apart(given: dict[str, Any]) -> tuple[dict[str, Any], Optimizer]:
 
 
 def _check_together(config: Config) -> None:
-    """The rules that concern two keys at once."""
-    names, descriptor, fitting = config.model.type_map, config.model.descriptor, config.model.fitting_net
-    training, sel = config.training, descriptor.sel
+    """The rules that concern two keys at once; those of the network alone are in Architecture."""
+    config.model.architecture()
+    descriptor, fitting, training = config.model.descriptor, config.model.fitting_net, config.training
     both = training.numb_steps is not None and training.num_epochs is not None
     neither = training.numb_steps is None and training.num_epochs is None
     rules = [
-        (len(set(names)) == len(names), f"model/type_map must name each element once but is: {shown(names)}."),
-        (
-            isinstance(sel, str) or len(sel) == len(names),
-            f"model/descriptor/sel must have a number for each of the {len(names)} elements of model/type_map "
-            f'but is: {shown(sel)}; "auto" counts the neighbours for you.',
-        ),
         (
             (descriptor.sel_factor or 1) >= 1,
             f"The factor in model/descriptor/sel must be >= 1 but is: {descriptor.sel_factor}.",
@@ -294,15 +299,6 @@ def _check_together(config: Config) -> None:
         (
             (descriptor.sel_factor or 1) <= 100,
             f"The factor in model/descriptor/sel must be <= 100 but is: {descriptor.sel_factor}.",
-        ),
-        (
-            descriptor.rcut_smth < descriptor.rcut,
-            f"model/descriptor/rcut_smth must be < rcut = {descriptor.rcut} but is: {descriptor.rcut_smth}.",
-        ),
-        (
-            descriptor.axis_neuron <= descriptor.neuron[-1],
-            f"model/descriptor/axis_neuron must be <= {descriptor.neuron[-1]}, the last number of neuron, "
-            f"but is: {descriptor.axis_neuron}.",
         ),
         (
             descriptor.precision.replace("default", "float64") == fitting.precision.replace("default", "float64"),

@@ -7,14 +7,16 @@ then differentiated through the networks alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rlekf_ext.potential.architecture import Architecture, plain
 from rlekf_ext.potential.descriptor import Environment, Network, SeE2A, run_networks
 from rlekf_ext.potential.neighbors import Frame
+from rlekf_ext.schema import read
 
 
 class Prediction(NamedTuple):
@@ -29,82 +31,44 @@ class Prediction(NamedTuple):
 class DeepPotential(nn.Module):
     """Deep Potential network, number for number DeePMD-kit's `se_e2_a` descriptor with its `ener` fitting net.
 
-    The defaults are the network of the RLEKF paper, 26 551 weights for one element. type_map names the elements, sel is
-    the number of neighbour slots of each (see SeE2A), rcut and rcut_smth are in Å; the weights are drawn from
-    `generator`, or from a fresh one with `seed`. dtype is that of weights, edges and forces; energies are float64.
-    Parameters lie in the order W_0, b_0, W_1, ... of each net, embedding nets first.
+    `architecture` is an Architecture or a mapping with its keys, {"type_map": ["Cu"], "descriptor": {"sel": [100]}},
+    which is the paper's network of 26 551 weights. The weights are drawn with `seed`, or from torch's generator.
+    Parameters are in the order W_0, b_0, W_1, ... of each net, embedding nets first.
+
+    Raises OptionError for settings that are out of range or do not fit together.
     """
 
     energy_bias: Tensor  # (num_types,), eV, float64
 
-    def __init__(
-        self,
-        type_map: Sequence[str],
-        sel: Sequence[int],
-        rcut: float = 6.0,
-        rcut_smth: float = 0.5,
-        neuron: Sequence[int] = (25, 25, 25),
-        axis_neuron: int = 16,
-        type_one_side: bool = False,
-        resnet_dt: bool = False,
-        fitting_neuron: Sequence[int] = (50, 50, 50),
-        fitting_resnet_dt: bool = False,
-        dtype: torch.dtype | str = torch.float64,
-        *,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, architecture: Architecture | Mapping[str, Any], *, seed: int | None = None) -> None:
         super().__init__()
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        if generator is None and seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-        self.type_map, self.dtype = list(type_map), dtype
-        self._config = {
-            "type_map": list(type_map),
-            "sel": list(sel),
-            "rcut": rcut,
-            "rcut_smth": rcut_smth,
-            "neuron": list(neuron),
-            "axis_neuron": axis_neuron,
-            "type_one_side": type_one_side,
-            "resnet_dt": resnet_dt,
-            "fitting_neuron": list(fitting_neuron),
-            "fitting_resnet_dt": fitting_resnet_dt,
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-        self.descriptor = SeE2A(
-            len(type_map),
-            sel,
-            rcut,
-            rcut_smth,
-            neuron,
-            axis_neuron,
-            type_one_side,
-            resnet_dt,
-            type_map=type_map,
-            dtype=dtype,
-            generator=generator,
-        )
+        given = plain(architecture) if isinstance(architecture, Architecture) else architecture
+        self.architecture: Architecture = read(Architecture, given, "model")
+        descriptor, fitting, dtype = self.architecture.descriptor, self.architecture.fitting_net, self.dtype
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.descriptor = SeE2A(descriptor, self.type_map, dtype, generator)
         self.fittings = nn.ModuleList(
             Network(
                 self.descriptor.num_outputs,
-                fitting_neuron,
+                fitting.neuron,
                 output=True,
-                resnet_dt=fitting_resnet_dt,
+                resnet_dt=fitting.resnet_dt,
                 dtype=dtype,
                 generator=generator,
             )
-            for _ in type_map
+            for _ in self.type_map
         )
-        self.register_buffer("energy_bias", torch.zeros(len(type_map), dtype=torch.float64))
+        self.register_buffer("energy_bias", torch.zeros(len(self.type_map), dtype=torch.float64))
 
-    def config(self) -> dict[str, Any]:
-        """Return the settings as plain values: `DeepPotential(**config)` and `load_state_dict` restore the model."""
-        return {key: list(value) if isinstance(value, list) else value for key, value in self._config.items()}
+    @property
+    def type_map(self) -> tuple[str, ...]:
+        """The elements, in the order of their numbers."""
+        return self.architecture.type_map
 
-    def fit_statistics(self, frames: Iterable[Frame]) -> None:
-        """Set the descriptor's davg and dstd from the frames, see SeE2A.fit_statistics."""
-        self.descriptor.fit_statistics(frames)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, edges and forces; energies are float64."""
+        return self.architecture.dtype
 
     @torch.no_grad()
     def fit_energy_bias(self, frames: Iterable[Frame], *, with_network: bool = False) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rlekf_ext.environment import this_machine
 from rlekf_ext.errors import InputError, StoppedError
+from rlekf_ext.potential.architecture import differences
 from rlekf_ext.potential.checkpoint import (
     check_writable,
     load_checkpoint,
@@ -31,6 +32,7 @@ from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import build_optimizer, prefactors
 from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts
+from rlekf_ext.schema import shown
 
 Systems = list[list[Frame]]  # the frames of each system
 
@@ -137,18 +139,17 @@ EPOCH_LINE = "epoch {epoch:<5.4g} {seconds:8.1f} s   E {energy_rmse:.3e} eV/atom
 
 def load_frames(config: Config, quiet: bool) -> tuple[Systems, Systems]:
     """Training and held-out frames with their neighbours, system by system."""
-    settings, network = config.training, config.model
+    settings, network = config.training, config.model.architecture()
     training = load_systems(settings.training_data.systems, network.type_map)
     if settings.validation_data is not None:
         validation = load_systems(settings.validation_data.systems, network.type_map)
     else:
         training, validation = split(training, 1 - settings.validation_fraction)
-    dtype = model_dtype(config)
 
     def with_neighbors(systems: Sequence[System]) -> Systems:
         cutoff, num_types = network.descriptor.rcut, len(network.type_map)
         shown = tqdm(systems, desc="neighbours", unit="system", disable=quiet or None, leave=False)
-        return [frames([system], cutoff, num_types, dtype) for system in shown]
+        return [frames([system], cutoff, num_types, network.dtype) for system in shown]
 
     return with_neighbors(training), with_neighbors(validation)
 
@@ -156,42 +157,24 @@ def load_frames(config: Config, quiet: bool) -> tuple[Systems, Systems]:
 def build_model(config: Config, training: Sequence[Frame], checkpoint: dict[str, Any] | None) -> DeepPotential:
     """The network of the input file, with statistics of the training frames, or that of the checkpoint."""
     descriptor, fitting = config.model.descriptor, config.model.fitting_net
-    wanted: dict[str, Any] = {
-        "type_map": list(config.model.type_map),
-        "rcut": descriptor.rcut,
-        "rcut_smth": descriptor.rcut_smth,
-        "neuron": list(descriptor.neuron),
-        "axis_neuron": descriptor.axis_neuron,
-        "type_one_side": descriptor.type_one_side,
-        "resnet_dt": descriptor.resnet_dt,
-        "fitting_neuron": list(fitting.neuron),
-        "fitting_resnet_dt": fitting.resnet_dt,
-        "dtype": str(model_dtype(config)).removeprefix("torch."),
-    }
     factor = descriptor.sel_factor
-    if factor is None:
-        wanted["sel"] = list(descriptor.sel)
     if checkpoint:
-        for name, value in wanted.items():
-            if checkpoint["model"][name] != value:
+        model = restored_model(checkpoint)
+        for name, wanted, saved in differences(config.model.architecture(), model.architecture):
+            if name != "model/descriptor/sel" or factor is None:
                 raise InputError(
-                    f"The checkpoint's model has {name} = {checkpoint['model'][name]} but the input file asks for "
-                    f"{value}; start without --restart, or restore the input file."
+                    f"The checkpoint has {name} = {shown(saved)} but the input file asks for {shown(wanted)}; start "
+                    "without --restart, or restore the input file."
                 )
-        return restored_model(checkpoint)
-    if factor is not None:
-        wanted["sel"] = auto_sel(training, factor)
+        return model
+    architecture = config.model.architecture(None if factor is None else auto_sel(training, factor))
     seed = next((s for s in (descriptor.seed, fitting.seed, config.training.seed) if s is not None), 0)
-    model = DeepPotential(**wanted, seed=seed)
-    model.fit_statistics(training)
+    model = DeepPotential(architecture, seed=seed)
+    model.descriptor.fit_statistics(training)
     if descriptor.set_davg_zero:
         model.descriptor.davg.zero_()
     model.fit_energy_bias(training)
     return model
-
-
-def model_dtype(config: Config) -> torch.dtype:
-    return torch.float32 if config.model.descriptor.precision == "float32" else torch.float64
 
 
 class Batches:
