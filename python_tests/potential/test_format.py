@@ -1,5 +1,5 @@
-"""A checkpoint that was written once, data/checkpoint_format_1.pt, loads for as long as its format is 1: five batches of
-NaCl by the preset robust, 58 weights."""
+"""data/checkpoint_format_1.pt was written once, and loads for as long as 1 is the format: five batches of NaCl, 58
+weights, preset robust."""
 
 import json
 from pathlib import Path
