@@ -1,9 +1,11 @@
-// What a launch on a GPU needs: how many ctas, how much shared memory, and what stands where in the workspace. Plain
-// data from plain numbers: no device is asked, and `layout` is not read.
+// What a launch on a GPU needs: the number of thread blocks, the layout of their shared memory and of the workspace.
+// Computed from plain numbers: no device is queried, and `layout` is not read. The kernels take every address in shared
+// memory and workspace from here.
 
 #pragma once
 
 #include "../recursion.h"
+#include "../step.h"
 #include "walk.h"
 
 namespace rlekf::cuda {
@@ -11,65 +13,98 @@ namespace rlekf::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRowsPerThread = kTile / kWarps;  // a thread holds 8 rows x 2 columns of a tile
-constexpr int kFoldAtOnce = 32;                 // vectors of a fold whose row segments stand in shared memory
-constexpr int kDotLog2 = 9;                     // 2^9 weights to a partial inner product with a waiting vector
+constexpr int kGroups = kThreads / kTile;       // threads that share a weight in a sum
+constexpr int kFoldAtOnce = 32;                 // pending vectors with entries in shared memory at a time
+constexpr int kDotLog2 = 9;                     // 2^9 weights per partial inner product with a pending vector
 constexpr int kMaxStages = 4;
 
 struct Device {
   int64_t sms;
-  int64_t shared_per_cta;  // the most that a thread block may ask for
-  int64_t shared_per_sm;   // of which each resident block takes kReservedShared more than it asks for
+  int64_t shared_per_cta;  // the most that a thread block may request
+  int64_t shared_per_sm;   // each resident block takes kReservedShared of it more than it requests
 };
 constexpr int64_t kReservedShared = 1024;
 
-/// Kernels are compiled for these numbers of measurements; others take the next.
+/// Kernels are compiled for these numbers of measurements; other numbers are rounded up.
 constexpr int rounded_up(int num_measurements) {
   return num_measurements <= 2 ? num_measurements : num_measurements <= 4 ? 4 : kMaxMeasurements;
 }
 
-/// Thread blocks that share an SM: many measurements need all registers for one.
+/// Thread blocks per SM: with many measurements one block needs all registers.
 constexpr int ctas_per_sm(int num_measurements) { return num_measurements <= 2 ? 2 : 1; }
 
-/// Offsets in shared memory, in bytes.
-struct Shared {
-  int64_t state;      // the cta's own copy
+// --- shared memory: the state, and after it what each phase needs. Offsets and sizes in bytes.
+
+constexpr int64_t kSharedState = 0;
+constexpr int64_t kSharedRest = (sizeof(State) + 15) / 16 * 16;
+
+struct VisitShared {
   int64_t columns;    // (M, width, kThreads) pairs: sums of the panel's columns, each pair one thread's own
-  int64_t x_columns;  // (M, width * kTile) the Jacobians' entries for the panel's columns
-  int64_t x_rows;     // (kWarps, M, kRowsPerThread) ... for the tile's rows
-  int64_t u_rows;     // (kWarps, kFoldAtOnce, kRowsPerThread) the waiting vectors' entries for the tile's rows
-  int64_t ring;       // (stages, kRowsPerThread, kThreads) pairs: tiles on their way from memory
+  int64_t x_columns;  // (M, width * kTile): Jacobian entries of the panel's columns
+  int64_t x_rows;     // (kWarps, M, kRowsPerThread): Jacobian entries of the tile's rows
+  int64_t u_rows;     // (kWarps, kFoldAtOnce, kRowsPerThread): entries of pending vectors for the tile's rows
+  int64_t ring;       // (stages, kRowsPerThread, kThreads) pairs: tiles in flight
   int64_t size;
 };
 
-RLEKF_INLINE_HD Shared shared_layout(int m, int64_t columns, int64_t stages, int64_t bytes_each) {
-  Shared s{};
-  s.columns = (sizeof(State) + 15) / 16 * 16;
-  s.x_columns = s.columns + m * columns * kThreads * 16;
-  s.x_rows = s.x_columns + m * columns * kTile * 8;
+RLEKF_INLINE_HD VisitShared visit_shared(int m, Width width, int64_t stages, int64_t bytes_each) {
+  VisitShared s{};
+  s.columns = kSharedRest;
+  s.x_columns = s.columns + m * width.columns() * kThreads * 16;
+  s.x_rows = s.x_columns + m * width.columns() * kTile * 8;
   s.u_rows = s.x_rows + kWarps * m * kRowsPerThread * 8;
   s.ring = s.u_rows + kWarps * kFoldAtOnce * kRowsPerThread * 8;
   s.size = s.ring + stages * kTileSize * bytes_each;
   return s;
 }
 
-/// What the later phases put into the memory of the ring and the column sums, once these are done. In numbers.
-RLEKF_INLINE_HD int64_t reduce_shared(int m) {
-  return m * (4 + 2) * kTile + kFoldAtOnce * m + 2 * m * m;  // parts, z and h, inner products, gram
+struct ReduceShared {
+  int64_t parts;  // (M, kGroups, kTile)
+  int64_t z;      // (M, kTile)
+  int64_t h;      // (M, kTile)
+  int64_t dots;   // (kFoldAtOnce, M): u_i^T h
+  int64_t gram;   // (2, M, M)
+  int64_t size;
+};
+
+RLEKF_INLINE_HD constexpr ReduceShared reduce_shared(int m) {
+  ReduceShared s{};
+  s.parts = kSharedRest;
+  s.z = s.parts + m * kGroups * kTile * 8;
+  s.h = s.z + m * kTile * 8;
+  s.dots = s.h + m * kTile * 8;
+  s.gram = s.dots + kFoldAtOnce * m * 8;
+  s.size = s.gram + 2 * m * m * 8;
+  return s;
+}
+
+struct RecursionShared {
+  int64_t totals;  // (M, M): y_i^T h_j over all blocks
+  int64_t parts;   // (kWarps, M)
+  int64_t size;
+};
+
+RLEKF_INLINE_HD constexpr RecursionShared recursion_shared(int m) {
+  RecursionShared s{};
+  s.totals = kSharedRest;
+  s.parts = s.totals + m * m * 8;
+  s.size = s.parts + kWarps * m * 8;
+  return s;
 }
 
 struct Launch {
   int num_measurements;  // rounded up
   Width width;           // of a panel
-  int stages;            // tiles on their way to a cta
+  int stages;            // tiles in flight per thread block
   int64_t ctas;
   int64_t shared_bytes;
   Runs tiles;  // who visits which tile
-  Runs rows;   // who reduces and applies which kTile weights; fewer ctas than slots, or as many
+  Runs rows;   // who reduces and applies which slots of kTile weights; no more thread blocks than slots
 };
 
-/// Assigns tiles and rows of weights to `ctas`, or to as many as have something to do.
+/// Assigns tiles and rows of weights to `ctas` thread blocks, or to as many as have something to do.
 inline void assign(Launch& launch, int64_t ctas, int64_t num_tiles, int64_t num_weights, int64_t num_blocks) {
-  // A cta has at least `width` tiles, so at least one segment; without tiles (correct alone) it has rows of weights.
+  // `width` tiles per thread block are at least one segment. Without tiles (correct alone) there are rows of weights.
   const int64_t rows = num_slots(num_weights, num_blocks, kTileLog2);
   const int64_t most = num_tiles > 0 ? num_tiles >> launch.width.log2 : rows;
   launch.ctas = ctas < most ? ctas : most > 0 ? most : 1;
@@ -77,7 +112,7 @@ inline void assign(Launch& launch, int64_t ctas, int64_t num_tiles, int64_t num_
   launch.rows = runs_of(rows, launch.ctas < rows ? launch.ctas : rows);
 }
 
-/// The widest panels that leave room for two tiles on their way, and then as many of these as fit.
+/// The widest panels that leave room for two tiles in flight, and then as many tiles in flight as fit.
 inline Launch plan_launch(const Device& device, int num_measurements, int64_t bytes_each, int64_t num_tiles,
                           int64_t num_weights, int64_t num_blocks) {
   Launch launch{};
@@ -91,45 +126,75 @@ inline Launch plan_launch(const Device& device, int num_measurements, int64_t by
       for (int log2 = 2; log2 >= 0; --log2) {
         const Width width{log2};
         int stages = kMaxStages;
-        while (stages >= least && shared_layout(m, width.columns(), stages, bytes_each).size > room) --stages;
+        while (stages >= least && visit_shared(m, width, stages, bytes_each).size > room) --stages;
         if (stages < least) continue;
         launch.width = width;
         launch.stages = stages;
-        launch.shared_bytes = shared_layout(m, width.columns(), stages, bytes_each).size;
+        launch.shared_bytes = visit_shared(m, width, stages, bytes_each).size;
         assign(launch, resident * device.sms, num_tiles, num_weights, num_blocks);
         break;
       }
     }
   }
-  return launch;  // with 0 stages if there is no room at all: the caller says so
+  return launch;  // with 0 stages if there is no room at all, which the caller reports
 }
 
-/// Offsets in the workspace, in float64 numbers. Its contents before a call do not matter.
+/// What the phases pass on to one another in global memory. kM is the rounded number of measurements.
 struct Workspace {
-  int64_t row_sums;     // (row slots, M, kTile)
-  int64_t column_sums;  // (column slots, M, width * kTile)
-  int64_t dots;         // (slots of 2^kDotLog2, capacity, M) u_i^T h in parts
-  int64_t gram_parts;   // (ctas + blocks, 2, M, M)
-  int64_t cross;        // (M, N) and
-  int64_t gram;         // (2, L, M, M): the projection, where the caller has no use for it
-  int64_t products;     // (L, M, M) y_i^T h_j
-  int64_t updates;      // kMaxMeasurements of Update
-  int64_t size;
+  double* row_sums;       // (row slots, M, kTile)
+  double* column_sums;    // (column slots, M, width * kTile)
+  double* dots;           // (slots of 2^kDotLog2 weights, capacity, M): partial u_i^T h
+  double* gram_parts;     // (thread blocks + blocks, 2, M, M)
+  Projection projection;  // if the caller wants none
+  double* products;       // (L, M, M): y_i^T h_j
+  Update* updates;        // (kMaxMeasurements)
+  int64_t size;           // in doubles
+
+  /// (kM, kTile)
+  template <int kM>
+  RLEKF_INLINE_HD double* row_sum(int64_t slot) const {
+    return row_sums + slot * kM * kTile;
+  }
+  /// (kM, width * kTile)
+  template <int kM>
+  RLEKF_INLINE_HD double* column_sum(int64_t slot, Width width) const {
+    return column_sums + ((slot * kM) << (width.log2 + kTileLog2));
+  }
+  /// (kM), of pending vector i
+  template <int kM>
+  RLEKF_INLINE_HD double* dot(int64_t slot, int64_t i, int64_t capacity) const {
+    return dots + (slot * capacity + i) * kM;
+  }
+  /// (2, kM, kM), of the rows of a block that a thread block reduces
+  template <int kM>
+  RLEKF_INLINE_HD double* gram_part(int64_t cta, int64_t block) const {
+    return gram_parts + (cta + block) * 2 * kM * kM;
+  }
+  /// (kM, kM)
+  template <int kM>
+  RLEKF_INLINE_HD double* product(int64_t block) const {
+    return products + block * kM * kM;
+  }
 };
 
-inline Workspace workspace_layout(const Launch& launch, int64_t num_tiles, int64_t num_weights, int64_t num_blocks,
-                                  int64_t capacity) {
+/// The workspace in `memory`, whose contents do not matter; with a null pointer, only its size.
+inline Workspace workspace_in(double* memory, const Launch& launch, const Covariance& p) {
   const int64_t m = launch.num_measurements;
   Workspace w{};
-  w.column_sums = m * kTile * num_row_slots(num_tiles, num_weights, num_blocks, launch.width);
-  w.dots = w.column_sums +
-           m * kTile * launch.width.columns() * num_column_slots(num_weights, num_blocks, launch.width, launch.ctas);
-  w.gram_parts = w.dots + m * capacity * num_slots(num_weights, num_blocks, kDotLog2);
-  w.cross = w.gram_parts + 2 * m * m * (launch.ctas + num_blocks);
-  w.gram = w.cross + m * num_weights;
-  w.products = w.gram + 2 * m * m * num_blocks;
-  w.updates = w.products + m * m * num_blocks;
-  w.size = w.updates + kMaxMeasurements * static_cast<int64_t>(sizeof(Update) / sizeof(double));
+  const auto next = [&](int64_t count) {
+    double* at = memory ? memory + w.size : nullptr;
+    w.size += count;
+    return at;
+  };
+  w.row_sums = next(num_row_slots(p.num_tiles, p.num_weights, p.num_blocks, launch.width) * m * kTile);
+  w.column_sums =
+      next((num_column_slots(p.num_weights, p.num_blocks, launch.width, launch.ctas) * m * kTile) << launch.width.log2);
+  w.dots = next(num_slots(p.num_weights, p.num_blocks, kDotLog2) * p.capacity * m);
+  w.gram_parts = next((launch.ctas + p.num_blocks) * 2 * m * m);
+  w.projection.cross = next(m * p.num_weights);
+  w.projection.gram = next(2 * m * m * p.num_blocks);
+  w.products = next(m * m * p.num_blocks);
+  w.updates = reinterpret_cast<Update*>(next(kMaxMeasurements * int64_t{sizeof(Update) / sizeof(double)}));
   return w;
 }
 

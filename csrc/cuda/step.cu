@@ -131,9 +131,8 @@ void run(int phases, double* weights, const Covariance& p, const Measurements& m
          double* scratch, void* stream) {
   const Current current(p.device);
   const Launch launch = plan_for(p, m);
-  const Workspace slots = workspace_layout(launch, p.num_tiles, p.num_weights, p.num_blocks, p.capacity);
-  const Projection own{scratch + slots.cross, scratch + slots.gram};
-  Task task{phases, p, m, projection ? *projection : own, weights, scratch, launch, slots};
+  const Workspace workspace = workspace_in(scratch, launch, p);
+  Task task{phases, p, m, projection ? *projection : workspace.projection, weights, launch, workspace};
   void* arguments[] = {&task};
   const cudaError_t error = cudaLaunchCooperativeKernel(
       kernel_for(p.storage, launch.num_measurements), dim3(static_cast<unsigned>(launch.ctas)), dim3(kThreads),
@@ -147,7 +146,7 @@ const char* architectures() { return RLEKF_EXPAND(RLEKF_CUDA_ARCHITECTURES); }
 
 int64_t scratch_size(const Covariance& p, const Measurements& m) {
   const Current current(p.device);
-  return workspace_layout(plan_for(p, m), p.num_tiles, p.num_weights, p.num_blocks, p.capacity).size;
+  return workspace_in(nullptr, plan_for(p, m), p).size;
 }
 
 void project(const Covariance& p, const Measurements& m, const Projection& projection, double* scratch, void* stream) {

@@ -126,9 +126,11 @@ void check_launches() {
         expect(resident >= 1 && launch.ctas % device.sms == 0, "thread blocks", launch.ctas);
         expect(resident * (launch.shared_bytes + kReservedShared) <= device.shared_per_sm, "shared memory of an SM",
                launch.shared_bytes, resident);
-        const Shared shared = shared_layout(m, launch.width.columns(), launch.stages, bytes);
-        expect(8 * reduce_shared(m) <= shared.size - shared.columns, "shared memory of the reduction", m);
-        const Workspace workspace = workspace_layout(launch, tiles, weights, 4, 32);
+        expect(reduce_shared(m).size <= launch.shared_bytes, "shared memory of the reduction", m);
+        expect(recursion_shared(m).size <= launch.shared_bytes, "shared memory of the recursion", m);
+        Covariance p{};
+        p.num_tiles = tiles, p.num_weights = weights, p.num_blocks = 4, p.capacity = 32;
+        const Workspace workspace = workspace_in(nullptr, launch, p);
         const double share = 8.0 * static_cast<double>(workspace.size) / static_cast<double>(tiles * kTileSize * bytes);
         if (count == 1) expect(share < 0.05, "workspace in percent of P", static_cast<int64_t>(100 * share), bytes);
       }
@@ -169,17 +171,16 @@ struct GpuFilter : PackedFilter<Scalar> {
   void step(Vector& weights, const Vector& jacobian, const Vector& innovation) {
     const Covariance& p = this->p;
     const Measurements m{static_cast<int>(innovation.size()), jacobian.data(), innovation.data()};
-    const Workspace slots = workspace_layout(launch, p.num_tiles, p.num_weights, p.num_blocks, p.capacity);
-    Vector workspace(static_cast<size_t>(slots.size), NAN);
+    Vector memory(static_cast<size_t>(workspace_in(nullptr, launch, p).size), NAN);
+    const Workspace workspace = workspace_in(memory.data(), launch, p);
     if (apart) {
       Vector cross(jacobian.size(), NAN), gram(static_cast<size_t>(2 * p.num_blocks * m.count * m.count), NAN);
       const Projection projection{cross.data(), gram.data()};
-      run({kProject, p, m, projection, nullptr, workspace.data(), launch, slots});
-      std::fill(workspace.begin(), workspace.end(), NAN);
-      run({kCorrect, p, m, projection, weights.data(), workspace.data(), launch, slots});
+      run({kProject, p, m, projection, nullptr, launch, workspace});
+      std::fill(memory.begin(), memory.end(), NAN);
+      run({kCorrect, p, m, projection, weights.data(), launch, workspace});
     } else {
-      const Projection projection{workspace.data() + slots.cross, workspace.data() + slots.gram};
-      run({kProject | kCorrect, p, m, projection, weights.data(), workspace.data(), launch, slots});
+      run({kProject | kCorrect, p, m, workspace.projection, weights.data(), launch, workspace});
     }
   }
 };
@@ -191,7 +192,7 @@ Launch launch_of(const std::vector<int64_t>& sizes, int count, int64_t ctas, Wid
   launch.num_measurements = rounded_up(count);
   launch.width = width;
   launch.stages = stages;
-  launch.shared_bytes = shared_layout(launch.num_measurements, width.columns(), stages, bytes).size;
+  launch.shared_bytes = visit_shared(launch.num_measurements, width, stages, bytes).size;
   assign(launch, ctas, tiles, weights, static_cast<int64_t>(sizes.size()));
   return launch;
 }

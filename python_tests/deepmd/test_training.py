@@ -179,15 +179,15 @@ def learned(dp, column):
 def test_trains_and_restarts(dp):
     """Water, which leaves its first plateau after some fifty batches."""
     asked = {"type": "RLEKF", "block_size": 1024, "force_scale": 3}
-    text = dp(asked, steps=100, neuron=[8, 16])
+    text = dp(asked, steps=160, neuron=[8, 16])
     errors = learned(dp, "rmse_f_trn")
     print(f"\nRMSE of forces, eV/Å: {sum(errors[:10]) / 10:.3f} at first, {sum(errors[-10:]) / 10:.3f} at last")
     assert sum(errors[-10:]) < 0.3 * sum(errors[:10])
     assert "in torch.float64" in text
-    before = checkpoint(dp, 100)["optimizer"]
+    before = checkpoint(dp, 160)["optimizer"]
     # dp goes on from the step that it saved, which it does again; so the filter makes one more batch of updates.
-    dp(asked, "--restart", "model.ckpt-100.pt", steps=100, neuron=[8, 16])
-    after = checkpoint(dp, 100)["optimizer"]
+    dp(asked, "--restart", "model.ckpt-160.pt", steps=160, neuron=[8, 16])
+    after = checkpoint(dp, 160)["optimizer"]
     memory, rate = 1 - float(before["state"][0]["state"][STATE["forgetting"]]), 0.9987
     for _ in range(8):
         memory = rate * memory + 1 - rate
@@ -227,8 +227,9 @@ def test_restart_restores_every_bit(dp):
     program = ("-c", LOAD_AND_SAVE)
     dp(asked, "--restart", "model.ckpt-3.pt", steps=3, program=program)
     after = torch.load(dp.folder / "again.pt", weights_only=True)
-    for name, tensor in before["optimizer"]["state"][0].items():
-        assert torch.equal(tensor, after["optimizer"]["state"][0][name]), name
+    for name, value in before["optimizer"]["state"][0].items():
+        there = after["optimizer"]["state"][0][name]
+        assert torch.equal(value, there) if torch.is_tensor(value) else value == there, name
     assert torch.equal(before["optimizer"]["updater"]["generator"], after["optimizer"]["updater"]["generator"])
     for name in weights(dp, 3):
         assert torch.equal(before["model"][name], after["model"][name])
@@ -279,7 +280,7 @@ def test_other_types_and_switching_off(dp):
 
 
 def test_options_are_checked_with_their_names(dp):
-    assert re.search("block_size.*at least 1", dp({"type": "RLEKF", "block_size": 0}, fails=True))
+    assert re.search("block_size.*must be >= 1", dp({"type": "RLEKF", "block_size": 0}, fails=True))
     assert "blocksize" in dp({"type": "RLEKF", "blocksize": 8}, fails=True)
 
 
@@ -295,6 +296,8 @@ def test_two_processes(dp):
 
     def same_on_both(moment):
         one, other = (torch.load(dp.folder / f"{moment}.{rank}.pt") for rank in range(2))
+        if moment == "end":  # assert_close compares no strings
+            assert one[1][0].pop("names") == other[1][0].pop("names")
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
         return one
 
