@@ -419,6 +419,17 @@ def test_restart_without_the_old_curve(tmp_path):
     assert curve_of(tmp_path)["step"].tolist() == 6
 
 
+def test_restart_with_a_torn_curve(tmp_path):
+    """A kill may cut the last row."""
+    given = input_of(tmp_path, numb_steps=4)
+    run(given)
+    with (tmp_path / "out" / "lcurve.out").open("a") as file:
+        file.write("      4    6.60e+00")
+    given["training"]["numb_steps"] = 6
+    run(given, restart=True)
+    assert curve_of(tmp_path)["step"].tolist() == [2, 4, 6]
+
+
 @pytest.mark.parametrize(("first", "second"), [(8, 1), (1, 8), (8, 2)])
 def test_restart_with_another_mean_of_the_weights(tmp_path, first, second):
     """The mean is evaluated and saved; training goes on from the filter's own weights."""
@@ -521,9 +532,9 @@ CHANGES = {
     "rcut": ("descriptor", 3.4, "rcut = 3.5 but the input file asks for 3.4"),
     "sel": ("descriptor", [40, 40], r"sel = \[8, 8\] but the input file asks for \[40, 40\]"),
     "resnet_dt": ("descriptor", True, "resnet_dt = false but the input file asks for true"),
-    "type_one_side": ("descriptor", True, "type_one_side = False"),
+    "type_one_side": ("descriptor", True, "type_one_side = false"),
     "precision": (None, "float32", 'precision = "float64" but the input file asks for "float32"'),
-    "type_map": (None, ["Cl", "Na"], r"type_map = \['Na', 'Cl'\]"),
+    "type_map": (None, ["Cl", "Na"], r'type_map = \["Na", "Cl"\]'),
 }
 
 
@@ -549,7 +560,7 @@ def test_restart_with_another_network(finished, name):
         given["model"][name] = value
     else:
         given["model"][section][name] = value
-    with pytest.raises(InputError, match=f"The checkpoint's model has {message}.*; start without --restart"):
+    with pytest.raises(InputError, match=f"The checkpoint has model/.*{message}.*; start without --restart"):
         run(given, restart=True)
     assert contents(finished) == before
 
