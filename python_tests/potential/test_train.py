@@ -521,9 +521,9 @@ CHANGES = {
     "rcut": ("descriptor", 3.4, "rcut = 3.5 but the input file asks for 3.4"),
     "sel": ("descriptor", [40, 40], r"sel = \[8, 8\] but the input file asks for \[40, 40\]"),
     "resnet_dt": ("descriptor", True, "resnet_dt = false but the input file asks for true"),
-    "type_one_side": ("descriptor", True, "type_one_side = False"),
+    "type_one_side": ("descriptor", True, "type_one_side = false"),
     "precision": (None, "float32", 'precision = "float64" but the input file asks for "float32"'),
-    "type_map": (None, ["Cl", "Na"], r"type_map = \['Na', 'Cl'\]"),
+    "type_map": (None, ["Cl", "Na"], r'type_map = \["Na", "Cl"\]'),
 }
 
 
@@ -549,7 +549,7 @@ def test_restart_with_another_network(finished, name):
         given["model"][name] = value
     else:
         given["model"][section][name] = value
-    with pytest.raises(InputError, match=f"The checkpoint's model has {message}.*; start without --restart"):
+    with pytest.raises(InputError, match=f"The checkpoint has model/.*{message}.*; start without --restart"):
         run(given, restart=True)
     assert contents(finished) == before
 
