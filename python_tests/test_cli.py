@@ -307,8 +307,8 @@ def test_test_needs_a_checkpoint_and_data(in_trained, capsys):
     said = complaint(capsys, ["test", "-m", "text.pt", "-s", "data"])
     assert said.startswith("text.pt is not a checkpoint of `rlekf train`: ")
     assert "none does not exist" in complaint(capsys, ["test", "-s", "none"])
-    said = complaint(capsys, ["test", "-s", "data", "-d", "none/detail"])
-    assert said == "none/detail.e_peratom.out: No such file or directory."
+    said = complaint(capsys, ["test", "-s", "data", "-d", "input.json/detail"])
+    assert said.startswith("input.json/detail.e_peratom.out cannot be written: ")
 
 
 def test_test_on_elements_the_model_does_not_know(in_trained, capsys):
@@ -327,7 +327,7 @@ def test_export_and_import_need_files_that_fit(in_trained, capsys):
     )
     Path("text.dp").write_text("hello\n" * 100)
     said = complaint(capsys, ["import", "text.dp", "-o", "new.pt"])
-    assert said.startswith("text.dp is not a whole .dp file of DeePMD-kit: ")
+    assert said.startswith("text.dp: not a whole .dp file of DeePMD-kit: ")
     assert main(["export"]) == 0
     said = complaint(capsys, ["import", "model.dp", "-o", "input.json/model.pt"])
     assert said.startswith("input.json/model.pt cannot be written: ")
@@ -342,14 +342,16 @@ def test_an_imported_model_is_no_place_to_restart_from(in_trained, capsys):
 
 
 def test_plot_needs_a_curve(folder, capsys):
-    assert complaint(capsys, ["plot"]) == "lcurve.out: No such file or directory."
+    assert complaint(capsys, ["plot"]) == "lcurve.out cannot be read: No such file or directory."
     assert "input.json has no columns step" in complaint(capsys, ["plot", "input.json"])
     Path("lcurve.out").write_text("")
     assert complaint(capsys, ["plot"]).startswith("lcurve.out is not an lcurve.out")
 
 
 def test_plot_where_nothing_can_be_written(in_trained, capsys):
-    assert complaint(capsys, ["plot", "-o", "none/lcurve.png"]) == "none/lcurve.png: No such file or directory."
+    said = complaint(capsys, ["plot", "-o", "input.json/lcurve.png"])
+    assert said.startswith("input.json/lcurve.png cannot be written: ")
+    assert "must end in one of .png, " in complaint(capsys, ["plot", "-o", "lcurve.xyz"])
 
 
 def test_an_absent_package_names_its_extra(folder, capsys, monkeypatch):
@@ -365,9 +367,7 @@ def test_an_absent_package_names_its_extra(folder, capsys, monkeypatch):
         assert f"`rlekf {arguments[0]}` needs {package}: run `pip install 'rlekf_ext[{extra}]'`." in said
 
 
-def test_an_error_of_the_system_without_a_name_keeps_its_words(folder, capsys, monkeypatch):
-    def fail(_):
-        raise OSError("the tape is torn")
-
-    monkeypatch.setattr("rlekf_ext.potential.input.read_input", fail)
-    assert complaint(capsys, ["train", "input.json"]) == "a file: the tape is torn."
+def test_a_fault_of_our_own_shows_its_traceback(folder, monkeypatch):
+    monkeypatch.setattr("rlekf_ext.potential.train.frames", lambda *_: list(zip([1], [1, 2], strict=True)))
+    with pytest.raises(ValueError, match="zip"):
+        main(["train", "input.json"])

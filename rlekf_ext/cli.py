@@ -136,8 +136,9 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def run_import(arguments: argparse.Namespace) -> int:
-    from rlekf_ext.potential.checkpoint import check_writable, save_checkpoint
+    from rlekf_ext.potential.checkpoint import save_checkpoint
     from rlekf_ext.potential.deepmd_format import import_model
+    from rlekf_ext.potential.files import check_writable
 
     model, output = import_model(arguments.model), Path(arguments.output)
     check_writable(output)

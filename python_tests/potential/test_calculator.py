@@ -12,7 +12,7 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 from ase.md.verlet import VelocityVerlet
 
-from rlekf_ext.errors import InputError
+from rlekf_ext.errors import DataError, InputError
 from rlekf_ext.potential import Calculator
 from rlekf_ext.potential.checkpoint import save_checkpoint
 from rlekf_ext.potential.neighbors import make_frame
@@ -118,15 +118,15 @@ def test_a_checkpoint_and_float32(tmp_path):
 
 def test_structures_it_cannot_take():
     calculator = Calculator(make_model())
-    with pytest.raises(ValueError, match=r"knows the elements Cl, Na, but the atoms are also \['K'\]"):
+    with pytest.raises(DataError, match=r"knows the elements Cl, Na, but the atoms are also \['K'\]"):
         Atoms("NaK", [[0, 0, 0], [2, 0, 0]], calculator=calculator).get_potential_energy()
-    with pytest.raises(ValueError, match="periodic along a cell vector of length 0"):
+    with pytest.raises(DataError, match="periodic along a cell vector of length 0"):
         Atoms("Na", pbc=(True, False, False), calculator=calculator).get_forces()
-    with pytest.raises(ValueError, match=r"closer than 0\.1 Å"):
+    with pytest.raises(DataError, match=r"closer than 0\.1 Å"):
         Atoms("Na2", [[0, 0, 0], [0, 0, 0.05]], calculator=calculator).get_forces()
     dense = bulk("NaCl", "rocksalt", 3.2)
     dense.calc = calculator
-    with pytest.raises(ValueError, match="more than sel = 20"):
+    with pytest.raises(DataError, match="more than sel = 20"):
         dense.get_forces()
 
 

@@ -1,25 +1,20 @@
-"""Files that are whole or not there."""
+"""Checkpoints that are whole or not there."""
 
 import multiprocessing
 import os
 import random
 import resource
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import make_model
 
 from rlekf_ext import RLEKF
-from rlekf_ext.errors import InputError
-from rlekf_ext.potential.checkpoint import (
-    check_writable,
-    load_checkpoint,
-    restored_model,
-    save_checkpoint,
-    write_atomically,
-)
+from rlekf_ext.errors import InputError, RlekfError
+from rlekf_ext.potential import checkpoint
+from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, save_checkpoint
+from rlekf_ext.potential.files import check_writable
 from rlekf_ext.potential.neighbors import make_frame
 
 
@@ -52,25 +47,6 @@ def test_what_is_saved_is_loaded(tmp_path, changes):
     assert sorted(path.name for path in file.parent.iterdir()) == ["model.pt"]
 
 
-class HalfwayError(Exception):
-    pass
-
-
-@pytest.mark.parametrize("old", [b"old", None])
-def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, old):
-    file = tmp_path / "file"
-    if old:
-        file.write_bytes(old)
-
-    def half(path):
-        path.write_bytes(b"ne")
-        raise HalfwayError
-
-    with pytest.raises(HalfwayError):
-        write_atomically(file, half)
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == ([old] if old else [])
-
-
 @pytest.mark.parametrize("call", ["torch.save", "os.fsync", "pathlib.Path.replace"])
 def test_a_failing_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, call):
     file = tmp_path / "model.pt"
@@ -88,31 +64,6 @@ def test_a_failing_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, call):
     assert os.listdir(tmp_path) == ["model.pt"]
     save_checkpoint(file, small_model(seed=2), step=2)
     assert load_checkpoint(file)["step"] == 2
-
-
-def test_the_old_file_is_there_while_the_new_one_is_written(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("old")
-
-    def write(path):
-        assert path.parent == file.parent  # on one file system, or the move would copy
-        path.write_text("new")
-        assert file.read_text() == "old"
-
-    write_atomically(file, write)
-    assert file.read_text() == "new"
-
-
-def test_file_and_folder_reach_the_disk_in_order(tmp_path, monkeypatch):
-    file, fsync, seen = tmp_path / "file", os.fsync, []
-
-    def record(descriptor):
-        seen.append((os.readlink(f"/proc/self/fd/{descriptor}"), file.exists()))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", record)
-    write_atomically(file, lambda path: path.write_text("new"))
-    assert seen == [(str(tmp_path / ".file.tmp"), False), (str(tmp_path), True)]
 
 
 def test_a_full_disk_is_an_error_with_its_reason(tmp_path):
@@ -238,28 +189,6 @@ def test_a_truncated_file_is_noticed(tmp_path, trained, tries):
             load_checkpoint(file)
 
 
-@pytest.mark.parametrize("place", ["file/model.pt", "file/below/model.pt"])
-def test_where_nothing_can_be_written(tmp_path, place):
-    (tmp_path / "file").write_text("a file, not a folder")
-    with pytest.raises(InputError, match=rf"{place} cannot be written: .*file.*: (File exists|Not a directory)\."):
-        check_writable(tmp_path / place)
-
-
-def test_where_a_folder_takes_no_file():
-    with pytest.raises(InputError, match=r"/proc/model\.pt cannot be written: "):
-        check_writable(Path("/proc/model.pt"))
-
-
-def test_check_writable_makes_the_folder_and_leaves_what_is_there(tmp_path):
-    file = tmp_path / "a" / "b" / "model.pt"
-    check_writable(file)
-    assert os.listdir(file.parent) == []
-    file.write_text("old")
-    check_writable(file)
-    assert os.listdir(file.parent) == ["model.pt"]
-    assert file.read_text() == "old"
-
-
 def truncated(path):
     save_checkpoint(path, small_model())
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -311,3 +240,12 @@ def test_another_format_is_refused(tmp_path, form, message):
     torch.save(checkpoint if form is None else {**checkpoint, "format": form}, file)
     with pytest.raises(InputError, match=message):
         load_checkpoint(file)
+
+
+def test_a_fault_of_our_own_is_not_the_users(tmp_path, monkeypatch):
+    with pytest.raises(AttributeError):  # torch says that it cannot save a function: no file is to blame
+        save_checkpoint(tmp_path / "model.pt", small_model(), function=lambda: None)
+    monkeypatch.setattr(checkpoint, "_noted", lambda *_: list(zip([1], [1, 2], strict=True)))
+    with pytest.raises(ValueError, match="zip") as caught:
+        save_checkpoint(tmp_path / "model.pt", small_model())
+    assert not isinstance(caught.value, RlekfError)

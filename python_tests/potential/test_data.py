@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlekf_ext.errors import DataError
+from rlekf_ext.errors import DataError, OptionError, RlekfError
+from rlekf_ext.potential import data
 from rlekf_ext.potential.data import System, auto_sel, frames, load_systems, split, split_format
 from rlekf_ext.potential.neighbors import Frame
 
@@ -305,7 +306,7 @@ def test_slices_and_split(tmp_path):
     assert [len(s) for s in validation] == [2, 1]
     np.testing.assert_array_equal(validation[0].energies, system.energies[8:])
     assert split([system], 1.0)[1] == []
-    with pytest.raises(ValueError, match=r"must be in \(0, 1\] but is: 0"):
+    with pytest.raises(OptionError, match=r"must be in \(0, 1\] but is: 0"):
         split([system], 0)
 
 
@@ -324,6 +325,30 @@ def test_frames_and_sel(tmp_path):
     part["coord"][1] = [0, 0, 0, 0.05, 0, 0]
     with pytest.raises(DataError, match=r"b, frame 1: .*0\.1"):
         frames(load_systems(write(tmp_path / "b", [part]), TYPE_MAP), cutoff=3.0, num_types=2)
+
+
+def test_atoms_without_neighbors_have_no_sel(tmp_path):
+    systems = load_systems(write(tmp_path, [arrays(2)]), TYPE_MAP)
+    with pytest.raises(DataError, match=r"No atom has a neighbour within 2\.0 Å: check"):
+        auto_sel(frames(systems, cutoff=2.0, num_types=2))
+
+
+@pytest.mark.parametrize("function", ["_folder_types", "_checked", "make_frame"])
+def test_a_fault_of_our_own_is_not_the_users(tmp_path, monkeypatch, function):
+    folder = write(tmp_path, [arrays(2)])
+    monkeypatch.setattr(data, function, lambda *_, **__: list(zip([1], [1, 2], strict=True)))
+    with pytest.raises(ValueError, match="zip") as caught:
+        frames(load_systems(folder, TYPE_MAP), cutoff=3.0, num_types=2)
+    assert not isinstance(caught.value, RlekfError)
+
+
+def test_a_fault_of_our_own_after_dpdata_is_not_the_users(tmp_path, monkeypatch):
+    pytest.importorskip("dpdata", reason="dpdata is not installed")
+    (tmp_path / "MOVEMENT").write_text(MOVEMENT)
+    monkeypatch.setattr(data, "_from_dpdata", lambda *_: list(zip([1], [1, 2], strict=True)))
+    with pytest.raises(ValueError, match="zip") as caught:
+        load_systems(tmp_path / "MOVEMENT", TYPE_MAP)
+    assert not isinstance(caught.value, RlekfError)
 
 
 def test_auto_sel_rounds_as_deepmd_kit():

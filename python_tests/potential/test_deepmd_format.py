@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlekf_ext.errors import InputError
+from rlekf_ext.errors import InputError, RlekfError
+from rlekf_ext.potential import deepmd_format
 from rlekf_ext.potential.deepmd_format import export_model, import_model
 from rlekf_ext.potential.neighbors import make_frame
 
@@ -161,8 +162,12 @@ def test_the_arrays_have_the_shapes_of_deepmd(file):
         ),
         ("model/descriptor/rcut", float("inf"), "model/descriptor/rcut must be a number but is: Infinity"),
         ("model/descriptor/rcut_smth", 5.0, "model/descriptor/rcut_smth must be < rcut = 4.0 but is: 5.0"),
-        ("model/descriptor/neuron", [3, 10**9], "sizes|must be float64 of shape|known here"),
-        ("model/descriptor/type_one_side", True, "4 embedding nets for 2 elements"),
+        ("model/descriptor/neuron", [3, 10**9], r"model/descriptor/neuron\[1\] must be <= 10000 but is: 1000000000"),
+        (
+            "model/descriptor/type_one_side",
+            True,
+            "networks should be a list of 2 for 2 elements and type_one_side = true",
+        ),
         ("model/type_map", ["Na"], "model/descriptor/sel must have a number for each of the 1 elements"),
         ("model/descriptor/type_map", ["Cl", "Na"], "type_map/0 = "),
         ("model/fitting/nets/networks/0/layers/1/@variables/w", "/variable_0000", "two nodes .* name the same array"),
@@ -247,10 +252,10 @@ def test_files_that_are_none(tmp_path, file):
         "model.pth": "files that end in .dp, but this one is called .*model.pth: `dp convert-backend` turns",
         "none.dp": "none.dp cannot be read: No such file or directory.",
         "folder.dp": "folder.dp cannot be read: Is a directory.",
-        "text.dp": "text.dp is not a whole .dp file of DeePMD-kit: take another copy",
-        "empty.dp": "empty.dp is not a whole .dp file",
-        "other.dp": "other.dp is not a whole .dp file",
-        "list.dp": "list.dp is not a whole .dp file",
+        "text.dp": "text.dp: not a whole .dp file of DeePMD-kit: take another copy",
+        "empty.dp": "empty.dp: not a whole .dp file",
+        "other.dp": "other.dp: not a whole .dp file",
+        "list.dp": "list.dp: model/type is missing",
     }
     (tmp_path / "folder.dp").mkdir()
     (tmp_path / "text.dp").write_text("hello\n" * 100)
@@ -268,7 +273,7 @@ def test_truncated_files_are_refused(tmp_path, file):
     content, copy = file.read_bytes(), tmp_path / "copy.dp"
     for length in [0, 1, 8, 100, *random.Random(0).sample(range(len(content)), 20), len(content) - 1]:
         copy.write_bytes(content[:length])
-        with pytest.raises(InputError, match=r"copy\.dp is not a whole .dp file"):
+        with pytest.raises(InputError, match=r"copy\.dp: not a whole .dp file"):
             import_model(copy)
 
 
@@ -281,7 +286,7 @@ def test_an_altered_weight_is_noticed(tmp_path, file):
         altered = bytearray(content)
         altered[place] ^= 1
         copy.write_bytes(altered)
-        with pytest.raises(InputError, match=r"copy\.dp is not a whole .dp file"):
+        with pytest.raises(InputError, match=r"copy\.dp: not a whole .dp file"):
             import_model(copy)
 
 
@@ -324,3 +329,10 @@ def test_a_failing_export_leaves_the_old_file(file, monkeypatch):
         export_model(make_model(), file)
     assert file.read_bytes() == old
     assert [path.name for path in file.parent.iterdir()] == ["model.dp"]
+
+
+def test_a_fault_of_our_own_is_not_the_users(file, monkeypatch):
+    monkeypatch.setattr(deepmd_format, "_matches", lambda *_: zip([1], [1, 2], strict=True))
+    with pytest.raises(ValueError, match="zip") as caught:
+        import_model(file)
+    assert not isinstance(caught.value, RlekfError)

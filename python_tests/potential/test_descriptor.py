@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlekf_ext.errors import DataError
 from rlekf_ext.potential.architecture import DescriptorArchitecture
 from rlekf_ext.potential.descriptor import Network, SeE2A, run_networks
 from rlekf_ext.potential.neighbors import collate, make_frame
@@ -161,14 +162,14 @@ def test_what_the_descriptor_refuses() -> None:
     frame = make_frame(points, cell, types, RCUT, 3)
     small = make_descriptor(sel=(frame.slots[0] - 1, 99, 99))
     sentence = rf'{frame.slots[0]} neighbours of element O .* sel = {frame.slots[0] - 1}: .*"sel": "auto"'
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(DataError, match=sentence):
         small(frame)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(DataError, match=sentence):
         small.fit_statistics([frame])
     descriptor = make_descriptor()
-    with pytest.raises(ValueError, match="cutoff"):
+    with pytest.raises(DataError, match="cutoff"):
         descriptor(make_frame(points, cell, types, RCUT - 0.5, 3))
-    with pytest.raises(ValueError, match="elements"):
+    with pytest.raises(DataError, match="elements"):
         descriptor(make_frame(points, cell, types, RCUT, 4))
-    with pytest.raises(ValueError, match=r"frame\.to"):
+    with pytest.raises(DataError, match=r"frame\.to"):
         descriptor(frame.to(torch.float32))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import make_model
 
+from rlekf_ext.errors import InputError
 from rlekf_ext.potential import evaluate
 from rlekf_ext.potential.evaluate import compare
 from rlekf_ext.potential.neighbors import collate, make_frame
@@ -101,3 +102,9 @@ def test_saved_files_read_back(tmp_path):
     assert paths[1].read_text(encoding="utf-8").startswith("# data_fx data_fy data_fz pred_fx")
     one = compare(small_model(), [labelled(0, 2)])
     assert np.loadtxt(one.save(tmp_path / "one")[0], ndmin=2).shape == (1, 2)
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/detail\.e_peratom\.out cannot be written: "):
+        compare(small_model(), [labelled(0, 2)]).save(tmp_path / "file" / "detail")

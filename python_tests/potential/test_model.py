@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlekf_ext import optim
+from rlekf_ext.errors import DataError
 from rlekf_ext.potential.architecture import plain
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, collate, make_frame
@@ -266,13 +267,13 @@ def test_energy_bias_is_the_least_squares_solution() -> None:
     np.testing.assert_allclose(model.energy_bias, expected, rtol=1e-12)
     model.fit_energy_bias([frame_of(*structure(k, (4, 2)), energy=10.0) for k in range(3)])
     np.testing.assert_allclose(model.energy_bias, [2, 1], rtol=1e-12)  # rank 1: the smallest solution
-    with pytest.raises(ValueError, match="has none"):
+    with pytest.raises(DataError, match="has none"):
         model.fit_energy_bias([frame_of(*structure())])
 
 
 def test_too_many_neighbors_are_refused_by_name() -> None:
     model = helpers.make_model(["Na", "Cl"], [4, 20], RCUT)
-    with pytest.raises(ValueError, match="element Na"):
+    with pytest.raises(DataError, match="element Na"):
         model(frame_of(*structure()))
 
 

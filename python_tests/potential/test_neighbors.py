@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlekf_ext.errors import DataError, OptionError
 from rlekf_ext.potential.neighbors import Frame, collate, make_frame
 
 CUTOFF = 4.0
@@ -107,21 +108,23 @@ def test_collate_puts_frames_side_by_side() -> None:
 
 def test_what_cannot_be_a_frame_is_refused() -> None:
     box = 5 * np.eye(3)
-    with pytest.raises(ValueError, match=r"Atoms [01] and [01] are 0\.05 Å apart, closer than 0\.1 Å"):
+    with pytest.raises(DataError, match=r"Atoms [01] and [01] are 0\.05 Å apart, closer than 0\.1 Å"):
         make_frame([[0, 0, 0], [4.95, 0, 0]], box, [0, 0], CUTOFF, 1)
-    with pytest.raises(ValueError, match=r"Atoms [01] and [01] are 0 Å apart"):
+    with pytest.raises(DataError, match=r"Atoms [01] and [01] are 0 Å apart"):
         make_frame([[0, 0, 0], [0, 0, 0]], None, [0, 0], CUTOFF, 1)
-    with pytest.raises(ValueError, match=r"0 \.\.\. 0"):
+    with pytest.raises(DataError, match=r"0 \.\.\. 0"):
         make_frame([[0, 0, 0]], box, [1], CUTOFF, 1)
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(DataError, match="finite"):
         make_frame([[0, 0, np.nan]], box, [0], CUTOFF, 1)
-    with pytest.raises(ValueError, match="one per atom"):
+    with pytest.raises(DataError, match="one per atom"):
         make_frame([[0, 0, 0]], box, [0, 0], CUTOFF, 1)
-    with pytest.raises(ValueError, match="rows the cell vectors"):
+    with pytest.raises(DataError, match="rows the cell vectors"):
         make_frame([[0, 0, 0]], np.ones(9), [0], CUTOFF, 1)
-    with pytest.raises(ValueError, match="forces"):
+    with pytest.raises(DataError, match="forces"):
         make_frame([[0, 0, 0]], box, [0], CUTOFF, 1, forces=[1.0])
     with pytest.raises(ValueError, match="no frame"):
         collate([])
     with pytest.raises(ValueError, match="one cutoff"):
         collate([make_frame([[0, 0, 0]], box, [0], r, 1) for r in (3.0, 4.0)])
+    with pytest.raises(OptionError, match=r"The cutoff must be above 0\.1 Å"):
+        make_frame([[0, 0, 0]], box, [0], 0.05, 1)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from rlekf_ext.errors import InputError, RlekfError
 from rlekf_ext.potential.evaluate import Comparison
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'rlekf_ext[plot]'")
@@ -110,13 +111,41 @@ def test_read_curve_of_the_trainers_json(tmp_path):
         ),
         ("lcurve.json", json.dumps({"epochs": EPOCHS}), "has no columns step"),
         ("input.json", json.dumps({"model": {}}), "has no columns step"),
+        ("words.out", OURS.replace("7.95e-02", "seven"), "is not an lcurve.out"),
+        ("broken.json", "{", "is not JSON: "),
+        ("list.json", "[1]", "is not an lcurve.out"),
+        ("rows.json", json.dumps({"epochs": [{"step": 1}, {"epoch": 2}]}), "is not an lcurve.out"),
+        ("strings.json", json.dumps({"epochs": [{"step": "one"}]}), "is not an lcurve.out"),
     ],
 )
 def test_files_that_are_no_learning_curve(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=rf"{name} {message}"):
+    with pytest.raises(InputError, match=rf"{name} {message}"):
         plot_lcurve(tmp_path / name, tmp_path / "curve.png")
     assert not (tmp_path / "curve.png").exists()
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path):
+    (tmp_path / "lcurve.out").write_text(OURS)
+    with pytest.raises(InputError, match=r"none\.out cannot be read: No such file or directory\."):
+        plot_lcurve(tmp_path / "none.out", tmp_path / "curve.png")
+    (tmp_path / "binary.out").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"binary\.out is not text in UTF-8: byte 0\."):
+        plot_lcurve(tmp_path / "binary.out", tmp_path / "curve.png")
+    with pytest.raises(InputError, match=r"lcurve\.out/curve\.png cannot be written: .*lcurve\.out: "):
+        plot_lcurve(tmp_path / "lcurve.out", tmp_path / "lcurve.out" / "curve.png")
+    for name in ("curve", "curve.xyz"):
+        with pytest.raises(InputError, match=rf"must end in one of .*\.png.* but is: .*{name}\."):
+            plot_lcurve(tmp_path / "lcurve.out", tmp_path / name)
+    assert not plot.plt.get_fignums()
+
+
+def test_a_fault_of_our_own_is_not_the_users(tmp_path, monkeypatch):
+    (tmp_path / "lcurve.out").write_text(OURS)
+    monkeypatch.setattr(plot, "_two_panels", lambda *_: list(zip([1], [1, 2], strict=True)))
+    with pytest.raises(ValueError, match="zip") as caught:
+        plot_lcurve(tmp_path / "lcurve.out", tmp_path / "curve.png")
+    assert not isinstance(caught.value, RlekfError)
 
 
 def test_epochs_of_several_runs(tmp_path, shown):

@@ -242,6 +242,8 @@ def test_columns_of_the_file(tmp_path):
     np.testing.assert_array_equal(columns[:, 1:3], found.energy)  # to the last digit
     np.testing.assert_array_equal(columns[:, 3:5], found.force)
     assert np.loadtxt(made_up(1).save(tmp_path / "one"), ndmin=2).shape == (1, 5)
+    with pytest.raises(InputError, match=r"cu\.uncertainty\.out/cu\.uncertainty\.out cannot be written: "):
+        found.save(path / "cu")
 
 
 def test_picture(tmp_path, monkeypatch):

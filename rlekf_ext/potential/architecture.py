@@ -22,7 +22,7 @@ class DescriptorArchitecture:
     sel: tuple[int, ...] = option(help="Neighbour slots of each element: the most neighbours an atom may have.", low=0)
     rcut: float = option(6.0, "The cutoff radius in Å.", above=0, high=100)
     rcut_smth: float = option(0.5, "Where the switching function begins, in Å.", low=0)
-    neuron: tuple[int, ...] = option((25, 25, 25), "Widths of the embedding nets.", low=1)
+    neuron: tuple[int, ...] = option((25, 25, 25), "Widths of the embedding nets.", low=1, high=10_000)
     axis_neuron: int = option(
         16, "Outputs of the embedding nets that form the second factor.", low=1, also=("n_axis_neuron",)
     )
@@ -34,7 +34,9 @@ class DescriptorArchitecture:
 class FittingArchitecture:
     """The fitting nets, from the descriptor to the atomic energy."""
 
-    neuron: tuple[int, ...] = option((50, 50, 50), "Widths of the hidden layers.", low=1, also=("n_neuron",))
+    neuron: tuple[int, ...] = option(
+        (50, 50, 50), "Widths of the hidden layers.", low=1, high=10_000, also=("n_neuron",)
+    )
     resnet_dt: bool = option(False, "Whether shortcuts have a trainable time step.")
 
 

@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.geometry import complete_cell
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from rlekf_ext.errors import DataError
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import make_frame
@@ -26,8 +27,8 @@ class Calculator(ase_calculator.Calculator):
     in eV, forces in eV/Å, stress in eV/Å³ in ASE's order xx, yy, zz, yz, xz, xy; stress needs three cell vectors.
     Structures may be periodic in any of the three directions.
 
-    Raises InputError for a file that is no checkpoint, and ValueError for elements that the model does not know, for
-    more neighbours than its sel and for atoms closer than 0.1 Å.
+    Raises InputError for a file that is no checkpoint, and DataError for elements that the model does not know, for
+    more neighbours than its sel, for atoms closer than 0.1 Å and for a periodic cell vector of length 0.
     """
 
     # No ClassVar: ASE declares it without.
@@ -78,7 +79,7 @@ class Calculator(ase_calculator.Calculator):
         known = {name: index for index, name in enumerate(self.model.type_map)}
         symbols = atoms.get_chemical_symbols()
         if unknown := sorted(set(symbols) - set(known)):
-            raise ValueError(f"The model knows the elements {', '.join(known)}, but the atoms are also {unknown}.")
+            raise DataError(f"The model knows the elements {', '.join(known)}, but the atoms are also {unknown}.")
         return [known[symbol] for symbol in symbols]
 
 
@@ -87,7 +88,7 @@ def _box(atoms: Atoms, rcut: float) -> np.ndarray | None:
     if not atoms.pbc.any():
         return None
     if not atoms.cell.lengths()[atoms.pbc].all():
-        raise ValueError(f"The atoms are periodic along a cell vector of length 0: {atoms.cell}; set the cell or pbc.")
+        raise DataError(f"The atoms are periodic along a cell vector of length 0: {atoms.cell}; set the cell or pbc.")
     if atoms.pbc.all():
         return atoms.cell.array
     # A zero vector is completed by one of length 1 Å across the others.

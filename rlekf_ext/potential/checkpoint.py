@@ -1,4 +1,4 @@
-"""Files that are whole or not there: checkpoints of a model and of all that its training needs to go on.
+"""Checkpoints: a model and all that its training needs to continue.
 
 Several processes write one checkpoint together: a file as ever, with notes in place of the tensors that are spread over
 them, and beside it a folder of torch.distributed.checkpoint with these, a part from each process. The file is written
@@ -12,7 +12,6 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from rlekf_ext.errors import InputError
 from rlekf_ext.potential.architecture import plain
+from rlekf_ext.potential.files import write_atomically, writing
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.processes import ALONE, Processes
 from rlekf_ext.schema import shown
@@ -65,9 +65,10 @@ def save_checkpoint(path: Path, model: DeepPotential, processes: Processes = ALO
         checkpoint["shards"] = {"folder": folder.name, "checksums": _save_shards(folder, spread, processes)}
     if processes.rank == 0:
         _save_file(path, checkpoint)
-        for old in _shards(path).glob("*"):
-            if old != folder:
-                shutil.rmtree(old)
+        with writing(path):
+            for old in _shards(path).glob("*"):
+                if old != folder:
+                    shutil.rmtree(old)
         if not spread:
             with suppress(OSError):
                 _shards(path).rmdir()
@@ -126,13 +127,16 @@ def _check_shards(folder: Path, checksums: dict[str, int], processes: Processes)
     names = sorted(checksums)
     bad = -1
     for place in range(processes.rank, len(names), processes.size):
-        file = folder / names[place]
-        if not file.exists() or _checksum(file) != checksums[names[place]]:
+        try:
+            whole = _checksum(folder / names[place]) == checksums[names[place]]
+        except OSError:  # no error yet: the other processes would wait for this one
+            whole = False
+        if not whole:
             bad = place
     for (place,) in processes.gather([bad]):
         if place >= 0:
             file = folder / names[place]
-            what = "its checksum is wrong" if file.exists() else "it is missing"
+            what = "its checksum is wrong" if os.path.exists(file) else "it is missing"
             raise InputError(
                 f"{file}, a part of the checkpoint, cannot be used: {what}. Restore it, or start without --restart."
             )
@@ -141,13 +145,14 @@ def _check_shards(folder: Path, checksums: dict[str, int], processes: Processes)
 def _save_file(path: Path, checkpoint: dict[str, Any]) -> None:
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # what torch makes of a full disk
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
 
-    try:
-        write_atomically(path, write)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise InputError(f"{path} cannot be written: {reason}.") from error
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: str | Path, processes: Processes = ALONE, *, model_only: bool = False) -> dict[str, Any]:
@@ -170,7 +175,7 @@ def load_checkpoint(path: str | Path, processes: Processes = ALONE, *, model_onl
 
 def run_of(path: Path) -> str | None:
     """The name of the run that wrote a checkpoint; None where there is none. Raises InputError."""
-    return _read(path).get("run") if path.exists() else None
+    return _read(path).get("run") if os.path.exists(path) else None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -208,39 +213,3 @@ def restored_model(checkpoint: dict[str, Any]) -> DeepPotential:
     model = DeepPotential(checkpoint["model"])
     model.load_state_dict(checkpoint["weights"])
     return model
-
-
-def check_writable(path: Path) -> None:
-    """Raise InputError where `path` cannot be written, before hours are spent on what should stand in it."""
-    temporary = _beside(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        temporary.unlink()
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.filename}: {error.strerror}.") from error
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path` and move it there: a reader, a full disk, a kill or a power cut finds the old file or the
-    new one whole. What a kill leaves beside it is overwritten by the next write.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # some file systems cannot sync a folder: there the move reaches the disk when it may
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")

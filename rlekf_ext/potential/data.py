@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlekf_ext.errors import DataError
+from rlekf_ext.errors import DataError, OptionError
+from rlekf_ext.potential.files import reading
 from rlekf_ext.potential.neighbors import Frame, make_frame
 
 
@@ -66,11 +67,11 @@ def split_format(text: str) -> tuple[str | None, str]:
 def split(systems: Iterable[System], fraction: float = 0.8) -> tuple[list[System], list[System]]:
     """Cut each system into its first frames, which train, and its last, which validate: the paper's cut in time.
 
-    A system of two frames or more keeps one on either side; a single frame trains. Raises ValueError for a fraction
-    outside (0, 1], and at 1 nothing validates.
+    A system of two frames or more keeps one on either side; a single frame trains. Raises OptionError for a fraction
+    outside (0, 1]; at 1 nothing validates.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"The fraction of frames that train must be in (0, 1] but is: {fraction}")
+        raise OptionError(f"The fraction of frames that train must be in (0, 1] but is: {fraction}.")
     train, validation = [], []
     for system in systems:
         cut = len(system)
@@ -88,8 +89,16 @@ def frames(systems: Iterable[System], cutoff: float, num_types: int, dtype: torc
 
 
 def auto_sel(frames: Iterable[Frame], factor: float = 1.1) -> tuple[int, ...]:
-    """DeePMD-kit's sel = "auto:factor": the most neighbours of each element, times factor, to a multiple of 4."""
+    """DeePMD-kit's sel = "auto:factor": the most neighbours of each element, times factor, to a multiple of 4.
+
+    Raises DataError if no atom has a neighbour.
+    """
+    frames = list(frames)
     most = np.max([frame.slots for frame in frames], axis=0)
+    if not most.any():
+        raise DataError(
+            f"No atom has a neighbour within {frames[0].cutoff} Å: check the coordinates, their units and rcut."
+        )
     return tuple(4 * ((int(n * factor) + 3) // 4) for n in most)  # cut to an integer first, as DeePMD-kit does
 
 
@@ -106,7 +115,7 @@ def _frame(system: System, i: int, cutoff: float, num_types: int, dtype: torch.d
             virial=None if system.virials is None else system.virials[i],
             dtype=dtype,
         )
-    except ValueError as error:
+    except DataError as error:
         raise DataError(f"{system.name}, frame {i}: {error}") from error
 
 
@@ -115,9 +124,10 @@ def _load(text: str, type_map: list[str]) -> list[System]:
     path = Path(name)
     if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise DataError(f"{path} does not exist (current directory: {Path.cwd()}).")
-    if form in ("deepmd/npy", "deepmd/raw", "deepmd", "deepmd/comp") or (form is None and path.is_dir()):
-        return _load_folders(path, form, type_map)
-    return _load_dpdata(path, form or path.name.split(".")[-1].lower(), type_map)
+    with reading(path):
+        if form in ("deepmd/npy", "deepmd/raw", "deepmd", "deepmd/comp") or (form is None and path.is_dir()):
+            return _load_folders(path, form, type_map)
+        return _load_dpdata(path, form or path.name.split(".")[-1].lower(), type_map)
 
 
 # DeePMD-kit's own folders
@@ -225,9 +235,9 @@ def _load_dpdata(path: Path, form: str, type_map: list[str]) -> list[System]:
     form = "extxyz" if form == "xyz" else form  # a plain xyz has no labels
     if form not in Format.get_formats():
         raise DataError(f'{path}: dpdata has no format "{form}"; give the path as "format:{path}".')
+    if form in XYZ:
+        _check_counts(path)
     try:
-        if form in XYZ:
-            _check_counts(path)
         if form in SEVERAL:
             found = list(dpdata.MultiSystems.from_file(str(path), form).systems.values())
         else:
@@ -250,7 +260,9 @@ def _check_counts(path: Path) -> None:
     while at < len(lines):
         count = re.match(r"\s*(\d+)", lines[at])
         if count and int(count[1]) > len(lines) - at - 2:
-            raise ValueError(f"line {at + 1} announces {count[1]} atoms but the file ends after {len(lines)} lines")
+            raise DataError(
+                f"{path}: line {at + 1} announces {count[1]} atoms but the file ends after {len(lines)} lines."
+            )
         at += int(count[1]) + 2 if count else 1
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +22,10 @@ from torch import Tensor
 from rlekf_ext import _C
 from rlekf_ext.errors import InputError
 from rlekf_ext.potential.architecture import Architecture, DescriptorArchitecture, FittingArchitecture, plain
-from rlekf_ext.potential.checkpoint import check_writable, write_atomically
 from rlekf_ext.potential.descriptor import Network
+from rlekf_ext.potential.files import check_writable, reading, write_atomically
 from rlekf_ext.potential.model import DeepPotential
-from rlekf_ext.schema import read
+from rlekf_ext.schema import read, shown
 
 # The versions that DeePMD-kit 3.0 writes, which every later one reads, and the newest whose meaning is known here.
 VERSIONS = {
@@ -81,7 +82,7 @@ def export_model(model: DeepPotential, path: str | Path) -> None:
 
     try:
         write_atomically(path, write)
-    except (OSError, RuntimeError) as error:  # h5py makes either of a full disk
+    except RuntimeError as error:  # h5py makes an OSError or this of a full disk
         raise InputError(f"{path} cannot be written: {error}.") from error
 
 
@@ -97,19 +98,25 @@ def import_model(path: str | Path) -> DeepPotential:
     import h5py
 
     path = _checked_name(path)
+    with reading(path), path.open("rb"):  # the system's words are better than HDF5's
+        pass
     try:
-        with path.open("rb"):  # whose words are better than HDF5's
-            pass
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    try:
-        with h5py.File(path, "r") as file:
-            return _built(json.loads(file.attrs["json"]), file)
-    except InputError as error:  # the file is readable, but no model of ours can be made of it
+        with _damage_named():
+            file = h5py.File(path, "r")
+        with file:
+            return _built(file)
+    except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except Exception as error:  # whatever a damaged file makes of HDF5: its own words help nobody
+
+
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    """Inside, whatever a damaged file makes of h5py is one InputError: HDF5's own words help nobody."""
+    try:
+        yield
+    except Exception as error:
         raise InputError(
-            f"{path} is not a whole .dp file of DeePMD-kit: take another copy, or make one of a .pth or .pb file by "
+            "not a whole .dp file of DeePMD-kit: take another copy, or make one of a .pth or .pb file by "
             "`dp convert-backend`."
         ) from error
 
@@ -284,16 +291,17 @@ class Match(NamedTuple):
     found: str
 
 
-def _built(content: Any, file: Any) -> DeepPotential:
+def _built(file: Any) -> DeepPotential:
     """The model of a file's tree, its arrays read from the file."""
-    tree = content["model"]
-    architecture = _architecture(tree)
+    with _damage_named():
+        content = json.loads(file.attrs["json"])
+    architecture = _architecture(content)
     with torch.device("meta"):  # a damaged size costs nothing
         model = DeepPotential(architecture)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[str, Tensor] = {}
     others: dict[str, np.ndarray] = {}
-    matches = list(_matches("model", _tree(model), tree))
+    matches = list(_matches("model", _tree(model), content["model"]))
     if len({match.found for match in matches}) < len(matches):
         raise InputError("two nodes of the model name the same array: the file is damaged.")
     for match in matches:
@@ -316,42 +324,46 @@ def _built(content: Any, file: Any) -> DeepPotential:
     return model
 
 
-def _architecture(tree: dict[str, Any]) -> Architecture:
+def _architecture(content: Any) -> Architecture:
     """The settings in the file; sizes are compared with the number of networks that the file itself has.
 
-    A setting that is missing takes its default here, and is found to be missing by `_matches`.
+    A setting that is missing takes its default here, and `_matches` finds that it is missing.
     """
     # Before anything else, for the sake of what the message says of other kinds of models
-    for place, found, expected in (
-        ("type", tree["type"], "standard"),
-        ("descriptor/type", tree["descriptor"]["type"], "se_e2_a"),
-        ("fitting/type", tree["fitting"]["type"], "ener"),
-    ):
-        if found != expected:
+    for place, expected in (("type", "standard"), ("descriptor/type", "se_e2_a"), ("fitting/type", "ener")):
+        if (found := _node(content, f"model/{place}")) != expected:
             raise InputError(f"model/{place} = {_shown(found)}, but only {_shown(expected)} is known here.")
-    sections = (("descriptor", "descriptor", DescriptorArchitecture), ("fitting_net", "fitting", FittingArchitecture))
-    given = {
-        ours: {f.name: tree[theirs][f.name] for f in fields(section) if f.name in tree[theirs]}
-        for ours, theirs, section in sections
-    }
-    precision = tree["descriptor"]["precision"]
-    if SYNONYMS.get(precision, precision) not in ("float32", "float64"):
+    precision = _node(content, "model/descriptor/precision")
+    precision = SYNONYMS.get(precision, precision) if isinstance(precision, str) else precision
+    if precision not in ("float32", "float64"):
         raise InputError(
             f'model/descriptor/precision = {_shown(precision)}, but here are only "float32" and "float64".'
         )
-    architecture: Architecture = read(
-        Architecture,
-        {**given, "type_map": tree["type_map"], "precision": SYNONYMS.get(precision, precision)},
-        "model",
-    )
-    descriptor, num_types = architecture.descriptor, len(architecture.type_map)
-    networks = tree["descriptor"]["embeddings"]["networks"]
-    if len(networks) != num_types ** (1 if descriptor.type_one_side else 2):
+    tree = content["model"]
+    given = {"type_map": _node(content, "model/type_map"), "precision": precision}
+    for name, theirs, section in (
+        ("descriptor", tree["descriptor"], DescriptorArchitecture),
+        ("fitting_net", tree["fitting"], FittingArchitecture),
+    ):
+        given[name] = {f.name: theirs[f.name] for f in fields(section) if f.name in theirs}
+    architecture: Architecture = read(Architecture, given, "model")
+    one_side, num_types = architecture.descriptor.type_one_side, len(architecture.type_map)
+    networks, needed = _node(content, "model/descriptor/embeddings/networks"), num_types ** (1 if one_side else 2)
+    if not isinstance(networks, list) or len(networks) != needed:
         raise InputError(
-            f"{len(networks)} embedding nets for {num_types} elements and type_one_side = {descriptor.type_one_side} "
-            "do not fit together: the file is damaged."
+            f"model/descriptor/embeddings/networks should be a list of {needed} for {num_types} elements and "
+            f"type_one_side = {_shown(one_side)} but is: {_shown(networks)}; the file is damaged."
         )
     return architecture
+
+
+def _node(content: Any, place: str) -> Any:
+    """What the tree has at a place."""
+    for name in place.split("/"):
+        if not isinstance(content, dict) or name not in content:
+            raise InputError(f"{place} is missing: the file is damaged, or of another kind of model.")
+        content = content[name]
+    return content
 
 
 def _matches(place: str, expected: Any, found: Any) -> Iterator[Match]:
@@ -397,7 +409,7 @@ def _neutral(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=lambda _: "array")
+    text = shown(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
@@ -406,8 +418,9 @@ def _array(match: Match, file: Any) -> np.ndarray:
     import h5py
 
     place, expected, name = match
-    own = "/" not in name and isinstance(file.get(name, getlink=True), h5py.HardLink)
-    stored = file[name] if own else None
+    with _damage_named():
+        own = "/" not in name and isinstance(file.get(name, getlink=True), h5py.HardLink)
+        stored = file[name] if own else None
     if not isinstance(stored, h5py.Dataset) or stored.external or stored.is_virtual:
         raise InputError(f"{place} is not in the file.")
     dtype = str(expected.dtype).removeprefix("torch.")
@@ -415,7 +428,8 @@ def _array(match: Match, file: Any) -> np.ndarray:
         raise InputError(
             f"{place} must be {dtype} of shape {tuple(expected.shape)} but is {stored.dtype} of shape {stored.shape}."
         )
-    array = stored[()]
+    with _damage_named():
+        array = stored[()]
     if not np.isfinite(array).all():
         raise InputError(f"{place} has numbers that are not finite.")
     return array

@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from rlekf_ext.errors import DataError
 from rlekf_ext.potential.architecture import DescriptorArchitecture
 from rlekf_ext.potential.neighbors import Frame
 
@@ -235,19 +236,19 @@ class SeE2A(nn.Module):
         """Raise ValueError where the frame's cutoff, elements or number of neighbours do not fit the network."""
         rcut = self.architecture.rcut
         if len(frame.slots) != self.num_types:
-            raise ValueError(f"The network has {self.num_types} elements, but the frame has {len(frame.slots)}.")
+            raise DataError(f"The network has {self.num_types} elements, but the frame has {len(frame.slots)}.")
         if frame.cutoff is not None and frame.cutoff != rcut:
-            raise ValueError(f"The network's cutoff is {rcut} Å, but the frame was made with {frame.cutoff} Å.")
+            raise DataError(f"The network's cutoff is {rcut} Å, but the frame was made with {frame.cutoff} Å.")
         for name, count, sel in zip(self.type_map, frame.slots, self.architecture.sel, strict=True):
             if count > sel:
-                raise ValueError(
+                raise DataError(
                     f"An atom has {count} neighbours of element {name} within {rcut} Å, more than sel = {sel}: "
                     'raise sel, or set "sel": "auto", or "auto:1.5" for more room.'
                 )
 
     def _environment(self, frame: Frame) -> Environment:
         if frame.edges.dtype != self.davg.dtype:
-            raise ValueError(f"The network is {self.davg.dtype}, the frame {frame.edges.dtype}: call frame.to(dtype).")
+            raise DataError(f"The network is {self.davg.dtype}, the frame {frame.edges.dtype}: call frame.to(dtype).")
         device = frame.edges.device
         n, num_slots = frame.neighbors.shape
         # Row n and slot num_slots are what padding points to.

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rlekf_ext.potential.files import write_atomically
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, collate
 from rlekf_ext.processes import Processes
@@ -35,11 +36,15 @@ class Comparison:
         return _rmse(self.force)
 
     def save(self, prefix: str | Path) -> list[Path]:
-        """Write PREFIX.e_peratom.out and PREFIX.f.out, labels before predictions, as `dp test -d` does."""
+        """Write PREFIX.e_peratom.out and PREFIX.f.out, labels before predictions, as `dp test -d` does.
+
+        Raises InputError if a file cannot be written.
+        """
         paths = [Path(f"{prefix}.e_peratom.out"), Path(f"{prefix}.f.out")]
-        np.savetxt(paths[0], self.energy, header="data_e pred_e (eV/atom)")
         vectors = self.force.reshape(-1, 3, 2).transpose(0, 2, 1).reshape(-1, 6)
-        np.savetxt(paths[1], vectors, header="data_fx data_fy data_fz pred_fx pred_fy pred_fz (eV/Å)", encoding="utf-8")
+        names = "data_fx data_fy data_fz pred_fx pred_fy pred_fz (eV/Å)"
+        write_atomically(paths[0], lambda path: np.savetxt(path, self.energy, header="data_e pred_e (eV/atom)"))
+        write_atomically(paths[1], lambda path: np.savetxt(path, vectors, header=names, encoding="utf-8"))
         return paths
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlekf_ext.errors import DataError
 from rlekf_ext.potential.architecture import Architecture, plain
 from rlekf_ext.potential.descriptor import Environment, Network, SeE2A, run_networks
 from rlekf_ext.potential.neighbors import Frame
@@ -80,7 +81,7 @@ class DeepPotential(nn.Module):
         counts, energies = [], []
         for frame in frames:
             if frame.energy is None:
-                raise ValueError("The energy bias is fitted to energies, but a frame has none: leave it out.")
+                raise DataError("The energy bias is fitted to energies, but a frame has none: leave it out.")
             count = torch.zeros(len(frame.num_atoms), len(self.type_map), dtype=torch.float64)
             one = torch.ones(len(frame.types), dtype=torch.float64)
             count.index_put_((frame.structure.cpu(), frame.types.cpu()), one, accumulate=True)

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rlekf_ext.errors import DataError, OptionError
+
 # Two nuclei this close are a mistake in the data, and 1/r would drown every other neighbour.
 SHORTEST_DISTANCE = 0.1  # Å
 FARTHEST = 1e6  # Å; so far out, too, is a mistake
@@ -67,8 +69,10 @@ def make_frame(
     """Build the frame of one structure: every pair within the cutoff, all periodic images included.
 
     coordinates (n, 3) Å, box (3, 3) Å with the cell vectors as rows or None for a structure that is not periodic,
-    types (n,) below num_types, energy eV, forces (n, 3) eV/Å, virial (3, 3) eV. ValueError where a shape or a type is
-    wrong, a number is not finite, two atoms are closer than 0.1 Å, or the box is no box for the cutoff.
+    types (n,) below num_types, energy eV, forces (n, 3) eV/Å, virial (3, 3) eV.
+
+    Raises DataError if a shape or a type is wrong, a number is not finite, two atoms are closer than 0.1 Å or the box
+    is no box for the cutoff, and OptionError for a cutoff of 0.1 Å or less.
     """
     points, cell, elements = _checked(coordinates, box, types, num_types)
     _check_extent(points, cell, cutoff)
@@ -95,7 +99,7 @@ def make_frame(
             return None
         array = np.asarray(value, dtype=np.float64)
         if array.size != np.prod(shape) or not np.isfinite(array).all():
-            raise ValueError(f"The {name} of a structure of {n} atoms needs finite numbers of shape {shape}.")
+            raise DataError(f"The {name} of a structure of {n} atoms needs finite numbers of shape {shape}.")
         return torch.tensor(array.reshape(shape), dtype=dtype)
 
     return Frame(
@@ -152,18 +156,18 @@ def _checked(
     elements = np.array(types, dtype=np.int64)
     cell = None if box is None else np.asarray(box, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0:
-        raise ValueError(f"Coordinates must have the shape (n, 3) with n >= 1, but have {points.shape}.")
+        raise DataError(f"Coordinates must have the shape (n, 3) with n >= 1, but have {points.shape}.")
     if elements.shape != (len(points),):
-        raise ValueError(f"Types must have the shape ({len(points)},), one per atom, but have {elements.shape}.")
+        raise DataError(f"Types must have the shape ({len(points)},), one per atom, but have {elements.shape}.")
     if elements.min() < 0 or elements.max() >= num_types:
-        raise ValueError(f"Types must lie in 0 ... {num_types - 1}, but reach {elements.min()} and {elements.max()}.")
+        raise DataError(f"Types must lie in 0 ... {num_types - 1}, but reach {elements.min()} and {elements.max()}.")
     if cell is not None and cell.shape != (3, 3):
-        raise ValueError(f"A box must have the shape (3, 3), its rows the cell vectors, but has {cell.shape}.")
+        raise DataError(f"A box must have the shape (3, 3), its rows the cell vectors, but has {cell.shape}.")
     if not np.isfinite(points).all() or (cell is not None and not np.isfinite(cell).all()):
-        raise ValueError("Coordinates and box must be finite numbers, but some are not.")
+        raise DataError("Coordinates and box must be finite numbers, but some are not.")
     farthest = max(np.abs(points).max(), 0 if cell is None else np.abs(cell).max())
     if farthest > FARTHEST:
-        raise ValueError(
+        raise DataError(
             f"Coordinates and box must stay within {FARTHEST:g} Å, but reach {farthest:g} Å: check their units."
         )
     return points, cell, elements
@@ -172,7 +176,7 @@ def _checked(
 def _check_extent(points: np.ndarray, cell: np.ndarray | None, cutoff: float) -> None:
     """Refuse a box that the search would crash or hang on, or fill the memory with."""
     if not cutoff > SHORTEST_DISTANCE:
-        raise ValueError(f"The cutoff must be above {SHORTEST_DISTANCE} Å, but is {cutoff} Å.")
+        raise OptionError(f"The cutoff must be above {SHORTEST_DISTANCE} Å, but is {cutoff} Å.")
     if cell is None:
         extent, pairs = np.maximum(np.ptp(points, axis=0), 1.0), 0.0
     else:
@@ -186,7 +190,7 @@ def _check_extent(points: np.ndarray, cell: np.ndarray | None, cutoff: float) ->
     lopsided = too_many > 1 and cells.min() < 4 * np.cbrt(too_many)  # 4: it rounds down twice
     if lopsided or visits > MOST_VISITS or pairs > MOST_PAIRS:
         size = " × ".join(f"{length:.3g}" for length in extent)
-        raise ValueError(
+        raise DataError(
             f"{len(points)} atoms in {size} Å cannot be searched for neighbours within {cutoff} Å: check the "
             "coordinates, the box, their units and rcut."
         )
@@ -202,7 +206,7 @@ def _pairs(points: np.ndarray, cell: np.ndarray | None, cutoff: float) -> tuple[
     distances = np.linalg.norm(vectors, axis=1)
     if len(distances) and distances.min() < SHORTEST_DISTANCE:
         k = int(distances.argmin())
-        raise ValueError(
+        raise DataError(
             f"Atoms {center[k]} and {neighbor[k]} are {distances[k]:.3g} Å apart, closer than {SHORTEST_DISTANCE} Å: "
             "check the coordinates, the box and their units."
         )

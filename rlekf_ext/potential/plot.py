@@ -13,27 +13,55 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from rlekf_ext.errors import InputError
 from rlekf_ext.potential.evaluate import Comparison
+from rlekf_ext.potential.files import reading, write_atomically
 from rlekf_ext.potential.uncertainty import Uncertainty
 
+PICTURES = ("png", "pdf", "svg", "eps", "jpg", "tif", "webp")
 COLORS = ["#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#525252"]
 
 
 def read_curve(path: str | Path) -> dict[str, np.ndarray]:
-    """Columns of an lcurve.out (DeePMD-kit's too), or of the held-out curve in the trainer's JSON, by name."""
+    """Columns of an lcurve.out (DeePMD-kit's too), or of the held-out curve in the trainer's JSON, by name.
+
+    Raises InputError for a file that cannot be read or is neither.
+    """
     path = Path(path)
+    with reading(path):
+        text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        rows = json.loads(path.read_text()).get("epochs", [])
-        return {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else {})}
-    header, *rows = path.read_text().splitlines() or [""]
+        return _epochs(path, text)
+    header, *rows = text.splitlines() or [""]
     names = header.lstrip("# ").split()
     numbers = [row.split() for row in rows if not row.startswith("#")]
     if names[:1] != ["step"] or any(len(row) != len(names) for row in numbers):
-        raise ValueError(
-            f"{path} is not an lcurve.out: it should have a line of names, first step, and rows of numbers."
-        )
-    values = np.array(numbers, dtype=float).reshape(-1, len(names))
+        raise _unfit(path)
+    return _columns(path, names, numbers)
+
+
+def _epochs(path: Path, text: str) -> dict[str, np.ndarray]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}.") from error
+    rows = content.get("epochs", []) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows):
+        raise _unfit(path)
+    names = list(rows[0]) if rows else []
+    return _columns(path, names, [[row[name] for name in names] for row in rows])
+
+
+def _columns(path: Path, names: list[str], rows: list[list[Any]]) -> dict[str, np.ndarray]:
+    try:
+        values = np.array(rows, dtype=float).reshape(-1, len(names)) if names else np.empty((0, 0))
+    except (TypeError, ValueError) as error:
+        raise _unfit(path) from error
     return dict(zip(names, values.T, strict=True))
+
+
+def _unfit(path: Path) -> InputError:
+    return InputError(f"{path} is not an lcurve.out: it should have a line of names, first step, and rows of numbers.")
 
 
 def plot_lcurve(path: str | Path, output: str | Path) -> Path:
@@ -45,12 +73,12 @@ def plot_lcurve(path: str | Path, output: str | Path) -> Path:
         if {"step", f"rmse_e_{part}", f"rmse_f_{part}"} <= set(curve)  # DeePMD-kit has no val without validation data
     }
     if not lines:
-        raise ValueError(f"{path} has no columns step, rmse_e_trn and rmse_f_trn: give an lcurve.out.")
+        raise InputError(f"{path} has no columns step, rmse_e_trn and rmse_f_trn: give an lcurve.out.")
     return _two_panels(lines, "batch", output)
 
 
 def plot_epochs(runs: Mapping[str, Sequence[Mapping[str, Any]]], output: str | Path, against: str = "seconds") -> Path:
-    """Held-out RMSE of several runs; `runs` maps a label to the trainer's rows, one an epoch."""
+    """Held-out RMSE of several runs; `runs` maps a label to the trainer's rows, one per epoch."""
     lines = {
         label: {
             "x": np.array([row[against] for row in rows]),
@@ -63,7 +91,7 @@ def plot_epochs(runs: Mapping[str, Sequence[Mapping[str, Any]]], output: str | P
 
 
 def plot_parity(comparisons: Mapping[str, Comparison], output: str | Path) -> Path:
-    """Predicted against labelled energies and forces, one colour a model."""
+    """Predicted against labelled energies and forces, one colour per model."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), constrained_layout=True)
     for order, (color, (label, comparison)) in enumerate(zip(COLORS, comparisons.items(), strict=False)):
         center = comparison.energy[:, 0].mean()
@@ -86,7 +114,7 @@ def plot_parity(comparisons: Mapping[str, Comparison], output: str | Path) -> Pa
 
 
 def plot_uncertainty(found: Mapping[str, Uncertainty], output: str | Path) -> Path:
-    """Errors against the filter's predicted deviations, a point for each frame, one colour a set of frames.
+    """Errors against the filter's predicted deviations, one point per frame, one colour per set of frames.
 
     A dashed line is error = factor × deviation, the factor that of `Uncertainty.factors`.
     """
@@ -119,7 +147,13 @@ def _two_panels(lines: Mapping[str, Mapping[str, np.ndarray]], xlabel: str, outp
 
 
 def _save(figure: Any, output: str | Path) -> Path:
+    """Raises InputError for a kind of picture that is unknown, or a file that cannot be written."""
     output = Path(output)
-    figure.savefig(output, dpi=150)
-    plt.close(figure)
+    form = output.suffix[1:].lower()
+    try:
+        if form not in PICTURES:
+            raise InputError(f"The name of a picture must end in one of .{', .'.join(PICTURES)} but is: {output}.")
+        write_atomically(output, lambda path: figure.savefig(path, dpi=150, format=form))
+    finally:
+        plt.close(figure)
     return output

@@ -17,16 +17,10 @@ from tqdm import tqdm
 from rlekf_ext.environment import this_machine
 from rlekf_ext.errors import InputError, StoppedError
 from rlekf_ext.potential.architecture import differences
-from rlekf_ext.potential.checkpoint import (
-    check_writable,
-    load_checkpoint,
-    restored_model,
-    run_of,
-    save_checkpoint,
-    write_atomically,
-)
+from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, run_of, save_checkpoint
 from rlekf_ext.potential.data import System, auto_sel, frames, load_systems, split
 from rlekf_ext.potential.evaluate import rmse
+from rlekf_ext.potential.files import check_writable, reading, write_atomically, writing
 from rlekf_ext.potential.input import Config, TrainingData
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
@@ -219,7 +213,7 @@ class Batches:
 
 
 class LearningCurve:
-    """DeePMD-kit's lcurve.out; a restart keeps the rows up to the batch that it goes on from."""
+    """DeePMD-kit's lcurve.out; a restart keeps the rows up to the batch that it continues from."""
 
     COLUMNS = ("rmse_val", "rmse_trn", "rmse_e_val", "rmse_e_trn", "rmse_f_val", "rmse_f_trn")
 
@@ -230,8 +224,13 @@ class LearningCurve:
         self._num_batches, self._data = (data.numb_btch, data) if data else (1, config.training.training_data)
         rows = ["#  step" + "".join(f"{name:>12}" for name in self.COLUMNS) + f"{'lr':>9}"]
         if step and path.exists():
-            old = [row for row in path.read_text().splitlines() if not row.startswith("#")]
-            rows += [row for row in old if int(row.split()[0]) <= step]
+            with reading(path):
+                old = [row for row in path.read_text(encoding="utf-8").splitlines() if not row.startswith("#")]
+            whole = len(rows[0].split()) - 1  # a kill may have cut the last row
+            for row in old:
+                columns = row.split()
+                if len(columns) == whole and columns[0].isdigit() and int(columns[0]) <= step:
+                    rows.append(row)
         if processes.rank == 0:
             write_atomically(path, lambda temporary: temporary.write_text("\n".join(rows) + "\n"))
 
@@ -248,7 +247,7 @@ class LearningCurve:
         (total, energy, force), trained = values
         row = (total, trained[0], energy, trained[1], force, trained[2])
         if self._processes.rank == 0:
-            with self._path.open("a") as file:
+            with writing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(f"{step:7d}" + "".join(f"{value:12.2e}" for value in row) + f"{rate:9.1e}\n")
         return f"E {energy:.1e} eV/atom, F {force:.1e} eV/Å"
 

@@ -16,6 +16,7 @@ from rlekf_ext import RLEKF
 from rlekf_ext.covariance import Covariance
 from rlekf_ext.errors import InputError
 from rlekf_ext.packing import TILE
+from rlekf_ext.potential.files import write_atomically
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 
@@ -46,15 +47,12 @@ class Uncertainty:
         return _root_of_ratio(*energy), _root_of_ratio(*force)
 
     def save(self, prefix: str | Path) -> Path:
-        """Write PREFIX.uncertainty.out, a line for each frame."""
+        """Write PREFIX.uncertainty.out, one line per frame. Raises InputError if it cannot be written."""
         path = Path(f"{prefix}.uncertainty.out")
-        np.savetxt(
-            path,
-            np.column_stack([np.arange(len(self.energy)), self.energy, self.force]),
-            fmt=["%8d", *["%24.16e"] * 4],
-            header="frame error_e deviation_e rmse_f deviation_f (eV/atom, eV/Å; the scale of deviations is relative)",
-            encoding="utf-8",
-        )
+        rows = np.column_stack([np.arange(len(self.energy)), self.energy, self.force])
+        names = "frame error_e deviation_e rmse_f deviation_f (eV/atom, eV/Å; the scale of deviations is relative)"
+        form = ["%8d", *["%24.16e"] * 4]
+        write_atomically(path, lambda file: np.savetxt(file, rows, form, header=names, encoding="utf-8"))
         return path
 
 
