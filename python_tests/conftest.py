@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Threads that spin for work make a test ten times slower on cores that other processes use too. Read by torch's import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -111,7 +111,7 @@ def measured(optimizer: RLEKF, model: DeepPotential, frame: Frame) -> tuple[Tens
     components = prediction.forces.flatten()
     signs = torch.randint(2, (DRAWS, len(components)), generator=torch.Generator().manual_seed(0)) * 2 - 1
     draws = signs.to(components) @ components / math.sqrt(len(components))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = optimizer.parameters()
     rows = [
         optimizer.flatten(torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True))
         for value in (prediction.energy[0] / len(frame.types), *draws)
