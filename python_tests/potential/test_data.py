@@ -274,6 +274,8 @@ def test_flaws_of_a_file(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="unconverged"), pytest.raises(DataError, match="OUTCAR holds no frames"):
         load_systems(tmp_path / "OUTCAR", TYPE_MAP)
     (tmp_path / "notes.txt").touch()
+    with pytest.raises(DataError, match=r"cannot be read: Is a directory\."):
+        load_systems(f"extxyz:{tmp_path}", TYPE_MAP)
     with pytest.raises(DataError, match=r'dpdata has no format "txt"; give the path as "format:'):
         load_systems(tmp_path / "notes.txt", TYPE_MAP)
     (tmp_path / "a.xyz").write_text(

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from rlekf_ext.errors import DataError, OptionError
-from rlekf_ext.potential.files import reading
 from rlekf_ext.potential.neighbors import Frame, make_frame
 
 
@@ -124,10 +123,12 @@ def _load(text: str, type_map: list[str]) -> list[System]:
     path = Path(name)
     if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise DataError(f"{path} does not exist (current directory: {Path.cwd()}).")
-    with reading(path):
+    try:
         if form in ("deepmd/npy", "deepmd/raw", "deepmd", "deepmd/comp") or (form is None and path.is_dir()):
             return _load_folders(path, form, type_map)
         return _load_dpdata(path, form or path.name.split(".")[-1].lower(), type_map)
+    except OSError as error:
+        raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
 
 
 # DeePMD-kit's own folders
