@@ -1,12 +1,12 @@
 """P spread over the processes of a group: which tiles are mine, and the one all_reduce of a step.
 
-All tiles of all blocks stand in one row, and every rank keeps a run of it, all runs of one length (the last ones may be
+All tiles of all blocks form one list, and every rank keeps a run of it, all runs of one length (the last ones may be
 shorter): any number of ranks shares any number of blocks, and a block may lie on several ranks. All vectors (weights,
-Jacobians, the u_i that wait) and all scalars are on every rank. A step is
+Jacobians, pending vectors) and all scalars are on every rank. A step is
 
-    z = S h of the own tiles   ->   all_reduce of z and of h·z by block   ->   the O(N) rest, the same on every rank
+    z = S h of the own tiles   ->   all_reduce of z   ->   the O(N) rest, the same on every rank
 
-so the weights stay the same, bit for bit, on all ranks, and one message of 8 M (N + L M) bytes is all that is sent.
+so the weights stay the same, bit for bit, on all ranks, and one message of 8 M N bytes is all that is sent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from rlekf_ext import _C
-from rlekf_ext.covariance import STATE
 from rlekf_ext.partition import BlockPlan
 from rlekf_ext.processes import Processes
 
@@ -26,46 +25,22 @@ class Shard:
     """The tiles of a plan that this process keeps: torch.chunk's part of its rank in the group."""
 
     def __init__(self, plan: BlockPlan, processes: Processes):
-        layout = _C.layout(list(plan.sizes))
         total = sum(_C.num_tiles(n) for n in plan.sizes)
         chunk = -(-total // processes.size)
-        self.processes, self.plan, self.num_tiles = processes, plan, total
+        self.processes, self.num_tiles = processes, total
         self.tiles = range(total)[processes.rank * chunk :][:chunk]
-        mine = [
-            i
-            for i, (_, n, tile) in enumerate(layout)
-            if self.tiles and tile < self.tiles.stop and tile + _C.num_tiles(n) > self.tiles.start
-        ]
-        self._blocks = slice(mine[0], mine[-1] + 1) if mine else slice(0)
-        # A block that begins on an earlier rank has a first tile below zero.
-        rows = [(weight, n, tile - self.tiles.start) for weight, n, tile in layout[self._blocks]]
-        self._layout = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
-        self._weights = slice(rows[0][0], rows[-1][0] + rows[-1][1]) if rows else slice(0)
+        # First tiles count from this rank's first: a block that begins on an earlier rank has one below zero.
+        rows = [(weight, n, tile - self.tiles.start) for weight, n, tile in _C.layout(list(plan.sizes))]
+        self._layout = torch.tensor(rows, dtype=torch.int64)
 
     def project(
         self, ops: ModuleType, tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`project` of all tiles, from each rank's own `tiles`; every rank must call it, with the same of all else."""
-        count, num_weights = jacobian.shape
-        num_blocks = self.plan.num_blocks
-        message = jacobian.new_zeros(count * num_weights + num_blocks * count * count)
-        z, inner = message.split([count * num_weights, num_blocks * count * count])
-        z, inner = z.view(count, num_weights), inner.view(num_blocks, count, count)
-        if self.tiles:
-            # S alone: the shift and the vectors that wait are counted once, below. They only matter where they fold.
-            own = state.clone()
-            folds = own[STATE["num_pending"]] + count > len(pending)
-            own[STATE["num_pending"]] *= folds
-            own[STATE["shift"]] = 0
-            self._layout = self._layout.to(jacobian.device)
-            cross, gram = ops.project(tiles, pending, own, self._layout, jacobian)
-            z[:, self._weights] = cross[:, self._weights]
-            inner[self._blocks] = gram[0]
-        cross, gram = ops.project(tiles[:0], pending, state, layout, jacobian)
-        self.processes.sum(message)
-        cross += z
-        gram[0] += inner
-        return cross, gram
+        self._layout = self._layout.to(jacobian.device)
+        z = self.processes.sum(ops.multiply_tiles(tiles, pending, state, self._layout, jacobian))
+        gram = ops.finish_projection(z, pending, state, layout, jacobian)
+        return z, gram
 
     def spread(self, tiles: Tensor) -> Tensor:
         """This rank's tiles as a part of a DTensor of all tiles, which torch.distributed.checkpoint saves and loads."""

@@ -7,6 +7,12 @@ project(tiles, pending, state, layout, jacobian) -> cross, gram
     cross (M, N) = (P / scale) H, and of each block gram (2, L, M, M) = h_jᵀ cross_k, then h_jᵀ h_k. When the
     `pending` rows would not hold M more vectors, they are first folded into the tiles: P stays what it was, in
     another form.
+multiply_tiles(tiles, pending, state, layout, jacobian) -> z
+    The part of `project` that reads tiles: z (M, N) = S H, after folding if need be. `tiles` may be any run of P's;
+    in the layout the first tile of a block then counts from the first of these. `state` and `pending` do not change.
+finish_projection(z, pending, state, layout, jacobian) -> gram
+    The rest of `project`, from the sum of z over all tiles: z becomes cross, and `state` notes the fold. There are no
+    CUDA kernels of these two.
 correct(weights, pending, state, layout, cross, gram, jacobian, innovation)
     M scalar updates, in order, each exact given those before it (Algorithm 2, lines 8 to 14): the innovations (M,)
     are those of the weights as they came in. A measurement whose innovation or variance is not finite, or whose

@@ -30,6 +30,18 @@ def project(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacob
     return cross, gram
 
 
+def multiply_tiles(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor) -> Tensor:
+    z = torch.ops.rlekf.multiply_tiles(tiles, pending, state, layout, jacobian)
+    increment_version(tiles)
+    return z
+
+
+def finish_projection(z: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor) -> Tensor:
+    gram = torch.ops.rlekf.finish_projection(z, pending, state, layout, jacobian)
+    increment_version([z, state])
+    return gram
+
+
 def correct(
     weights: Tensor,
     pending: Tensor,
@@ -61,6 +73,17 @@ def step(
 def _(tiles, pending, state, layout, jacobian):
     count = jacobian.shape[0]
     return torch.empty_like(jacobian), jacobian.new_empty(2, layout.shape[0], count, count)
+
+
+@torch.library.register_fake("rlekf::multiply_tiles")
+def _(tiles, pending, state, layout, jacobian):
+    return torch.empty_like(jacobian)
+
+
+@torch.library.register_fake("rlekf::finish_projection")
+def _(z, pending, state, layout, jacobian):
+    count = jacobian.shape[0]
+    return jacobian.new_empty(2, layout.shape[0], count, count)
 
 
 @torch.library.register_fake("rlekf::correct")

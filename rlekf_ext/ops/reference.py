@@ -12,18 +12,32 @@ from rlekf_ext.partition import BlockPlan
 
 
 def project(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:
-    plan = BlockPlan(tuple(layout[:, 1].tolist()))
-    if Scalars.of(state).num_pending + len(jacobian) > len(pending):
-        _fold(tiles, pending, state, plan)
-    now = Scalars.of(state)
+    z = multiply_tiles(tiles, pending, state, layout, jacobian)
+    gram = finish_projection(z, pending, state, layout, jacobian)
+    return z, gram
 
-    cross, gram = [], []
-    parts = (unpack(tiles, plan), pending[: now.num_pending].split(plan.sizes, 1), jacobian.split(plan.sizes, 1))
-    for s, u, h in zip(*parts, strict=True):
-        z = h @ s - (h @ u.T) @ u + now.shift * h
-        cross.append(z)
-        gram.append(torch.stack([h @ z.T, h @ h.T]))
-    return torch.cat(cross, 1), torch.stack(gram, 1)
+
+def multiply_tiles(tiles: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor) -> Tensor:
+    plan, now = BlockPlan(tuple(layout[:, 1].tolist())), Scalars.of(state)
+    if _must_fold(now, pending, jacobian):
+        _fold(tiles, pending[: now.num_pending], _fold_factor(now), plan)
+    parts = zip(unpack(tiles, plan), jacobian.split(plan.sizes, 1), strict=True)
+    return torch.cat([h @ s for s, h in parts], 1)
+
+
+def finish_projection(z: Tensor, pending: Tensor, state: Tensor, layout: Tensor, jacobian: Tensor) -> Tensor:
+    sizes, now = layout[:, 1].tolist(), Scalars.of(state)
+    if _must_fold(now, pending, jacobian):
+        factor = _fold_factor(now)
+        now = now._replace(num_pending=0, scale=now.scale / factor, shift=now.shift * factor)
+        state.copy_(state.new_tensor(now))
+
+    gram = []
+    parts = (z.split(sizes, 1), pending[: now.num_pending].split(sizes, 1), jacobian.split(sizes, 1))
+    for block_z, u, h in zip(*parts, strict=True):
+        block_z += now.shift * h - (h @ u.T) @ u
+        gram.append(torch.stack([h @ block_z.T, h @ h.T]))
+    return torch.stack(gram, 1)
 
 
 def correct(
@@ -91,13 +105,19 @@ def step(
     correct(weights, pending, state, layout, cross, gram, jacobian, innovation)
 
 
-def _fold(tiles: Tensor, pending: Tensor, state: Tensor, plan: BlockPlan) -> None:
-    """S <- S - Σ u uᵀ, and an oversized scale moves into S by a power of two. P stays what it is."""
-    now = Scalars.of(state)
-    factor = 2.0 ** floor(log2(now.scale)) if now.scale > LARGEST_SCALE else 1.0
-    parts = zip(unpack(tiles, plan), pending[: now.num_pending].split(plan.sizes, 1), strict=True)
+def _must_fold(now: Scalars, pending: Tensor, jacobian: Tensor) -> bool:
+    return now.num_pending + len(jacobian) > len(pending)
+
+
+def _fold_factor(now: Scalars) -> float:
+    """The power of two that moves from the scale into S, so that the scale cannot overflow."""
+    return 2.0 ** floor(log2(now.scale)) if now.scale > LARGEST_SCALE else 1.0
+
+
+def _fold(tiles: Tensor, vectors: Tensor, factor: float, plan: BlockPlan) -> None:
+    """S <- factor (S - Σ u uᵀ)."""
+    parts = zip(unpack(tiles, plan), vectors.split(plan.sizes, 1), strict=True)
     tiles.copy_(pack([factor * (s - u.T @ u) for s, u in parts], tiles.dtype))
-    state.copy_(state.new_tensor(now._replace(num_pending=0, scale=now.scale / factor, shift=now.shift * factor)))
 
 
 def _reason_to_skip(error: float, variance: float) -> str | None:
