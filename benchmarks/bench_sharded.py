@@ -47,7 +47,8 @@ class Clock:
         self._originals: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> Clock:
-        self._wrap(native, "project", lambda tiles, *_: "own" if len(tiles) else "rest")
+        self._wrap(native, "multiply_tiles", lambda *_: "own")
+        self._wrap(native, "finish_projection", lambda *_: "rest")
         self._wrap(native, "correct", lambda *_: "rest")
         self._wrap(Processes, "sum", self._message)
         return self

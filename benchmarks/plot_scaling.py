@@ -6,7 +6,7 @@ The model of a step of M measurements on W processes, in seconds:
 
     own      P_bytes / (W memory) (1 + extra (M - 1))      the process's own tiles, read once
     vectors  M N vector                                    what every process does with all N weights
-    reduce   latency + M (N + L M) 8 bytes / network       one all_reduce
+    reduce   latency + 8 M N bytes / network                one all_reduce
 
 Its constants are fitted to the rows of one and two processes.
 """
