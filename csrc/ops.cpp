@@ -1,6 +1,7 @@
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
@@ -11,6 +12,10 @@ STABLE_TORCH_LIBRARY(rlekf, m) {
   m.def(
       "project(Tensor(a!) tiles, Tensor(b!) pending, Tensor(c!) state, Tensor layout, Tensor jacobian)"
       " -> (Tensor cross, Tensor gram)");
+  m.def("multiply_tiles(Tensor(a!) tiles, Tensor pending, Tensor state, Tensor layout, Tensor jacobian) -> Tensor z");
+  m.def(
+      "finish_projection(Tensor(a!) z, Tensor pending, Tensor(b!) state, Tensor layout, Tensor jacobian)"
+      " -> Tensor gram");
   m.def(
       "correct(Tensor(a!) weights, Tensor(b!) pending, Tensor(c!) state, Tensor layout, Tensor cross, Tensor gram,"
       " Tensor jacobian, Tensor innovation) -> ()");
@@ -86,6 +91,11 @@ Covariance covariance_of(const Tensor& tiles, const Tensor& pending, const Tenso
           static_cast<const Block*>(layout.const_data_ptr()),
           layout.size(0),
           pending.size(1)};
+}
+
+Covariance covariance_without_tiles(const Tensor& pending, const Tensor& state, const Tensor& layout,
+                                    const Tensor& jacobian) {
+  return covariance_of(torch::stable::new_empty(jacobian, {0, kTile, kTile}), pending, state, layout);
 }
 
 Measurements measurements_of(const Covariance& covariance, const Tensor& jacobian) {

@@ -12,6 +12,9 @@ using torch::stable::Tensor;
 
 /// Each checks shape, dtype, device and contiguity and returns the pointers. Its errors give the rule and the value.
 Covariance covariance_of(const Tensor& tiles, const Tensor& pending, const Tensor& state, const Tensor& layout);
+/// For ops that never read S, on the device of the jacobian.
+Covariance covariance_without_tiles(const Tensor& pending, const Tensor& state, const Tensor& layout,
+                                    const Tensor& jacobian);
 Measurements measurements_of(const Covariance& covariance, const Tensor& jacobian);
 Measurements measurements_of(const Covariance& covariance, const Tensor& jacobian, const Tensor& innovation);
 Projection projection_of(const Covariance& covariance, const Measurements& measurements, const Tensor& cross,

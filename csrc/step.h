@@ -3,6 +3,9 @@
 //     project   cross = (P / scale) H^T and its inner products with H: all traffic on P; folds pending vectors if due
 //     correct   M scalar updates from these, exact and in order: weights, pending vectors, scalars; O(N)
 //     step      both
+//
+// On a CPU project is also there in two parts, for processes that share the tiles: each calls multiply_tiles with its
+// own, and finish_projection with the sum of what all found.
 
 #pragma once
 
@@ -15,7 +18,8 @@ namespace rlekf {
 
 enum class Storage { kFloat32, kFloat64 };
 
-/// The covariance and its scalars. N = num_weights.
+/// The covariance and its scalars. N = num_weights. Tiles may be a part of P's for cpu::multiply_tiles, from any tile on:
+/// `first_tile` of a block counts from the first of these, and may be negative or beyond the last.
 struct Covariance {
   int device;       // number of the GPU that all pointers belong to; -1 for a CPU
   void* tiles;      // (num_tiles, kTile, kTile)
@@ -51,11 +55,20 @@ struct Parallel {
   std::function<void(int64_t count, const std::function<void(int64_t)>& task)> run;
 };
 
-/// Size of project()'s scratch memory, in doubles. Its contents do not matter.
+/// Size of the scratch memory of project() and multiply_tiles(), in doubles. Its contents do not matter.
 int64_t scratch_size(const Covariance& covariance, int num_measurements, int64_t num_workers);
 
 void project(const Covariance& covariance, const Measurements& measurements, const Projection& projection,
              double* scratch, const Parallel& parallel);
+
+/// z (M, N) = S h of the tiles given, into which pending vectors are folded first if due. The state stays as it is.
+void multiply_tiles(const Covariance& covariance, const Measurements& measurements, double* z, double* scratch,
+                    const Parallel& parallel);
+
+/// With S h of all tiles in projection.cross: adds the shift and the pending vectors, computes the inner products, and
+/// updates the state after a fold. Reads no tile.
+void finish_projection(const Covariance& covariance, const Measurements& measurements, const Projection& projection,
+                       const Parallel& parallel);
 
 void correct(double* weights, const Covariance& covariance, const Measurements& measurements,
              const Projection& projection, const Parallel& parallel);

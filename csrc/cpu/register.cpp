@@ -40,11 +40,29 @@ std::tuple<Tensor, Tensor> project(const Tensor& tiles, const Tensor& pending, c
   return {cross, gram};
 }
 
+Tensor multiply_tiles(const Tensor& tiles, const Tensor& pending, const Tensor& state, const Tensor& layout,
+                      const Tensor& jacobian) {
+  const Covariance p = covariance_of(tiles, pending, state, layout);
+  const Measurements m = measurements_of(p, jacobian);
+  const auto parallel = torch_threads();
+  Tensor z = torch::stable::new_empty(jacobian, {m.count, p.num_weights});
+  cpu::multiply_tiles(p, m, static_cast<double*>(z.mutable_data_ptr()),
+                      scratch(cpu::scratch_size(p, m.count, parallel.num_workers)), parallel);
+  return z;
+}
+
+Tensor finish_projection(const Tensor& z, const Tensor& pending, const Tensor& state, const Tensor& layout,
+                         const Tensor& jacobian) {
+  const Covariance p = covariance_without_tiles(pending, state, layout, jacobian);
+  const Measurements m = measurements_of(p, jacobian);
+  Tensor gram = torch::stable::new_empty(jacobian, {2, p.num_blocks, m.count, m.count});
+  cpu::finish_projection(p, m, projection_of(p, m, z, gram), torch_threads());
+  return gram;
+}
+
 void correct(const Tensor& weights, const Tensor& pending, const Tensor& state, const Tensor& layout,
              const Tensor& cross, const Tensor& gram, const Tensor& jacobian, const Tensor& innovation) {
-  // correct() never reads S: an empty tensor will do.
-  const Tensor no_tiles = torch::stable::new_empty(jacobian, {0, kTile, kTile});
-  const Covariance p = covariance_of(no_tiles, pending, state, layout);
+  const Covariance p = covariance_without_tiles(pending, state, layout, jacobian);
   const Measurements m = measurements_of(p, jacobian, innovation);
   cpu::correct(weights_of(p, weights), p, m, projection_of(p, m, cross, gram), torch_threads());
 }
@@ -67,6 +85,8 @@ void step(const Tensor& weights, const Tensor& tiles, const Tensor& pending, con
 
 STABLE_TORCH_LIBRARY_IMPL(rlekf, CPU, m) {
   m.impl("project", TORCH_BOX(&rlekf::project));
+  m.impl("multiply_tiles", TORCH_BOX(&rlekf::multiply_tiles));
+  m.impl("finish_projection", TORCH_BOX(&rlekf::finish_projection));
   m.impl("correct", TORCH_BOX(&rlekf::correct));
   m.impl("step", TORCH_BOX(&rlekf::step));
 }

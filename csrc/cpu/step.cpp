@@ -249,6 +249,12 @@ RLEKF_EVERY_ISA void visit_tiles_float32(const Covariance& p, const Measurements
   visit_tiles<float>(p, m, due, run);
 }
 
+void visit_runs(const Covariance& p, const Measurements& m, const Fold& due, const std::vector<Run>& runs,
+                const Parallel& parallel) {
+  const auto visit = p.storage == Storage::kFloat64 ? visit_tiles_float64 : visit_tiles_float32;
+  parallel.run(static_cast<int64_t>(runs.size()), [&](int64_t i) { visit(p, m, due, runs[static_cast<size_t>(i)]); });
+}
+
 RLEKF_INLINE double dot(const double* a, const double* b, int64_t count) {
   Lanes sums{}, x, y;
   int64_t i = 0;
@@ -266,22 +272,31 @@ RLEKF_INLINE void add(double factor, const double* x, double* y, int64_t count) 
   for (int64_t i = 0; i < count; ++i) y[i] += factor * x[i];
 }
 
-/// z = S h (the workers' sums, in order) + shift h - sum_i u_i (u_i^T h), and the inner products, of one block.
-RLEKF_EVERY_ISA void reduce_block(const Covariance& p, const Measurements& m, const Projection& out,
-                                  const std::vector<Run>& runs, int64_t index) {
+/// z = S h of one block: the workers' sums, in order.
+RLEKF_EVERY_ISA void add_runs(const Covariance& p, const Measurements& m, double* cross, const std::vector<Run>& runs,
+                              int64_t index) {
   const Block& block = p.blocks[index];
   const int64_t begin = block.first_weight, end = begin + block.size;
+  for (int k = 0; k < m.count; ++k) {
+    double* z = cross + k * p.num_weights + begin;
+    std::fill(z, z + block.size, 0.0);
+    for (const Run& run : runs) {
+      const int64_t from = std::max(run.lo, begin), to = std::min(run.hi, end);
+      if (from < to) add(1.0, run.sums + k * (run.hi - run.lo) + from - run.lo, z + from - begin, to - from);
+    }
+  }
+}
+
+/// z += shift h - sum_i u_i (u_i^T h), and the inner products, of one block.
+RLEKF_EVERY_ISA void finish_block(const Covariance& p, const Measurements& m, const Projection& out, int64_t index) {
+  const Block& block = p.blocks[index];
+  const int64_t begin = block.first_weight;
   const auto num_pending = static_cast<int64_t>(p.state->num_pending);
   double* inner = out.gram + index * m.count * m.count;
   double* plain = inner + p.num_blocks * m.count * m.count;
   for (int k = 0; k < m.count; ++k) {
     const double* h = m.jacobian + k * p.num_weights + begin;
     double* z = out.cross + k * p.num_weights + begin;
-    std::fill(z, z + block.size, 0.0);
-    for (const Run& run : runs) {
-      const int64_t from = std::max(run.lo, begin), to = std::min(run.hi, end);
-      if (from < to) add(1.0, run.sums + k * (run.hi - run.lo) + from - run.lo, z + from - begin, to - from);
-    }
     add(p.state->shift, h, z, block.size);
     for (int64_t i = 0; i < num_pending; ++i) {
       const double* u = p.pending + i * p.num_weights + begin;
@@ -378,10 +393,24 @@ void project(const Covariance& p, const Measurements& m, const Projection& out, 
              const Parallel& parallel) {
   const Fold due = fold_due(*p.state, m.count, p.capacity);
   const std::vector<Run> runs = plan_runs(p, m.count, parallel.num_workers, scratch);
-  const auto visit = p.storage == Storage::kFloat64 ? visit_tiles_float64 : visit_tiles_float32;
-  parallel.run(static_cast<int64_t>(runs.size()), [&](int64_t i) { visit(p, m, due, runs[static_cast<size_t>(i)]); });
+  visit_runs(p, m, due, runs, parallel);
   note_fold(*p.state, due);
-  parallel.run(p.num_blocks, [&](int64_t block) { reduce_block(p, m, out, runs, block); });
+  parallel.run(p.num_blocks, [&](int64_t block) {
+    add_runs(p, m, out.cross, runs, block);
+    finish_block(p, m, out, block);
+  });
+}
+
+void multiply_tiles(const Covariance& p, const Measurements& m, double* z, double* scratch, const Parallel& parallel) {
+  const std::vector<Run> runs = plan_runs(p, m.count, parallel.num_workers, scratch);
+  visit_runs(p, m, fold_due(*p.state, m.count, p.capacity), runs, parallel);
+  parallel.run(p.num_blocks, [&](int64_t block) { add_runs(p, m, z, runs, block); });
+}
+
+void finish_projection(const Covariance& p, const Measurements& m, const Projection& projection,
+                       const Parallel& parallel) {
+  note_fold(*p.state, fold_due(*p.state, m.count, p.capacity));
+  parallel.run(p.num_blocks, [&](int64_t block) { finish_block(p, m, projection, block); });
 }
 
 void correct(double* weights, const Covariance& p, const Measurements& m, const Projection& projection,

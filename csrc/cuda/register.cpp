@@ -42,9 +42,7 @@ std::tuple<Tensor, Tensor> project(const Tensor& tiles, const Tensor& pending, c
 
 void correct(const Tensor& weights, const Tensor& pending, const Tensor& state, const Tensor& layout,
              const Tensor& cross, const Tensor& gram, const Tensor& jacobian, const Tensor& innovation) {
-  // correct() never reads S: an empty tensor will do.
-  const Tensor no_tiles = torch::stable::new_empty(jacobian, {0, kTile, kTile});
-  const Covariance p = covariance_of(no_tiles, pending, state, layout);
+  const Covariance p = covariance_without_tiles(pending, state, layout, jacobian);
   const Measurements m = measurements_of(p, jacobian, innovation);
   double* w = weights_of(p, weights);
   const Tensor memory = scratch(p, m, jacobian);

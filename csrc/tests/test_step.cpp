@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <thread>
+#include <utility>
 
 #include "filters.h"
 
@@ -24,15 +25,38 @@ cpu::Parallel std_threads(int64_t num_workers) {
 
 struct CpuFilter : PackedFilter<double> {
   cpu::Parallel parallel;
+  bool shared;  // as two processes do that have half of the tiles each
 
-  CpuFilter(const DenseFilter& dense, int64_t capacity, int64_t num_workers)
-      : PackedFilter(dense, capacity), parallel(std_threads(num_workers)) {}
+  CpuFilter(const DenseFilter& dense, int64_t capacity, int64_t num_workers, bool shared)
+      : PackedFilter(dense, capacity), parallel(std_threads(num_workers)), shared(shared) {}
+
+  void multiply_by_halves(const Measurements& m, Vector& cross) {
+    std::fill(cross.begin(), cross.end(), 0.0);
+    const int64_t half = p.num_tiles / 2;
+    for (const auto& [first, end] : {std::pair{int64_t{0}, half}, std::pair{half, p.num_tiles}}) {
+      std::vector<Block> shifted = blocks;
+      for (Block& block : shifted) block.first_tile -= first;
+      Covariance part = p;
+      part.blocks = shifted.data();
+      part.num_tiles = end - first;
+      part.tiles = tiles.data() + first * kTileSize;
+      Vector z(cross.size(), NAN);
+      Vector scratch(static_cast<size_t>(cpu::scratch_size(part, m.count, parallel.num_workers)), NAN);
+      cpu::multiply_tiles(part, m, z.data(), scratch.data(), parallel);
+      for (size_t i = 0; i < z.size(); ++i) cross[i] += z[i];
+    }
+  }
 
   void step(Vector& weights, const Vector& jacobian, const Vector& innovation) {
     const Measurements m{static_cast<int>(innovation.size()), jacobian.data(), innovation.data()};
     Vector cross(jacobian.size(), NAN), gram(static_cast<size_t>(2 * p.num_blocks * m.count * m.count), NAN);
-    Vector scratch(static_cast<size_t>(cpu::scratch_size(p, m.count, parallel.num_workers)), NAN);
-    cpu::project(p, m, {cross.data(), gram.data()}, scratch.data(), parallel);
+    if (shared) {
+      multiply_by_halves(m, cross);
+      cpu::finish_projection(p, m, {cross.data(), gram.data()}, parallel);
+    } else {
+      Vector scratch(static_cast<size_t>(cpu::scratch_size(p, m.count, parallel.num_workers)), NAN);
+      cpu::project(p, m, {cross.data(), gram.data()}, scratch.data(), parallel);
+    }
     cpu::correct(weights.data(), p, m, {cross.data(), gram.data()}, parallel);
   }
 };
@@ -51,9 +75,11 @@ void check_layout() {
 }
 
 void check(const std::vector<int64_t>& sizes, int64_t capacity, int64_t num_workers, int count, double q) {
-  DenseFilter dense(sizes, q);
-  CpuFilter packed(dense, capacity, num_workers);
-  compare(sizes, packed, dense, 100, count, 1e-12);
+  for (const bool shared : {false, true}) {
+    DenseFilter dense(sizes, q);
+    CpuFilter packed(dense, capacity, num_workers, shared);
+    compare(sizes, packed, dense, 100, count, 1e-12);
+  }
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 """Every backend against the dense oracle. A new backend is one more word in BACKENDS."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -184,6 +185,39 @@ def test_step_is_project_then_correct(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_project_is_multiply_tiles_then_finish_projection(name):
+    """Also when the tiles are shared out, folds included."""
+    plan, ops = BlockPlan((130, 3, 70)), backend(name, torch.device("cpu"))
+    one, two, shared = (
+        KalmanFilter(plan, max_pending=5, process_noise=1e-3, backend=name).covariance for _ in range(3)
+    )
+    weights = [torch.zeros(plan.num_weights, dtype=torch.float64) for _ in range(3)]
+    for count in (1, 4, 2, 3, 1):
+        h, e = random_measurements(count, plan.num_weights)
+        cross, gram = ops.project(one, h)
+        z = ops.multiply_tiles(two, h)
+        inner = ops.finish_projection(two, z, h)
+        assert torch.equal(z, cross)
+        assert torch.equal(inner, gram)
+        results = [(one, cross, gram), (two, z, inner)]
+        if name != "reference":  # which takes whole blocks
+            parts = [(shared.tiles[:4], 0), (shared.tiles[4:6], 4), (shared.tiles[6:], 6), (shared.tiles[:0], 10)]
+            z = torch.zeros_like(h)
+            for tiles, first in parts:
+                layout = shared.layout - torch.tensor([0, 0, first])
+                z += ops.multiply_tiles(replace(shared, tiles=tiles, layout=layout), h)
+            results.append((shared, z, ops.finish_projection(shared, z, h)))
+            assert relative(z, cross) < 1e-13
+        for w, (p, *projection) in zip(weights, results, strict=False):
+            ops.correct(p, w, *projection, h, e)
+    assert torch.equal(one.tiles, two.tiles)
+    assert torch.equal(one.state, two.state)
+    if name != "reference":
+        assert relative(weights[2], weights[0]) < 1e-13
+        assert relative(shared.tiles, one.tiles) < 1e-13
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_projection_is_ph_and_its_products(name):
     kalman, _, dense, _ = run(BlockPlan((70, 3)), steps=fewer(name, 10, 3), process_noise=1e-2, backend=name)
     p, scale = kalman.covariance, kalman.covariance.scalars().scale
@@ -268,6 +302,8 @@ class TestSchema:
         torch.library.opcheck(torch.ops.rlekf.step.default, tuple(step.values()))
         project = [step[name] for name in ("tiles", "pending", "state", "layout", "jacobian")]
         torch.library.opcheck(torch.ops.rlekf.project.default, project)
+        torch.library.opcheck(torch.ops.rlekf.multiply_tiles.default, project)
+        torch.library.opcheck(torch.ops.rlekf.finish_projection.default, [step["jacobian"].clone(), *project[1:]])
         cross, gram = torch.ops.rlekf.project(*project)
         correct = [step[name] for name in ("weights", "pending", "state", "layout")]
         correct += [cross, gram, step["jacobian"], step["innovation"]]

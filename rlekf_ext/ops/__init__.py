@@ -7,6 +7,12 @@ project(p, jacobian) -> cross, gram
     cross (M, N) = (P / scale) H, and of each block gram (2, L, M, M) = h_jᵀ cross_k, then h_jᵀ h_k. If the rows of
     `pending` would not hold M more vectors, they are first folded into the tiles: P stays what it was, in another
     form.
+multiply_tiles(p, jacobian) -> z
+    The part of `project` that reads tiles: z (M, N) = S H, after folding if need be. `p.tiles` may be any run of P's;
+    in `p.layout` the first tile of a block then counts from the first of these. Other parts of `p` do not change.
+finish_projection(p, z, jacobian) -> gram
+    The rest of `project`, from the sum of z over all tiles: z becomes cross, and `p.state` notes the fold. There are no
+    CUDA kernels of these two.
 correct(p, weights, cross, gram, jacobian, innovation)
     M scalar updates, in order, each exact given those before it (Algorithm 2, lines 8 to 14): the innovations (M,)
     are those of the weights (N,) as they came in. A measurement whose innovation or variance is not finite, or whose

@@ -32,6 +32,18 @@ def project(p: Covariance, jacobian: Tensor) -> tuple[Tensor, Tensor]:
     return cross, gram
 
 
+def multiply_tiles(p: Covariance, jacobian: Tensor) -> Tensor:
+    z = torch.ops.rlekf.multiply_tiles(p.tiles, p.pending, p.state, p.layout, jacobian)
+    increment_version(p.tiles)
+    return z
+
+
+def finish_projection(p: Covariance, z: Tensor, jacobian: Tensor) -> Tensor:
+    gram = torch.ops.rlekf.finish_projection(z, p.pending, p.state, p.layout, jacobian)
+    increment_version([z, p.state])
+    return gram
+
+
 def correct(p: Covariance, weights: Tensor, cross: Tensor, gram: Tensor, jacobian: Tensor, innovation: Tensor) -> None:
     torch.ops.rlekf.correct(weights, p.pending, p.state, p.layout, cross, gram, jacobian, innovation)
     increment_version([weights, p.pending, p.state])
@@ -46,6 +58,17 @@ def step(p: Covariance, weights: Tensor, jacobian: Tensor, innovation: Tensor) -
 def _(tiles, pending, state, layout, jacobian):
     count = jacobian.shape[0]
     return torch.empty_like(jacobian), jacobian.new_empty(2, layout.shape[0], count, count)
+
+
+@torch.library.register_fake("rlekf::multiply_tiles")
+def _(tiles, pending, state, layout, jacobian):
+    return torch.empty_like(jacobian)
+
+
+@torch.library.register_fake("rlekf::finish_projection")
+def _(z, pending, state, layout, jacobian):
+    count = jacobian.shape[0]
+    return jacobian.new_empty(2, layout.shape[0], count, count)
 
 
 @torch.library.register_fake("rlekf::correct")

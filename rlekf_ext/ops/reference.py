@@ -7,22 +7,38 @@ from math import floor, isfinite, log2
 import torch
 from torch import Tensor
 
-from rlekf_ext.covariance import LARGEST_SCALE, Covariance
+from rlekf_ext.covariance import LARGEST_SCALE, Covariance, Scalars
 from rlekf_ext.packing import pack, unpack
 
 
 def project(p: Covariance, jacobian: Tensor) -> tuple[Tensor, Tensor]:
-    if p.scalars().num_pending + len(jacobian) > len(p.pending):
-        _fold(p)
-    now, sizes = p.scalars(), p.plan.sizes
+    z = multiply_tiles(p, jacobian)
+    return z, finish_projection(p, z, jacobian)
 
-    cross, gram = [], []
-    parts = (unpack(p.tiles, p.plan), p.pending[: now.num_pending].split(sizes, 1), jacobian.split(sizes, 1))
-    for s, u, h in zip(*parts, strict=True):
-        z = h @ s - (h @ u.T) @ u + now.shift * h
-        cross.append(z)
-        gram.append(torch.stack([h @ z.T, h @ h.T]))
-    return torch.cat(cross, 1), torch.stack(gram, 1)
+
+def multiply_tiles(p: Covariance, jacobian: Tensor) -> Tensor:
+    now, sizes = p.scalars(), p.plan.sizes
+    blocks = unpack(p.tiles, p.plan)
+    if _must_fold(now, p, jacobian):
+        factor, pending = _fold_factor(now), p.pending[: now.num_pending].split(sizes, 1)
+        folded = [factor * (s - u.T @ u) for s, u in zip(blocks, pending, strict=True)]
+        p.tiles.copy_(pack(folded, p.tiles.dtype))
+        blocks = unpack(p.tiles, p.plan)
+    return torch.cat([h @ s for s, h in zip(blocks, jacobian.split(sizes, 1), strict=True)], 1)
+
+
+def finish_projection(p: Covariance, z: Tensor, jacobian: Tensor) -> Tensor:
+    now, sizes = p.scalars(), p.plan.sizes
+    if _must_fold(now, p, jacobian):
+        factor = _fold_factor(now)
+        p.set(num_pending=0, scale=now.scale / factor, shift=now.shift * factor)
+        now = p.scalars()
+    gram = []
+    parts = (z.split(sizes, 1), p.pending[: now.num_pending].split(sizes, 1), jacobian.split(sizes, 1))
+    for block_z, u, h in zip(*parts, strict=True):
+        block_z += now.shift * h - (h @ u.T) @ u
+        gram.append(torch.stack([h @ block_z.T, h @ h.T]))
+    return torch.stack(gram, 1)
 
 
 def correct(p: Covariance, weights: Tensor, cross: Tensor, gram: Tensor, jacobian: Tensor, innovation: Tensor) -> None:
@@ -73,13 +89,14 @@ def step(p: Covariance, weights: Tensor, jacobian: Tensor, innovation: Tensor) -
     correct(p, weights, cross, gram, jacobian, innovation)
 
 
-def _fold(p: Covariance) -> None:
-    """S <- S - Σ u uᵀ, and an oversized scale moves into S by a power of two. P stays what it is."""
-    now = p.scalars()
-    factor = 2.0 ** floor(log2(now.scale)) if now.scale > LARGEST_SCALE else 1.0
-    parts = zip(unpack(p.tiles, p.plan), p.pending[: now.num_pending].split(p.plan.sizes, 1), strict=True)
-    p.tiles.copy_(pack([factor * (s - u.T @ u) for s, u in parts], p.tiles.dtype))
-    p.set(num_pending=0, scale=now.scale / factor, shift=now.shift * factor)
+def _must_fold(now: Scalars, p: Covariance, jacobian: Tensor) -> bool:
+    """Whether this pass folds, S <- S - Σ u uᵀ, because the pending rows cannot take its vectors too."""
+    return now.num_pending + len(jacobian) > len(p.pending)
+
+
+def _fold_factor(now: Scalars) -> float:
+    """In a fold, an oversized scale moves into S by this power of two. P stays what it is."""
+    return 2.0 ** floor(log2(now.scale)) if now.scale > LARGEST_SCALE else 1.0
 
 
 def _reason_to_skip(error: float, variance: float) -> str | None:

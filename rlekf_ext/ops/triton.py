@@ -213,8 +213,11 @@ def _reduce(
     capacity,
     count: tl.constexpr,
     padded: tl.constexpr,
+    add_sums: tl.constexpr,
+    finish: tl.constexpr,
 ):
-    """z = S h + shift h - Σ u_i (u_iᵀ h) of one tile row, and gram_parts (tile rows, 2, M, M)."""
+    """One tile row. add_sums: z = S h from the sums of _visit; else z is what `cross` holds. finish: z += shift h -
+    Σ u_i (u_iᵀ h), and gram_parts (tile rows, 2, M, M)."""
     tile_row = tl.program_id(0).to(tl.int64)
     block = tl.load(tile_rows + 4 * tile_row)
     row = tl.load(tile_rows + 4 * tile_row + 1)
@@ -225,42 +228,45 @@ def _reduce(
     first_tile = tl.load(layout + 3 * block + 2)
     _, num_kept, factor = _fold_due(state, capacity, count)
 
-    # S h: the row sums of the runs left of the diagonal, then the column sums of the tiles below it that are there.
-    k = tl.arange(0, padded)[:, None, None]
-    inside = tl.arange(0, TILE)[None, None, :]
-    at_once: tl.constexpr = PARTS // padded
-    num_parts = num_runs + tl.cdiv(size, TILE) - 1 - row
-    total = tl.zeros((padded, at_once, TILE), tl.float64)
-    for start in range(0, num_parts, at_once):
-        part = start + tl.arange(0, at_once)[None, :, None]
-        below = row + 1 + part - num_runs
-        column = first_tile + below * (below + 1) // 2 + row
-        place = tl.where(part < num_runs, num_tiles + first_run + part, column)
-        there = (part < num_runs) | ((column >= 0) & (column < num_tiles) & (part < num_parts))
-        total += tl.load(sums + (place * count + k) * TILE + inside, mask=(k < count) & there, other=0.0)
-    z = tl.sum(total, 1)
-
     k = tl.arange(0, padded)[:, None]
     i = row * TILE + tl.arange(0, TILE)[None, :]
     valid = (k < count) & (i < size)
     here = k * num_weights + first_weight + i
-    h = tl.load(jacobian + here, mask=valid, other=0.0)
-    z += tl.load(state + SHIFT) * factor * h
-    for start in range(0, num_kept, VECTORS):
-        n = start + tl.arange(0, VECTORS)
-        u = pending + n[:, None] * num_weights + first_weight + i
-        u = tl.load(u, mask=(n[:, None] < num_kept) & (i < size), other=0.0)
-        inner = products + (block * capacity + n[None, :]) * count + k
-        inner = tl.load(inner, mask=(n[None, :] < num_kept) & (k < count), other=0.0)
-        z -= tl.sum(inner[:, :, None] * u[None, :, :], 1)
-    z = tl.where(valid, z, 0.0)  # 0 · NaN in the padding
-    tl.store(cross + here, z, mask=valid)
+    if add_sums:
+        # The row sums of the runs left of the diagonal, then the column sums of the tiles below it that are there.
+        each_k = k[:, :, None]
+        inside = tl.arange(0, TILE)[None, None, :]
+        at_once: tl.constexpr = PARTS // padded
+        num_parts = num_runs + tl.cdiv(size, TILE) - 1 - row
+        total = tl.zeros((padded, at_once, TILE), tl.float64)
+        for start in range(0, num_parts, at_once):
+            part = start + tl.arange(0, at_once)[None, :, None]
+            below = row + 1 + part - num_runs
+            column = first_tile + below * (below + 1) // 2 + row
+            place = tl.where(part < num_runs, num_tiles + first_run + part, column)
+            there = (part < num_runs) | ((column >= 0) & (column < num_tiles) & (part < num_parts))
+            total += tl.load(sums + (place * count + each_k) * TILE + inside, mask=(each_k < count) & there, other=0.0)
+        z = tl.sum(total, 1)
+    else:
+        z = tl.load(cross + here, mask=valid, other=0.0)
 
-    other = tl.arange(0, padded)[None, :]
-    place = gram_parts + tile_row * (2 * count * count) + k * count + other
-    valid = (k < count) & (other < count)
-    tl.store(place, tl.sum(h[:, None, :] * z[None, :, :], 2), mask=valid)
-    tl.store(place + count * count, tl.sum(h[:, None, :] * h[None, :, :], 2), mask=valid)
+    if finish:
+        h = tl.load(jacobian + here, mask=valid, other=0.0)
+        z += tl.load(state + SHIFT) * factor * h
+        for start in range(0, num_kept, VECTORS):
+            n = start + tl.arange(0, VECTORS)
+            u = pending + n[:, None] * num_weights + first_weight + i
+            u = tl.load(u, mask=(n[:, None] < num_kept) & (i < size), other=0.0)
+            inner = products + (block * capacity + n[None, :]) * count + k
+            inner = tl.load(inner, mask=(n[None, :] < num_kept) & (k < count), other=0.0)
+            z -= tl.sum(inner[:, :, None] * u[None, :, :], 1)
+        z = tl.where(valid, z, 0.0)  # 0 · NaN in the padding
+        other = tl.arange(0, padded)[None, :]
+        place = gram_parts + tile_row * (2 * count * count) + k * count + other
+        pairs = (k < count) & (other < count)
+        tl.store(place, tl.sum(h[:, None, :] * z[None, :, :], 2), mask=pairs)
+        tl.store(place + count * count, tl.sum(h[:, None, :] * h[None, :, :], 2), mask=pairs)
+    tl.store(cross + here, z, mask=valid)
 
 
 @_plain_sizes
@@ -441,14 +447,35 @@ def _work(layout: Tensor, num_tiles: int) -> _Work:
 
 
 def project(p: Covariance, jacobian: Tensor) -> tuple[Tensor, Tensor]:
-    tiles, pending, state, layout = p.tiles, p.pending, p.state, p.layout
+    cross = _empty(jacobian, *jacobian.shape)
+    gram = _project(p, p.tiles, cross, jacobian, multiply=True, finish=True)
+    increment_version([p.tiles, p.pending, p.state])
+    return cross, gram
+
+
+def multiply_tiles(p: Covariance, jacobian: Tensor) -> Tensor:
+    z = _empty(jacobian, *jacobian.shape)
+    _project(p, p.tiles, z, jacobian, multiply=True, finish=False)
+    increment_version(p.tiles)
+    return z
+
+
+def finish_projection(p: Covariance, z: Tensor, jacobian: Tensor) -> Tensor:
+    gram = _project(p, p.tiles[:0], z, jacobian, multiply=False, finish=True)
+    increment_version([z, p.state])
+    return gram
+
+
+def _project(p: Covariance, tiles: Tensor, cross: Tensor, jacobian: Tensor, *, multiply: bool, finish: bool) -> Tensor:
+    """multiply: S h of these tiles goes into `cross`. finish: the rest of the projection, which changes `cross`,
+    returns gram and notes a fold in `p.state`."""
+    pending, state, layout = p.pending, p.state, p.layout
     capacity, num_weights = pending.shape
     count, num_tiles, num_blocks = len(jacobian), len(tiles), len(layout)
     work, padded = _work(layout, num_tiles), triton.next_power_of_2(count)
-    num_products = num_blocks * triton.cdiv(capacity, VECTORS.value)
+    num_products = num_blocks * triton.cdiv(capacity, VECTORS.value) if finish else 0
     sums = _empty(tiles, num_tiles + len(work.runs), count, TILE_SIZE)
     products = _empty(tiles, num_blocks, capacity, count)
-    cross = _empty(tiles, count, num_weights)
     gram_parts = _empty(tiles, len(work.tile_rows), 2, count, count)
     gram = _empty(tiles, 2, num_blocks, count, count)
     with torch.cuda.device_of(tiles):
@@ -467,7 +494,7 @@ def project(p: Covariance, jacobian: Tensor) -> tuple[Tensor, Tensor]:
             capacity,
             count=count,
             padded=padded,
-            num_warps=8 if count == 1 else 16,  # the sums along a run take 16 registers a measurement at 8 warps
+            num_warps=8 if count == 1 else 16,  # the sums along a run take 16 registers per measurement at 8 warps
         )
         _reduce[(len(work.tile_rows),)](
             pending,
@@ -484,23 +511,24 @@ def project(p: Covariance, jacobian: Tensor) -> tuple[Tensor, Tensor]:
             capacity,
             count=count,
             padded=padded,
+            add_sums=multiply,
+            finish=finish,
             num_warps=8,
         )
-        entries = triton.next_power_of_2(2 * count * count)
-        _gather[(num_blocks,)](
-            state,
-            layout,
-            work.first_tile_rows,
-            gram_parts,
-            gram,
-            num_blocks,
-            capacity,
-            count=count,
-            entries=entries,
-            num_warps=8,
-        )
-    increment_version([tiles, pending, state])
-    return cross, gram
+        if finish:
+            _gather[(num_blocks,)](
+                state,
+                layout,
+                work.first_tile_rows,
+                gram_parts,
+                gram,
+                num_blocks,
+                capacity,
+                count=count,
+                entries=triton.next_power_of_2(2 * count * count),
+                num_warps=8,
+            )
+    return gram
 
 
 def correct(p: Covariance, weights: Tensor, cross: Tensor, gram: Tensor, jacobian: Tensor, innovation: Tensor) -> None:
