@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from potential.test_train import checkpoint_of, curve_of, input_of, run, weights_of, write_data
+from helpers import checkpoint_of, curve_of, input_of, run, weights_of, write_data, write_input
 
 from rlekf_ext.cli import main
 from rlekf_ext.errors import InputError
@@ -35,13 +35,13 @@ def finished(started, code=0):
     return text
 
 
-def write_input(folder, optimizer=None, frames=9, **training):
+def prepare(folder, optimizer=None, frames=9, **training):
     folder.mkdir(exist_ok=True)
     if not (folder / "data").exists():
         write_data(folder / "data", count=frames)
     batches = {"systems": str(folder / "data"), "batch_size": 3}
     given = input_of(folder, optimizer or OPTIMIZER, training_data=batches, **training)
-    (folder / "input.json").write_text(json.dumps(given))
+    write_input(folder, given)
     return given
 
 
@@ -58,8 +58,8 @@ def test_several_processes_train_what_one_does(tmp_path, batch, capsys):
     """And write the same files; the checkpoint is good for one process, for more, and for `rlekf test -u`."""
     optimizer = {**OPTIMIZER, "batch": batch}
     alone, several = tmp_path / "alone", tmp_path / "several"
-    run(write_input(alone, optimizer, numb_steps=8))
-    given = write_input(several, optimizer, numb_steps=5)
+    run(prepare(alone, optimizer, numb_steps=8))
+    given = prepare(several, optimizer, numb_steps=5)
     text = torchrun(several, 2)
     assert text.count("2 processes share P and the frames of each batch.") == 1
     assert text.count("frames train") == 1
@@ -80,9 +80,9 @@ def test_several_processes_train_what_one_does(tmp_path, batch, capsys):
     )
     assert "Spearman" in capsys.readouterr().out
 
-    write_input(several, optimizer, numb_steps=7)
+    prepare(several, optimizer, numb_steps=7)
     torchrun(several, 3, "--restart")  # one more process than before
-    run(write_input(several, optimizer, numb_steps=8), restart=True)  # and then one alone
+    run(prepare(several, optimizer, numb_steps=8), restart=True)  # and then one alone
     assert not (several / "out" / "model.ckpt.pt.shards").exists()
     assert difference(weights_of(several), weights_of(alone)) < 1e-9
     ours, theirs = (checkpoint_of(folder)["optimizer"]["filter"]["state"][0] for folder in (several, alone))
@@ -93,8 +93,8 @@ def test_several_processes_train_what_one_does(tmp_path, batch, capsys):
 def test_adam_on_several_processes(tmp_path):
     optimizer = {"type": "Adam"}
     alone, several = tmp_path / "alone", tmp_path / "several"
-    run(write_input(alone, optimizer))
-    write_input(several, optimizer)
+    run(prepare(alone, optimizer))
+    prepare(several, optimizer)
     assert "Frames in the largest batch: 3; processes without any: 1. Raise batch_size." in torchrun(several, 4)
     assert difference(weights_of(several), weights_of(alone)) < 1e-9
 
@@ -118,9 +118,9 @@ def test_torchrun_restarts_after_a_kill(tmp_path):
     does, bit for bit."""
     steady, killed = tmp_path / "steady", tmp_path / "killed"
     settings = {"numb_steps": 120, "save_freq": 10, "disp_freq": 1}
-    write_input(steady, **settings)
+    prepare(steady, **settings)
     torchrun(steady, 2)
-    write_input(killed, **settings)
+    prepare(killed, **settings)
     started = torchrun(killed, 2, restarts=1, wait=False)
     wait_for(killed / "out" / "model.ckpt.pt")
     time.sleep(0.3)
@@ -135,19 +135,19 @@ def test_torchrun_restarts_after_a_kill(tmp_path):
 
 
 def test_a_kill_without_restarts_ends_the_run_and_names_the_rank(tmp_path):
-    write_input(tmp_path, numb_steps=100000, save_freq=10)
+    prepare(tmp_path, numb_steps=100000, save_freq=10)
     started = torchrun(tmp_path, 2, wait=False)
     wait_for(tmp_path / "out" / "model.ckpt.pt")
     victim = workers(started)[1]
     os.kill(victim, signal.SIGKILL)
     text = finished(started, code=1)
     assert re.search(rf"rank\s+: 1 \(local_rank: 1\)\s+exitcode\s+: -9 \(pid: {victim}\)", text)
-    write_input(tmp_path, numb_steps=checkpoint_of(tmp_path)["progress"]["step"] + 2)
+    prepare(tmp_path, numb_steps=checkpoint_of(tmp_path)["progress"]["step"] + 2)
     torchrun(tmp_path, 2, "--restart")
 
 
 def test_ctrl_c_writes_the_checkpoint_and_ends(tmp_path):
-    write_input(tmp_path, numb_steps=100000, save_freq=10)
+    prepare(tmp_path, numb_steps=100000, save_freq=10)
     started = torchrun(tmp_path, 2, wait=False)
     wait_for(tmp_path / "out" / "model.ckpt.pt")
     started.send_signal(signal.SIGINT)
@@ -160,7 +160,7 @@ def test_ctrl_c_writes_the_checkpoint_and_ends(tmp_path):
 
 def test_a_missing_or_altered_shard_is_named(tmp_path):
     """And missed only where P is needed."""
-    given = write_input(tmp_path)
+    given = prepare(tmp_path)
     torchrun(tmp_path, 2)
     model, data = str(tmp_path / "out" / "model.ckpt.pt"), given["training"]["training_data"]["systems"]
     file = shards(tmp_path)[1]

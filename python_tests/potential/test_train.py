@@ -9,11 +9,11 @@ import sys
 import threading
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import RCUT, checkpoint_of, curve_of, input_of, run, weights_of, write_data
 
 import rlekf_ext.updates
 from rlekf_ext.cli import main
@@ -28,62 +28,6 @@ from rlekf_ext.potential.input import TrainingData, read_input
 from rlekf_ext.potential.neighbors import make_frame
 from rlekf_ext.potential.optimizers import build_optimizer
 from rlekf_ext.potential.train import Batches, build_model, interruption, load_frames, train
-
-NACL = Path(__file__).resolve().parents[2] / "examples" / "nacl" / "gpaw_pbe_8"
-RCUT = 3.5
-
-
-def write_data(folder, first=0, count=4, stretch=1.0):
-    """Some frames of the NaCl set; stretched cells have fewer neighbours within the cutoff."""
-    (folder / "set.000").mkdir(parents=True)
-    for name in ("type.raw", "type_map.raw"):
-        (folder / name).write_text((NACL / name).read_text())
-    for file in (NACL / "set.000").glob("*.npy"):
-        factor = stretch if file.stem in ("coord", "box") else 1.0
-        np.save(folder / "set.000" / file.name, factor * np.load(file)[first : first + count])
-    return str(folder)
-
-
-def input_of(folder, optimizer=None, precision="default", **training):
-    """An input file as a dict: three frames train, the fourth is held out, a batch is a frame; output in `folder`."""
-    if not (folder / "data").exists():
-        write_data(folder / "data")
-    return {
-        "model": {
-            "type_map": ["Na", "Cl"],
-            "descriptor": {"rcut": RCUT, "neuron": [4, 4], "axis_neuron": 2, "precision": precision},
-            "fitting_net": {"neuron": [6, 6], "precision": precision},
-        },
-        "optimizer": {"type": "RLEKF", "block_size": 40} if optimizer is None else optimizer,
-        "learning_rate": {"start_lr": 1e-2, "stop_lr": 1e-4, "decay_steps": 2},
-        "training": {
-            "training_data": {"systems": str(folder / "data"), "batch_size": 1},
-            "validation_fraction": 0.25,
-            "numb_steps": 9,
-            "seed": 1,
-            "disp_freq": 2,
-            "save_freq": 100,
-            "disp_file": str(folder / "out" / "lcurve.out"),
-            "save_ckpt": str(folder / "out" / "model.ckpt"),
-            **training,
-        },
-    }
-
-
-def run(given, **arguments):
-    return train(read_input(given), quiet=True, **arguments)
-
-
-def checkpoint_of(folder):
-    return load_checkpoint(folder / "out" / "model.ckpt.pt")
-
-
-def weights_of(folder):
-    return torch.cat([value.flatten().double() for value in checkpoint_of(folder)["weights"].values()])
-
-
-def curve_of(folder):
-    return np.genfromtxt(folder / "out" / "lcurve.out", names=True)  # as DeePMD-kit's documentation reads it
 
 
 def same(one, other):

@@ -1,4 +1,4 @@
-"""A trained model as a calculator of ASE, for quick use: the neighbour list is made anew for each structure."""
+"""A trained model as a calculator of ASE, for quick use: a new neighbour list is made for each structure."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from rlekf_ext.potential.neighbors import make_frame
 class Calculator(ase_calculator.Calculator):
     """ASE calculator of a Deep Potential: `atoms.calc = Calculator("model.ckpt.pt")`.
 
-    model is a checkpoint of `rlekf train` or `rlekf import`, or a DeepPotential; device is where it computes, by
-    default where it is (a checkpoint: the CPU). Energy and free energy (the same number) in eV, energies of the atoms
+    `model` is a checkpoint of `rlekf train` or `rlekf import`, or a DeepPotential. It is moved to `device`; by default
+    it stays, and a checkpoint is loaded on the CPU. Energy and free energy (the same number) and energies of the atoms
     in eV, forces in eV/Å, stress in eV/Å³ in ASE's order xx, yy, zz, yz, xz, xy; stress needs three cell vectors.
     Structures may be periodic in any of the three directions.
 
@@ -84,7 +84,7 @@ class Calculator(ase_calculator.Calculator):
 
 
 def _box(atoms: Atoms, rcut: float) -> np.ndarray | None:
-    """The cell, where it is not periodic so thick that no atom sees an image; None where nothing is periodic."""
+    """The cell, thick enough along directions that are not periodic that no atom sees an image; None for a molecule."""
     if not atoms.pbc.any():
         return None
     if not atoms.cell.lengths()[atoms.pbc].all():

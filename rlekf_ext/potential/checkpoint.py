@@ -1,8 +1,8 @@
 """Checkpoints: a model and all that its training needs to continue.
 
-Several processes write one checkpoint together: a file as ever, with notes in place of the tensors that are spread over
-them, and beside it a folder of torch.distributed.checkpoint with these, a part from each process. The file is written
-last, and names its folder.
+Several processes write one checkpoint together: the usual file, with notes instead of the tensors that are spread over
+processes, and next to it a folder of torch.distributed.checkpoint with these tensors, one part per process. The file is
+written last, and names its folder.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class StoredTiles:
 def save_checkpoint(path: Path, model: DeepPotential, processes: Processes = ALONE, **rest: Any) -> None:
     """Write the model and whatever else `rest` holds: tensors, numbers, strings, dicts and lists of them.
 
-    All of `processes` must call it, with the same but for the DTensors in `rest`. Raises InputError where the disk does
-    not take it.
+    Collective: every process calls it with the same arguments, except DTensors in `rest`. Raises InputError if the file
+    cannot be written.
     """
     checkpoint = {"format": FORMAT, "model": plain(model.architecture), "weights": model.state_dict(), **rest}
     spread: dict[str, Tensor] = {}
@@ -79,7 +79,7 @@ def _shards(path: Path) -> Path:
 
 
 def _noted(tree: Any, place: str, spread: dict[str, Tensor]) -> Any:
-    """The tree with a note in place of every tensor that is spread over processes; those go to `spread`."""
+    """The tree with a note instead of every tensor that is spread over processes; those go to `spread`."""
     if isinstance(tree, dict):
         return {key: _noted(value, f"{place}/{key}", spread) for key, value in tree.items()}
     if hasattr(tree, "to_local"):  # a DTensor, whose class takes long to import
@@ -89,7 +89,7 @@ def _noted(tree: Any, place: str, spread: dict[str, Tensor]) -> Any:
 
 
 def _with_stored(tree: Any, folder: Path) -> Any:
-    """The tree with what is stored in place of each note."""
+    """The tree with what is stored instead of each note."""
     if not isinstance(tree, dict):
         return tree
     if "spread" in tree:
@@ -156,12 +156,12 @@ def _save_file(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, processes: Processes = ALONE, *, model_only: bool = False) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, on the CPU, as tensors that are read from the file when they are used: P takes no
-    memory twice, but the file, though it may be replaced, keeps its room on the disk while one of them lives.
+    """Return what `save_checkpoint` wrote, on the CPU, after a comparison with the checksums in it (0.3 s per GB).
 
-    It is read once before, to compare it with the checksums in it (0.3 s a GB). What several processes have written is
-    left in its folder, as StoredTiles; `model_only` does without that folder. Raises InputError, with the reason, for a
-    file that is none or was altered.
+    Tensors are read from the file when they are used, so that P is in memory only once; a file that is replaced keeps
+    its space on the disk as long as one of them exists. What several processes have written stays in its folder, as
+    StoredTiles; `model_only` leaves that folder alone. Raises InputError, with the reason, for a file that is no
+    checkpoint, was altered, or has another format.
     """
     path = Path(path)
     checkpoint = _read(path)
@@ -174,7 +174,7 @@ def load_checkpoint(path: str | Path, processes: Processes = ALONE, *, model_onl
 
 
 def run_of(path: Path) -> str | None:
-    """The name of the run that wrote a checkpoint; None where there is none. Raises InputError."""
+    """The name of the run that wrote a checkpoint; None if there is none. Raises InputError for another file."""
     return _read(path).get("run") if os.path.exists(path) else None
 
 

@@ -171,7 +171,7 @@ def _folder_types(folder: Path, type_map: list[str]) -> np.ndarray:
 
 
 def _read_part(part: Path, suffix: str, num_atoms: int, folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of a set (or of a deepmd/raw folder), each checked where its file is known."""
+    """The arrays of a set (or of a deepmd/raw folder), checked while the name of the file is known."""
     if (part / "real_atom_types.npy").exists():
         raise DataError(
             f'{part} is a mixed-type set (real_atom_types.npy); give the path as "deepmd/npy/mixed:{folder}".'
@@ -196,7 +196,7 @@ def _read_part(part: Path, suffix: str, num_atoms: int, folder: Path) -> dict[st
 
 def _require(file: Path) -> None:
     if not file.exists():
-        hint = "; a system without periodic boundaries has an empty file nopbc beside type.raw"
+        hint = "; a system without periodic boundaries has an empty file nopbc next to type.raw"
         raise DataError(f"{file} is missing{hint if file.stem == 'box' else ''}.")
 
 

@@ -49,7 +49,7 @@ def export_model(model: DeepPotential, path: str | Path) -> None:
     more neighbours than sel: there this package raises an error, while DeePMD-kit leaves out the farthest. The weights
     and statistics are written as they are, bit for bit, with HDF5's checksums.
 
-    Raises InputError where the name does not end in .dp or cannot be written.
+    Raises InputError if the name does not end in .dp or the file cannot be written.
     """
     import h5py  # an optional package: only those who exchange models need it
 
@@ -67,7 +67,7 @@ def export_model(model: DeepPotential, path: str | Path) -> None:
         with h5py.File(temporary, "w", libver=("v110", "v110")) as file:  # whose metadata have checksums
 
             def stored(node: Any) -> Any:
-                """The tree with names in place of arrays."""
+                """The tree with names instead of arrays."""
                 if isinstance(node, dict):
                     return {key: stored(value) for key, value in node.items()}
                 if isinstance(node, list):
@@ -92,7 +92,7 @@ def import_model(path: str | Path) -> DeepPotential:
     The model computes what DeePMD-kit computes from the file, up to rounding; but an atom with more neighbours than sel
     is an error here, where DeePMD-kit leaves out the farthest. No code of the file is run.
 
-    Raises InputError where the file is none or is damaged, and where it asks for what this package has not: another
+    Raises InputError if the file is missing or damaged, or asks for what this package does not have: another
     descriptor or activation function, excluded types, spin, frame or atomic parameters, mixed precisions, compression.
     """
     import h5py
@@ -151,7 +151,7 @@ def _tree(model: DeepPotential) -> dict[str, Any]:
         "pair_exclude_types": [],
         "rcond": None,
         "preset_out_bias": None,
-        # The energies of the elements stand here, in float64; bias_atom_e would be added in the model's precision.
+        # The energies of the elements are here, in float64; bias_atom_e would be added in the model's precision.
         "@variables": {"out_bias": bias, "out_std": torch.ones_like(bias)},
         "descriptor": {
             "@class": "Descriptor",
@@ -284,7 +284,7 @@ def _input_section(model: DeepPotential) -> dict[str, Any]:
 
 
 class Match(NamedTuple):
-    """An array of the tree and the name that stands in its place in the file."""
+    """An array of the tree and the name that the file has for it."""
 
     place: str
     expected: Tensor  # without memory: its shape and dtype

@@ -16,7 +16,7 @@ LACKING = {
         ("model", "pair_exclude_types", "every pair of elements within rcut interacts"),
         ("model", "atom_exclude_types", "every atom has an energy"),
         ("model", "preset_out_bias", "the energy of each element comes from the training data"),
-        ("model", "type_embedding", "se_e2_a has a net per element in place of a type embedding"),
+        ("model", "type_embedding", "se_e2_a has a net per element instead of a type embedding"),
         ("model", "modifier", "the energy is the fitting net's alone"),
         ("model", "compress", "models are not compressed"),
         ("model", "spin", "atoms have no spin"),
@@ -45,7 +45,7 @@ LACKING = {
         ("training/training_data", "sys_probs sys_weights", "every frame is drawn as often as any other"),
         ("training/training_data", "min_pair_dist", "no frame is left out"),
         ("training/training_data", "set_prefix", "sets are named set.*"),
-        ("training", "systems set_prefix batch_size", "the data stand in training/training_data"),
+        ("training", "systems set_prefix batch_size", "the data are in training/training_data"),
         ("training", "data_dict model_prob num_epoch_dict", "one model is trained at a time"),
         ("training", "mixed_precision", "the precision is model/descriptor/precision"),
         ("training", "save_dir", "checkpoints go to save_ckpt, which may hold a folder"),
@@ -66,10 +66,10 @@ IGNORED = {
     f"{section}/{name}"
     for section, names in (
         ("model", "data_stat_nbatch data_stat_protect data_bias_nsample info model_branch_alias"),
-        ("model", "smin_alpha sw_rmin sw_rmax srtab_add_bias"),  # without effect where use_srtab is absent
+        ("model", "smin_alpha sw_rmin sw_rmax srtab_add_bias"),  # without effect if use_srtab is absent
         ("model/fitting_net", "rcond"),
         ("learning_rate", "scale_by_worker warmup_start_factor"),
-        ("loss", "huber_delta"),  # without effect where use_huber is off
+        ("loss", "huber_delta"),  # without effect if use_huber is off
         ("training", "stat_file stat_file_mode numb_test disp_avg acc_freq neighbor_graph_method warmup_start_factor"),
         ("training", "max_ckpt_keep ckpt_keep_ratio ema_decay ema_ckpt_keep"),
         ("training", "profiling_file tensorboard_log_dir tensorboard_freq"),

@@ -1,9 +1,9 @@
 """The smooth descriptor of Deep Potential (DeePMD-kit's `se_e2_a`) and the small networks it is made of.
 
-Networks of several elements run as one batched product per layer wherever their inputs are of similar size: on small
+Networks of several elements run as one batched product per layer if their inputs are of similar size: on small
 cells the number of operations, not their size, decides the time. Atoms and slots are padded to a common number for it.
 A padded atom is read by nobody; a padded slot is an empty slot, of which DeePMD-kit's sum holds sel - neighbours
-anyway. Every neighbour block therefore ends in one empty slot that stands, by its weight, for all that are missing.
+anyway. Every neighbour block therefore ends in one empty slot whose weight is that of all missing slots together.
 """
 
 from __future__ import annotations
@@ -117,8 +117,9 @@ class NeighborBlock:
 class Environment:
     """A frame's geometry as the network takes it; N edges in all blocks, padded ones included.
 
-    The lists hold a tensor per block: the scalar that an embedding net sees of each slot, the slot's row of the
-    normalised environment matrix times how many slots it stands for over nnei, and the derivative of both by the edge.
+    The lists hold one tensor per block: the scalar that an embedding net sees of each slot; the slot's row of the
+    normalised environment matrix, times the number of slots it represents over nnei; the derivative of both by the
+    edge.
     """
 
     batches: list[list[NeighborBlock]]  # per batch of centre elements its blocks of neighbour elements
@@ -190,7 +191,7 @@ class SeE2A(nn.Module):
         self.davg[:, 0] = mean
 
     def forward(self, frame: Frame) -> Tensor:
-        """Return the descriptors (n, neuron[-1] * axis_neuron); ValueError where the frame does not fit the network."""
+        """Return the descriptors (n, neuron[-1] * axis_neuron). Raises DataError if the frame does not fit."""
         environment = self.environment(frame)
         batches = self.descriptors(environment, environment.scalars, environment.rows)
         return torch.cat([batch.flatten(0, 1) for batch in batches])[environment.position]
@@ -199,7 +200,7 @@ class SeE2A(nn.Module):
     def environment(self, frame: Frame) -> Environment:
         """Return the frame's environment matrices; kept for the latest frame, which a filter visits several times.
 
-        ValueError where the frame's cutoff, elements, dtype or number of neighbours do not fit the network.
+        Raises DataError if the frame's cutoff, elements, dtype or number of neighbours do not fit the network.
         """
         statistics = (id(self.davg), self.davg._version, id(self.dstd), self.dstd._version)
         if self._latest is None or self._latest[0] is not frame or self._latest[1] != statistics:
@@ -233,7 +234,7 @@ class SeE2A(nn.Module):
         return self.embeddings[index]  # type: ignore[return-value]
 
     def check(self, frame: Frame) -> None:
-        """Raise ValueError where the frame's cutoff, elements or number of neighbours do not fit the network."""
+        """Raise DataError if the frame's cutoff, elements or number of neighbours do not fit the network."""
         rcut = self.architecture.rcut
         if len(frame.slots) != self.num_types:
             raise DataError(f"The network has {self.num_types} elements, but the frame has {len(frame.slots)}.")
@@ -302,7 +303,7 @@ class SeE2A(nn.Module):
         matrix = (matrix - davg) / dstd
         jacobian = jacobian / dstd.unsqueeze(-1)
         scalars = matrix[..., :1].reshape(len(block.centers) * len(block.neighbors), -1, 1)
-        # The last slot of each element is empty and stands for all that are missing.
+        # The last slot of each element is empty and represents all that are missing.
         share = edges.new_full((len(block.neighbors), 1, block.num_slots, 1), 1 / nnei)
         for k, element in enumerate(block.neighbors):
             share[k, 0, -1] = (self.architecture.sel[element] - block.num_slots + 1) / nnei

@@ -20,7 +20,7 @@ ATOMS_AT_ONCE = 512  # frames are evaluated together up to this many atoms: enou
 
 @dataclass(frozen=True)
 class Comparison:
-    """Labels and predictions, frame after frame: energies in eV/atom, force components in eV/Å."""
+    """Labels and predictions, frame after frame; energies in eV/atom, force components in eV/Å."""
 
     energy: np.ndarray  # (frames, 2): label, prediction
     force: np.ndarray  # (3 atoms, 2)

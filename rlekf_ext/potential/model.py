@@ -21,7 +21,7 @@ from rlekf_ext.schema import read
 
 
 class Prediction(NamedTuple):
-    """What the network says of a frame of n atoms in B structures; forces and virial are None where not asked for."""
+    """The prediction for a frame of n atoms in B structures; forces and virial are None if not asked for."""
 
     energy: Tensor  # (B,), eV, float64
     forces: Tensor | None  # (n, 3), eV/Å
@@ -75,8 +75,8 @@ class DeepPotential(nn.Module):
     def fit_energy_bias(self, frames: Iterable[Frame], *, with_network: bool = False) -> None:
         """Set the energy of each element by least squares of the energies on the element counts.
 
-        with_network: of what the network, as it is, leaves of the energies. The smallest solution is taken where the
-        counts do not determine it. ValueError where a frame has no energy.
+        `with_network` fits what the network, as it is, leaves of the energies. If the counts do not determine the
+        solution, the smallest is taken. Raises DataError if a frame has no energy.
         """
         counts, energies = [], []
         for frame in frames:
@@ -95,9 +95,9 @@ class DeepPotential(nn.Module):
     def forward(self, frame: Frame, create_graph: bool | None = None, *, forces: bool = True) -> Prediction:
         """Predict the energies, forces and virials of a frame.
 
-        create_graph: whether the results can be differentiated by the weights; by default where autograd is enabled.
-        forces=False gives energies alone, whose gradient then costs one forward and one plain backward pass.
-        ValueError where the frame's cutoff, elements, dtype or number of neighbours do not fit the network.
+        `create_graph`: whether the results can be differentiated by the weights; by default if autograd is enabled.
+        `forces=False` gives energies alone, whose gradient then costs one forward and one plain backward pass.
+        Raises DataError if the frame's cutoff, elements, dtype or number of neighbours do not fit the network.
         """
         create_graph = torch.is_grad_enabled() if create_graph is None else create_graph
         environment = self.descriptor.environment(frame)

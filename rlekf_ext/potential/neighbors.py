@@ -1,4 +1,4 @@
-"""Structures as the network takes them: atoms and, for each, the vectors to its neighbours within the cutoff."""
+"""Structures as the network takes them: atoms and, for each atom, the vectors to its neighbours within the cutoff."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_PAIRS = 2e7
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One structure, or several side by side, with its neighbours and, where they are known, its labels.
+    """One structure, or several side by side, with neighbours and, if known, labels.
 
     n atoms, B structures, K neighbour slots per atom. The slots are grouped by the neighbour's element: slots[t] slots
     for element t, sum(slots) = K, nearest first within an element. A slot without a neighbour points to its own atom
@@ -41,7 +41,7 @@ class Frame:
     energy: Tensor | None = None  # (B,), eV, always float64: a total energy has more digits than float32
     forces: Tensor | None = None  # (n, 3), eV/Å
     virial: Tensor | None = None  # (B, 3, 3), eV
-    cutoff: float | None = None  # Å, r_c of the neighbour list; None where a frame was put together by hand
+    cutoff: float | None = None  # Å, r_c of the neighbour list; None if the frame was put together by hand
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Frame:
         """Return the frame with its real numbers in `dtype` (the energy stays float64) and every tensor on `device`."""
@@ -119,7 +119,7 @@ def make_frame(
 def collate(frames: Sequence[Frame]) -> Frame:
     """Put several frames side by side into one, with slots for the most neighbours of each element.
 
-    A label is dropped where any frame lacks it. ValueError where there is no frame, or where cutoffs or numbers of
+    A label that some frame lacks is dropped. Raises ValueError if there is no frame, or if cutoffs or numbers of
     elements differ.
     """
     if not frames:

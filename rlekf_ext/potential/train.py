@@ -37,7 +37,7 @@ def train(
     """Train a Deep Potential as an input file says, and return the summary that is also written as JSON.
 
     Writes DeePMD-kit's lcurve.out, a checkpoint, and in lcurve.out.json a summary with the held-out RMSE at the end of
-    every epoch. Ctrl-C writes the checkpoint and ends after the batch at hand. `restart` goes on from the
+    every epoch. Ctrl-C writes the checkpoint and ends after the batch at hand. `restart` continues from the
     checkpoint, bit for bit. Several processes share the frames of each batch and P, and the first writes the files.
 
     Raises InputError and DataError before anything is written, and StoppedError, with the checkpoint written, when the
@@ -172,7 +172,7 @@ def build_model(config: Config, training: Sequence[Frame], checkpoint: dict[str,
 
 
 class Batches:
-    """Batches of frames without end, shuffled anew each epoch; each holds frames of one system."""
+    """Batches of frames without end, shuffled again each epoch; each holds frames of one system."""
 
     def __init__(self, systems: Systems, data: TrainingData, seed: int):
         self._systems, self._data = systems, data
@@ -180,7 +180,7 @@ class Batches:
         self._shuffle()
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return len(self._order)
 
     @property
@@ -189,7 +189,7 @@ class Batches:
         return max(map(len, self._order))
 
     def __next__(self) -> list[Frame]:
-        if self._place >= len(self._order):  # above it where a restart has fewer frames
+        if self._place >= len(self._order):  # above it if a restart has fewer frames
             self._shuffle()
         self._place += 1
         return self._order[self._place - 1]
@@ -259,7 +259,7 @@ def end_of_epoch(
     held_out: Sequence[Frame],
     processes: Processes,
 ) -> dict[str, float]:
-    """A row of the summary: where training stands, and the RMSE on all held-out frames."""
+    """A row of the summary: the progress of training, and the RMSE on all held-out frames."""
     energy, force = rmse(model, held_out, processes)
     return {
         "epoch": progress["step"] / batches_per_epoch,

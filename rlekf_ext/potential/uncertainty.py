@@ -1,4 +1,4 @@
-"""How far off the filter expects a model to be, frame by frame (sqrt(HᵀPH)), beside how far off it is."""
+"""How far off the filter expects a model to be, frame by frame (sqrt(HᵀPH)), and how far off it is."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Uncertainty:
 
     @property
     def factors(self) -> tuple[float, float]:
-        """RMS error / RMS deviation on these frames, of energies and of forces; NaN where no deviation is above 0."""
+        """RMS error / RMS deviation on these frames, of energies and of forces; NaN if no deviation is above 0."""
         energy, force = (np.square(pairs).sum(0) for pairs in (self.energy, self.force))
         return _root_of_ratio(*energy), _root_of_ratio(*force)
 
@@ -77,9 +77,9 @@ def filter_of(checkpoint: dict[str, Any], model: DeepPotential) -> RLEKF:
 
 
 def uncertainty(optimizer: RLEKF, model: DeepPotential, frames: Iterable[Frame]) -> Uncertainty:
-    """Errors and predicted deviations of labelled frames, each of one structure: one pass over P a frame.
+    """Errors and predicted deviations of labelled frames, each of one structure, with one pass over P per frame.
 
-    Raises InputError where a variance is negative or not finite, so that P is no covariance any more.
+    Raises InputError if a variance is negative or not finite: P is no covariance any more.
     """
     rows = []
     for i, frame in enumerate(frames):
@@ -120,7 +120,7 @@ def measured(optimizer: RLEKF, model: DeepPotential, frame: Frame) -> tuple[Tens
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation of x (n,) and y (n,); equal values share their mean rank. NaN where all of one are equal."""
+    """Rank correlation of x (n,) and y (n,); equal values share their mean rank. NaN if all of one are equal."""
     x, y = (ranks - ranks.mean() for ranks in (_ranks(x), _ranks(y)))
     size = math.sqrt((x @ x) * (y @ y))
     return float(x @ y) / size if size else math.nan
