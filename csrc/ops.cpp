@@ -104,7 +104,7 @@ Measurements measurements_of(const Covariance& covariance, const Tensor& jacobia
   STD_TORCH_CHECK(count >= 1 && count <= kMaxMeasurements, "rlekf: a pass takes 1 to ", kMaxMeasurements,
                   " measurements but jacobian has ", count, " rows; split them into several passes.");
   STD_TORCH_CHECK(count <= covariance.capacity, "rlekf: ", count, " measurements need at least as many rows in pending",
-                  " but it has ", covariance.capacity, "; raise `pending`.");
+                  " but it has ", covariance.capacity, "; raise `max_pending`.");
   return {static_cast<int>(count), const_float64_of(jacobian), nullptr};
 }
 

@@ -77,7 +77,7 @@ def test_train_writes_its_files_where_it_was_called(folder, capsys):
     assert {"lcurve.out", "lcurve.out.json", "model.ckpt.pt"} < set(os.listdir(folder))
     output, errors = capsys.readouterr()
     assert errors == ""
-    assert "2 frames train, 1 are held out; 2 batches an epoch" in output
+    assert "2 frames train, 1 are held out; 2 batches per epoch" in output
     assert re.search(r"RLEKF\(\d+ weights in \d+ blocks of at most 40", output)
     assert re.search(r"^epoch 2 .* E \d\.\d+e[-+]\d+ eV/atom   F \d\.\d+e[-+]\d+ eV/Å$", output, re.M)
     assert main(["train", "input.json", "--restart"]) == 0

@@ -1,10 +1,13 @@
 """KalmanFilter's own side; that its numbers are right is held in ops/test_ops.py."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from oracles import DenseFilter, relative
 
 from rlekf_ext import BlockPlan, KalmanFilter
+from rlekf_ext.options import FilterOptions
 
 PLAN = BlockPlan((70, 3))
 
@@ -46,6 +49,25 @@ def test_variance_is_h_p_h_and_changes_nothing():
     assert kalman.variance(h[0]).shape == ()
     assert all(relative(a, b) < 1e-14 for a, b in zip(kalman.covariance.dense(), before, strict=True))
     assert kalman.health()["num_updates"] == 4
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(FilterOptions)])
+def test_every_option_makes_another_filter(name):
+    """In its scalars, the number or storage of its numbers, or P itself."""
+
+    def state(**options):
+        p = KalmanFilter(PLAN, **options).covariance
+        return p.scalars(), p.pending.shape, p.tiles.dtype, float(p.tiles.sum())
+
+    other = {"covariance_dtype": "float32", "max_pending": 3}.get(name, 0.25)
+    assert state(**{name: other}) != state()
+
+
+def test_constants_that_a_loaded_p_has_otherwise_are_named():
+    saved = KalmanFilter(PLAN, process_noise=0.5).state_dict()
+    kalman = KalmanFilter(PLAN, process_noise=0.25, memory_factor=0.9)
+    kalman.load_state_dict(saved)
+    assert kalman.differing_constants() == {"process_noise": (0.5, 0.25)}
 
 
 @pytest.mark.parametrize(

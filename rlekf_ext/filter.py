@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlekf_ext import ops
-from rlekf_ext.covariance import MAX_MEASUREMENTS, Covariance, identity
+from rlekf_ext.covariance import MAX_MEASUREMENTS, Covariance, Scalars, identity
 from rlekf_ext.diagnostics import FLOAT32_CONDITION, Diagnostics, ritz_values
 from rlekf_ext.options import FilterOptions, checked, takes
 from rlekf_ext.partition import BlockPlan
@@ -55,13 +55,7 @@ class KalmanFilter:
             device=device,
             tiles=self._share.tiles if self._share else None,
         )
-        noise = self.options.measurement_noise
-        self.covariance.set(
-            forgetting=1 - self.options.memory_factor,
-            forgetting_rate=self.options.forgetting_rate,
-            measurement_noise=plan.num_blocks if noise is None else noise,
-            process_noise=self.options.process_noise,
-        )
+        self.covariance.set(forgetting=1 - self.options.memory_factor, **self._constants())
         # The last Jacobians, for diagnostics: zeros until there are as many. The next one replaces row `_next`.
         self._recent = self.covariance.pending.new_zeros(MAX_MEASUREMENTS, plan.num_weights)
         self._next = 0
@@ -171,6 +165,21 @@ class KalmanFilter:
             return f"{found}: it is about to lose positive definiteness. Use covariance_dtype float64 or auto."
         self.covariance = self.covariance.reblock(self.plan, dtype=torch.float64)
         return f"{found}: it is stored in float64 from now on."
+
+    def _constants(self) -> dict[str, float]:
+        """The options that are scalars of the filter under the same name, and stay as they are."""
+        noise = self.options.measurement_noise
+        own = {"measurement_noise": float(self.plan.num_blocks if noise is None else noise)}
+        shared = (name for name in Scalars._fields if hasattr(self.options, name))
+        return {name: own.get(name, getattr(self.options, name)) for name in shared}
+
+    def differing_constants(self) -> dict[str, tuple[float, float]]:
+        """Options that this filter was made with but that a loaded or taken over P has otherwise: name -> (P's, ours).
+        Waits for the device."""
+        now = self.covariance.scalars()
+        return {
+            name: (getattr(now, name), ours) for name, ours in self._constants().items() if getattr(now, name) != ours
+        }
 
     def take_over(self, covariance: Covariance) -> None:
         """Replace P by that of another filter of the same weights, whatever its blocks and storage: see

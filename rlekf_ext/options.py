@@ -59,7 +59,10 @@ class FilterOptions:
 
     memory_factor: float = option(0.98, "λ at the first update (λ_1 in the paper); it goes to 1.", above=0, high=1)
     forgetting_rate: float = option(
-        0.9987, "ν in λ <- ν λ + 1 - ν. A larger ν forgets for longer: 1 - λ falls by ν per update.", low=0, high=1
+        0.9987,
+        "ν in λ <- ν λ + 1 - ν. A larger ν forgets for longer: each update multiplies 1 - λ by ν.",
+        low=0,
+        high=1,
     )
     initial_covariance: float = option(1.0, "p_0: P starts as this times the identity.", above=0)
     measurement_noise: float | None = option(
@@ -104,7 +107,7 @@ class UpdateOptions:
     )
     adaptive_scale: bool = option(False, "Whether scales are divided by the running mean of ε of their kind.")
     early_scale: float = option(
-        1.0, "Multiplies all scales at the first update, and goes to 1 by 0.13 % per update.", above=0
+        1.0, "Multiplies all scales at the first update; its excess over 1 shrinks by 0.13 % per update.", above=0
     )
     relinearize: bool = option(
         True, "Whether the model is evaluated again before each update; if not, one evaluation serves a whole batch."
@@ -116,7 +119,7 @@ class UpdateOptions:
         choices=BATCHES,
     )
     warm_start: bool = option(
-        False, "Whether the energy bias is fitted once more, to what the untrained network leaves, before training."
+        False, "Whether the energy bias is refitted before training, to the energies that the untrained network leaves."
     )
     average_frames: int = option(
         1, "The weights that are evaluated and saved are a running mean over about this many batches.", low=1
@@ -198,12 +201,12 @@ PAGE = """\
 
 <!-- written by `make docs` -->
 
-One table for every way to set them: the section `optimizer` of the input of `rlekf train`, that of `dp --pt train`
-(all but {not_in_dp}), and keywords of `RLEKF`, `KalmanFilter` and `FrameUpdater`. An option that is unknown or out of
-range is an error that says so.
+Set these options in the section `optimizer` of the input of `rlekf train` or of `dp --pt train` (all but
+{not_in_dp}), or as keywords of `RLEKF`, `KalmanFilter` and `FrameUpdater`. An option that is unknown or out of range
+is an error that names it.
 
 `preset` chooses the defaults; the table has those of `paper` and, if they differ, of the others. The default is
-`robust`, except that `RLEKF` and `KalmanFilter` alone know no preset: theirs are those of `paper`.
+`robust`. `RLEKF` and `KalmanFilter` by themselves take no preset: their defaults are those of `paper`.
 """
 TAKERS = {
     BlockOptions: "Blocks of P: `RLEKF`, `FrameUpdater`",

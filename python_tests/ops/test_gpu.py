@@ -50,7 +50,7 @@ def poison(num_bytes=1 << 28):
 @pytest.mark.parametrize("count", range(1, 9))
 def test_oracle_over_200_steps(name, dtype, count, process_noise):
     poison()
-    settings = {"pending": 11, "covariance_dtype": dtype, "process_noise": process_noise}
+    settings = {"max_pending": 11, "covariance_dtype": dtype, "process_noise": process_noise}
     kalman, weights = run(name, ODD_SIZES, steps=200, count=count, **settings)
     torch.manual_seed(0)
     dense = DenseFilter(ODD_SIZES, 0.98, 0.9987, q=process_noise)
@@ -69,7 +69,7 @@ def test_oracle_over_200_steps(name, dtype, count, process_noise):
 def test_same_as_the_cpu(name, dtype, count, sizes):
     """Plans of every kind, long enough for several folds, from memory full of NaN."""
     poison()
-    settings = {"steps": 25, "count": count, "pending": 8, "covariance_dtype": dtype}
+    settings = {"steps": 25, "count": count, "max_pending": 8, "covariance_dtype": dtype}
     kalman, weights = run(name, sizes, **settings)
     cpu, wanted = run("native", sizes, device=torch.device("cpu"), **settings)
     assert relative(weights.cpu(), wanted) < TOLERANCE[dtype]

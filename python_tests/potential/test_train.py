@@ -123,7 +123,7 @@ def test_epochs_may_end_in_the_middle(tmp_path):
     given = input_of(tmp_path)
     del given["training"]["numb_steps"]
     summary = run({**given, "training": {**given["training"], "num_epochs": 1.5}})
-    assert summary["step"] == 5  # of three batches an epoch
+    assert summary["step"] == 5  # of three batches per epoch
     assert [row["epoch"] for row in summary["epochs"]] == pytest.approx([1, 5 / 3])
 
 
@@ -428,7 +428,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_restart_goes_on(tmp_path):
     assert "Traceback" not in errors
     step = checkpoint_of(parts)["progress"]["step"]
     assert step >= 3
-    assert f"Interrupted after batch {step}; `rlekf train --restart` goes on from {parts}/out/model.ckpt.pt" in output
+    assert f"Interrupted after batch {step}; `rlekf train --restart` continues from {parts}/out/model.ckpt.pt" in output
     assert curve_of(parts)["step"].tolist() == [*range(1, step + 1)]
     assert json.loads((parts / "out" / "lcurve.out.json").read_text())["interrupted"] is True
 

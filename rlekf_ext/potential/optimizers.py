@@ -30,7 +30,7 @@ class KalmanSteps:
         seed, group = config.training.seed or 0, processes.group
         self.updater = FrameUpdater(model, transpose=True, seed=seed, process_group=group, say=say, **chosen)
         self.optimizer = self.updater.optimizer
-        self._model, self._num_steps, self._processes = model, num_steps, processes
+        self._model, self._num_steps, self._processes, self._say = model, num_steps, processes, say
 
     def start(self, training: Sequence[Frame]) -> None:
         """Before the first batch of a new run."""
@@ -63,6 +63,8 @@ class KalmanSteps:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self._model.load_state_dict(saved["weights"])
         self.optimizer.load_state_dict(saved["filter"])
+        for name, (kept, asked) in self.optimizer.filter.differing_constants().items():
+            self._say(f"{name} stays {kept:g}, as the checkpoint has it; the input file asks for {asked:g}.")
         self.updater.load_state_dict(saved["updater"])
 
     def __repr__(self) -> str:

@@ -79,7 +79,7 @@ def train(
         if (idle := processes.size - batches.most_frames) > 0:
             say(f"Frames in the largest batch: {batches.most_frames}; processes without any: {idle}. Raise batch_size.")
     num_held_out = sum(map(len, validation))
-    say(f"{len(everything)} frames train, {num_held_out} are held out; {len(batches)} batches an epoch")
+    say(f"{len(everything)} frames train, {num_held_out} are held out; {len(batches)} batches per epoch")
     if not num_held_out:
         say("No frame is held out: the errors shown are those of the training frames.")
     say(repr(optimize))
@@ -120,7 +120,7 @@ def train(
     save()
     stopped = processes.any(interrupted())
     if stopped:
-        say(f"Interrupted after batch {progress['step']}; `rlekf train --restart` goes on from {checkpoint_file}.")
+        say(f"Interrupted after batch {progress['step']}; `rlekf train --restart` continues from {checkpoint_file}.")
     machine = {"processes": processes.size, **this_machine()}
     summary = {**progress, "interrupted": stopped, "optimizer": repr(optimize), **machine}
     if processes.rank == 0:

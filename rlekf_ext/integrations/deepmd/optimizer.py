@@ -96,6 +96,7 @@ class DeepmdRLEKF(RLEKF):
         """Continue where a run stopped: RLEKF's, or LKF's, whose P and λ are taken over."""
         if "P" in state_dict["state"].get(0, {}):
             self.take_over(from_lkf(state_dict))
+            self.filter.covariance.set(process_noise=self.options.process_noise)  # which LKF does not have
             log.info("P and its memory factor come from LKF's checkpoint.")
             return
         if "updater" not in state_dict:
