@@ -52,8 +52,8 @@ def partition(
     Strategies ("The Splitting Strategy of RLEKF" and Fig. 2 of the paper):
     "rlekf"   split tensors above N_b, gather small neighbours; the rest of a split tensor starts the next gather
     "deepmd"  the same, but the rest of a split tensor stays alone, as in DeePMD-kit's LKF
-    "lekf"    a block per layer, whatever its size
-    "sekf"    ceil(N / N_b) blocks of equal size, the first N mod L of them one larger
+    "lekf"    one block per layer, whatever its size
+    "sekf"    L = ceil(N / N_b) blocks of equal size, the first N mod L of them one larger
     "gekf"    one block
 
     Raises ValueError for an unknown strategy, a block size below 1, or sizes that are empty or not positive.
@@ -68,7 +68,7 @@ def partition(
 
 
 def _split_and_gather(sizes: Sequence[int], block_size: int, gather_rest: bool) -> Iterator[int]:
-    """`gather_rest`: whether the rest of a split tensor starts the next gather, or is a block of its own."""
+    """`gather_rest`: whether the rest of a split tensor starts the next gather or is a separate block."""
     gathered = 0
     for size in sizes:
         if gathered and gathered + size > block_size:

@@ -1,8 +1,8 @@
-"""P spread over the processes of a group: which tiles are mine, and the one all_reduce of a step.
+"""P spread over the processes of a group: which tiles each process keeps, and the one all_reduce per step.
 
-All tiles of all blocks are in one row, and every rank keeps a run of it, all runs of one length (the last ones may be
-shorter): any number of ranks shares any number of blocks, and a block may lie on several ranks. All vectors (weights,
-Jacobians, the pending u_i) and all scalars are on every rank. A step is
+The tiles of all blocks are in one sequence, and every rank keeps a run of it, all runs of equal length (the last ones
+may be shorter): any number of ranks can share any number of blocks, and a block may be on several ranks. All vectors
+(weights, Jacobians, the pending u_i) and all scalars are on every rank. A step is
 
     z = S h of the own tiles   ->   all_reduce of z and of h·z by block   ->   the O(N) rest, the same on every rank
 
@@ -24,7 +24,7 @@ from rlekf_ext.processes import Processes
 
 
 class TileShare:
-    """The tiles of a plan that this process keeps: torch.chunk's part of its rank in the group."""
+    """The tiles of a plan that this process keeps: the chunk for its rank, as torch.chunk would cut them."""
 
     def __init__(self, plan: BlockPlan, processes: Processes):
         total = num_tiles(plan)
@@ -41,14 +41,14 @@ class TileShare:
         self._weights = slice(offsets[mine[0]], offsets[mine[-1] + 1]) if mine else slice(0)
 
     def project(self, ops: ModuleType, p: Covariance, jacobian: Tensor) -> tuple[Tensor, Tensor]:
-        """`project` of all tiles, from each rank's own; every rank must call it, with the same but for `p.tiles`."""
+        """`project` for all tiles, from each rank's own; every rank must call it, with only `p.tiles` different."""
         count, num_weights = jacobian.shape
         num_blocks = self.plan.num_blocks
         message = jacobian.new_zeros(count * num_weights + num_blocks * count * count)
         z, inner = message.split([count * num_weights, num_blocks * count * count])
         z, inner = z.view(count, num_weights), inner.view(num_blocks, count, count)
         if self.tiles:
-            # S alone: the shift and the pending vectors are counted once, below. They only matter if they fold.
+            # S alone: the shift and the pending vectors are counted once, below. Only a fold needs the vectors here.
             self._layout = self._layout.to(jacobian.device)
             own = replace(p, state=p.state.clone(), layout=self._layout)
             num_pending = p.state[STATE["num_pending"]]

@@ -1,4 +1,4 @@
-"""The definition of the ops, in dense torch: written for the reader, and what the other backends are held to."""
+"""The definition of the ops, in dense torch: written to be read; the other backends are tested against it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def correct(p: Covariance, weights: Tensor, cross: Tensor, gram: Tensor, jacobia
     increment = torch.zeros_like(weights)
     added: list[Tensor] = []
     for h, z, error in zip(jacobian, cross, innovation.tolist(), strict=True):
-        y = z + (now.shift - first_shift) * h  # K / β, before the updates of this call are taken off
+        y = z + (now.shift - first_shift) * h  # K / β, before the updates of this call are subtracted
         for u in added:
             inner = torch.stack(
                 [(part_u @ part_h) for part_u, part_h in zip(u.split(sizes), h.split(sizes), strict=True)]
@@ -74,7 +74,7 @@ def step(p: Covariance, weights: Tensor, jacobian: Tensor, innovation: Tensor) -
 
 
 def _fold(p: Covariance) -> None:
-    """S <- S - Σ u uᵀ, and an oversized scale moves into S by a power of two. P stays what it is."""
+    """S <- S - Σ u uᵀ, and an oversized scale moves into S by a power of two. P stays the same."""
     now = p.scalars()
     factor = 2.0 ** floor(log2(now.scale)) if now.scale > LARGEST_SCALE else 1.0
     parts = zip(unpack(p.tiles, p.plan), p.pending[: now.num_pending].split(p.plan.sizes, 1), strict=True)
