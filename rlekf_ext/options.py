@@ -109,7 +109,7 @@ class UpdateOptions:
     )
     adaptive_scale: bool = option(False, "Whether each scale is divided by the running mean of ε of its kind.")
     early_scale: float = option(
-        1.0, "Multiplies all scales at the first update, and tends to 1 by 0.13 % per update.", above=0
+        1.0, "Multiplies all scales at the first update; each update closes 0.13 % of its gap to 1.", above=0
     )
     relinearize: bool = option(
         True, "Whether the model is evaluated again before each update; if not, one evaluation serves a whole batch."

@@ -46,8 +46,8 @@ def partition(
 ) -> BlockPlan:
     """Cut parameter tensors of these sizes into blocks of at most `block_size` weights.
 
-    `sizes` are the numbers of weights of the parameter tensors in order (W_0, b_0, W_1, ...). `layers`, used by
-    "lekf" alone, names the layer of each tensor: neighbours with the same id share a block.
+    `sizes` are the numbers of weights of the parameter tensors in order (W_0, b_0, W_1, ...). `layers`, used only
+    by "lekf", names the layer of each tensor: neighbours with the same id share a block.
 
     Strategies ("The Splitting Strategy of RLEKF" and Fig. 2 of the paper):
     "rlekf"   split tensors above N_b, gather small neighbours; the rest of a split tensor starts the next gather

@@ -116,7 +116,7 @@ def from_lkf(saved: dict[str, Any]) -> Covariance:
     if shapes != [(size, size) for size in sizes]:
         raise ValueError(
             f"LKF's state should hold square blocks of P of sizes {abridged(sizes)} but holds "
-            f"{abridged([shape[0] for shape in shapes])}: a distributed run of LKF saves those of rank 0 alone, and "
+            f"{abridged([shape[0] for shape in shapes])}: a distributed run of LKF saves only those of rank 0, and "
             "the others are lost."
         )
     p = identity(BlockPlan(sizes), device=blocks[0].device)
