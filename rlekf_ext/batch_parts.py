@@ -1,8 +1,8 @@
 """Turns the frames of a batch, divided over the processes, into measurements of all processes together.
 
-A frame has `num_atoms` (B,) for its B structures and the labels `energy` (B,), `forces` and `virial` (B, 3, 3), each
-None if missing. `forces` are (n, 3), the structures one after another, or (n, B, 3), the same n atom indices in B
-structures.
+A frame has `num_atoms` (B,) for its B structures and the labels `energy` (B,) in eV, `forces` in eV/Å and `virial`
+(B, 3, 3) in eV, each None if missing. `forces` are (n, 3), the structures one after another, or (n, B, 3), the same n
+atom indices in B structures.
 """
 
 from __future__ import annotations

@@ -76,6 +76,8 @@ class KalmanFilter:
 
         One measurement: jacobian (N,), innovation a number or a tensor of one element. M measurements, linearised at
         the same weights: (M, N) and (M,), used in order, in passes of at most 8, each exact given those before it.
+
+        Raises ValueError for other shapes.
         """
         h = self._rows(jacobian)
         e = torch.as_tensor(innovation, dtype=torch.float64, device=h.device).reshape(-1)
@@ -100,7 +102,9 @@ class KalmanFilter:
 
     @torch.no_grad()
     def variance(self, jacobian: Tensor) -> Tensor:
-        """HᵀPH, without the measurement noise: () for a jacobian (N,), (M,) for (M, N). Changes neither w nor P."""
+        """HᵀPH, without the measurement noise: () for a jacobian (N,), (M,) for (M, N). Changes neither w nor P.
+
+        Raises ValueError for other shapes."""
         h = self._rows(jacobian)
         if not len(h):
             return h.new_zeros(0)
@@ -192,7 +196,12 @@ class KalmanFilter:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Copy a saved covariance into this filter's, with "auto" its dtype too. Raises ValueError as that does."""
-        before = self.covariance
+        before, recent = self.covariance, saved.get("recent", self._recent)
+        if recent.shape != self._recent.shape:
+            raise ValueError(
+                f"The saved recent Jacobians have shape {tuple(recent.shape)} but this filter needs "
+                f"{tuple(self._recent.shape)}; build it with the same model."
+            )
         dtype = saved["tiles"].dtype if "tiles" in saved else before.tiles.dtype
         if self.options.covariance_dtype == "auto" and dtype != before.tiles.dtype:
             self.covariance = before.reblock(self.plan, dtype=dtype)
@@ -201,8 +210,8 @@ class KalmanFilter:
         except ValueError:
             self.covariance = before
             raise
-        self._recent.copy_(saved["recent"])
-        self._next = 0
+        self._recent.copy_(recent)
+        self._next = 0  # the rows are saved in the order of their age
 
     def state_dict(self) -> dict[str, Any]:
         """What must be saved; large tensors are not copied. With a process group, `tiles` is a DTensor."""

@@ -81,7 +81,7 @@ class RLEKF(torch.optim.Optimizer):
 
         The closure is the usual one: a mean absolute error, `backward()`. Its gradient is -H, its value errY
         (Algorithm 2, lines 1 to 7). A squared error also trains, but scales each H by twice its error, and its ε is
-        squared.
+        squared. Raises ValueError without a closure, RuntimeError if no parameter has a gradient.
         """
         if closure is None:
             raise ValueError(
@@ -110,11 +110,11 @@ class RLEKF(torch.optim.Optimizer):
             stored.copy_(stored + lr * piece.view(stored.shape))
 
     def jacobian(self) -> Tensor:
-        """The gradients in `.grad`, as a vector (N,) float64 in the order of `flatten`."""
+        """The gradients in `.grad`, (N,) float64 in the order of `flatten`. Raises RuntimeError if there are none."""
         return self.flatten([p.grad for p in self.parameters()])
 
     def parameters(self) -> list[Tensor]:
-        """The parameters that have weights in P, in order."""
+        """The parameters that have weights in P, in order. Raises RuntimeError if they have changed since."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         if hasattr(self, "filter") and sum(p.numel() for p in parameters) != self.filter.plan.num_weights:
             raise RuntimeError(
@@ -129,7 +129,7 @@ class RLEKF(torch.optim.Optimizer):
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One tensor per parameter, or None for zeros, as a vector (N,) float64 in the order of the weights. Sparse
-        ones are made dense."""
+        ones are made dense. Raises RuntimeError if all are None."""
         parameters = self.parameters()
         if all(tensor is None for tensor in tensors):
             raise RuntimeError("No parameter has a gradient; call backward() before the update.")
@@ -169,10 +169,11 @@ class RLEKF(torch.optim.Optimizer):
 
     def take_over(self, covariance: Covariance) -> None:
         """Replace P by that of another filter of the same weights, whatever its blocks and storage: see
-        `Covariance.reblock`."""
+        `Covariance.reblock`. Raises ValueError for another number of weights, NotEnoughMemoryError if P does not fit."""
         self.filter.take_over(covariance)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only for torch's own constructor. Raises RuntimeError afterwards: the blocks of P are fixed."""
         if hasattr(self, "filter"):
             raise RuntimeError("The blocks of P are fixed when RLEKF is made; give it all parameters then.")
         super().add_param_group(param_group)

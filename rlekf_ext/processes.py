@@ -37,7 +37,7 @@ class Processes:
         return tensor
 
     def gather(self, numbers: Sequence[int], device: torch.device | str = "cpu") -> list[list[int]]:
-        """The numbers of each process, the same count from each, in the order of the ranks."""
+        """The numbers of each process, the same count from each, in the order of the ranks. Raises LostProcessError."""
         if self.group is None:
             return [list(numbers)]
         rows = torch.zeros(self.size, len(numbers), dtype=torch.int64, device=device)

@@ -94,7 +94,7 @@ class FrameUpdater:
 
     def warm_start(self, frames: Iterable[Any]) -> None:
         """Fit the model's energy bias to the energy residuals of its untrained network on these frames, if the options
-        ask for it, by model.fit_energy_bias(frames, with_network=True)."""
+        ask for it, by model.fit_energy_bias(frames, with_network=True). Raises OptionError for a model without it."""
         if self.options.warm_start:
             if not hasattr(self.model, "fit_energy_bias"):
                 raise OptionError(
@@ -107,9 +107,9 @@ class FrameUpdater:
     def __call__(self, batch: Any, factors: Mapping[str, float] | None = None) -> list[tuple[str, Tensor]]:
         """Update on one batch: a frame, or a list of frames, empty for a process without any. A frame may hold several
         structures; with "joint" each frame is a measurement. `factors` multiply the scales of the kinds of update.
-        Returns the kind and the unscaled ε () of every measurement.
+        Returns the kind and the unscaled ε () of every measurement, in eV/atom or eV/Å.
 
-        Raises StoppedError if `max_skipped` measurements in a row were skipped, and DataError for a batch without any
+        Raises OptionError before a warm start that is asked for, StoppedError if `max_skipped` measurements in a row were skipped, and DataError for a batch without any
         label that `order` names.
         """
         if not self._started:
@@ -247,7 +247,7 @@ def schedule(order: Sequence[str], num_groups: int) -> list[str]:
 
 
 def energy_error(model: Callable[..., Any], frame: Any, _: Any = None) -> Tensor:
-    """mean |E - E_DFT| / atoms in eV (Algorithm 2, line 6): its gradient is -H."""
+    """mean |E - E_DFT| / atoms in eV/atom (Algorithm 2, line 6): its gradient is -H."""
     prediction = model(frame, forces=False)
     return ((prediction.energy - frame.energy).abs() / frame.num_atoms).mean()
 
@@ -258,7 +258,7 @@ def force_error(model: Callable[..., Any], frame: Any, atoms: Tensor) -> Tensor:
 
 
 def virial_error(model: Callable[..., Any], frame: Any, _: Any = None) -> Tensor:
-    """mean |W - W_DFT| / atoms over the nine components, in eV."""
+    """mean |W - W_DFT| / atoms over the nine components, in eV/atom."""
     difference = (model(frame, forces=True).virial - frame.virial).abs()
     return (difference.mean((1, 2)) / frame.num_atoms).mean()
 
