@@ -169,7 +169,8 @@ class RLEKF(torch.optim.Optimizer):
 
     def take_over(self, covariance: Covariance) -> None:
         """Replace P by that of another filter of the same weights, whatever its blocks and storage: see
-        `Covariance.reblock`. Raises ValueError for another number of weights, NotEnoughMemoryError if P does not fit."""
+        `Covariance.reblock`. Raises ValueError for another number of weights, NotEnoughMemoryError if it does not fit.
+        """
         self.filter.take_over(covariance)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

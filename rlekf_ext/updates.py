@@ -109,8 +109,8 @@ class FrameUpdater:
         structures; with "joint" each frame is a measurement. `factors` multiply the scales of the kinds of update.
         Returns the kind and the unscaled ε () of every measurement, in eV/atom or eV/Å.
 
-        Raises OptionError before a warm start that is asked for, StoppedError if `max_skipped` measurements in a row were skipped, and DataError for a batch without any
-        label that `order` names.
+        Raises OptionError before a warm start that the options ask for, StoppedError if `max_skipped` measurements in a
+        row were skipped, and DataError for a batch without any label that `order` names.
         """
         if not self._started:
             raise OptionError(
