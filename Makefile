@@ -60,7 +60,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
-gpu:  ## with an own python3 that has torch, on a machine with a GPU: build, tests, sanitizer, benchmark; rows in OUT=folder
+gpu:  ## with a python3 that has torch, on a machine with a GPU: build, tests, sanitizer, benchmark; rows in OUT=folder
 	.ci/gpu $(PYTHON) $(or $(OUT),gpu_results)
 
 bench: .venv/.bench  ## the filter step against naive torch and BLAS (15 minutes): rows and pictures
@@ -71,11 +71,11 @@ bench: .venv/.bench  ## the filter step against naive torch and BLAS (15 minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 
-study: setup  ## the paper's study on the DFT sets in DATA=folder (at most 2 hours, goes on where it stopped): rows, tables, pictures
+study: setup  ## the paper's study on the DFT sets in DATA=folder (at most 2 hours, continues where it stopped): rows, tables, pictures
 	$(BIN)/python benchmarks/study.py --data $(or $(DATA),examples)
 	$(BIN)/python benchmarks/plot_study.py
 
-soak: setup  ## what takes long (30 minutes): fuzzing, 200 kills, drift over 20 000 and 100 000 steps against long double: rows
+soak: setup  ## the long tests (30 minutes): fuzzing, 200 kills, drift over 20 000 and 100 000 steps against long double: rows
 	$(BIN)/python -m pytest -m soak -s
 	$(BIN)/python benchmarks/bench_accuracy.py
 	$(BIN)/python benchmarks/bench_accuracy.py --size 48 --steps 100000

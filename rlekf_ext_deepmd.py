@@ -1,6 +1,6 @@
 """DeePMD-kit's plugin: entry point of the group `deepmd.pt`, loaded by every `dp --pt` command. It never raises.
 
-It stands outside the package so that even a package that does not import leaves dp alone. See docs/deepmd.md.
+It is outside the package so that dp runs even if the package cannot be imported. See docs/deepmd.md.
 """
 
 import logging

@@ -40,14 +40,14 @@ class CMakeBuild(build_ext):
         torch = torch_folder()
         build = Path(self.build_temp).resolve()
         destination = Path(self.get_ext_fullpath("rlekf_ext._C")).resolve().parent
-        # A folder left by an earlier isolated build names a ninja that is gone with its environment.
+        # A folder left by an earlier isolated build refers to a ninja that is gone with its environment.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-DTORCH_DIR={torch}", f"-DRLEKF_TORCH_VERSION={torch_version(torch)}"]
         configure += [f"-DRLEKF_VERSION={self.distribution.get_version()}", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DCMAKE_INSTALL_PREFIX={destination}", "-DCMAKE_BUILD_TYPE=Release"]
         configure += os.environ.get("CMAKE_ARGS", "").split()
-        # cmake and ninja may be installed beside this Python without being on PATH.
+        # cmake and ninja may be installed next to this Python without being on PATH.
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
         environment = {**os.environ, "PATH": path}
         print(f"rlekf_ext: building against torch {torch_version(torch)}", file=sys.stderr)

@@ -3,7 +3,7 @@
     python benchmarks/bench_accuracy.py [--steps 20000] [--size 512] [--output rows.csv]
 
 Three kinds of H, whose entry k is drawn with the standard deviation 1, 1/k, or exp(-k/32). A row is the largest
-difference of P in units of its largest entry, the same of w, and the smallest eigenvalue of P in units of the
+difference of P in units of its largest entry, the same for w, and the smallest eigenvalue of P in units of the
 largest.
 """
 
@@ -44,14 +44,14 @@ class LongDoubleFilter:
         memory_factor = 1 - self.forgetting
         a = 1 / (memory_factor + h @ k)
         self.w += a * innovation * k
-        u = np.sqrt(a) * k  # (a k) kᵀ would not round symmetrically, and an asymmetry of P grows for ever
+        u = np.sqrt(a) * k  # (a k) kᵀ would not round symmetrically, and an asymmetry of P grows forever
         self.p -= u[:, None] * u
         self.p *= 1 / memory_factor
         self.forgetting *= np.longdouble(NU)
 
 
 def drift(kind: str, size: int, steps: int) -> dict[torch.dtype, dict[str, float]]:
-    """The three figures of a row, for each storage of S."""
+    """The three figures of a row, for each dtype of S."""
     generator = np.random.default_rng(0)
     deviation = DEVIATIONS[kind](np.arange(1.0, size + 1))
     exact, settings = LongDoubleFilter(size), {"memory_factor": LAMBDA, "forgetting_rate": NU}

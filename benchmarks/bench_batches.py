@@ -1,10 +1,10 @@
-"""What several frames a batch do to convergence, as rows: the same epochs with 1, 4, 8 and 16 frames, "mean", "sum" and
-"joint".
+"""How several frames per batch affect convergence, as rows: the same epochs with 1, 4, 8 and 16 frames, "mean", "sum"
+and "joint".
 
     python benchmarks/bench_batches.py [--data DIR] [--systems NaCl Cu] [--seeds 1 2] [--output FILE]
 
 Frames divided over processes give the weights of one process (test_updates_on_processes.py), so one process
-shows what so many processes would learn. It goes on where it stopped.
+shows what several processes would learn. A run that was stopped continues.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Runs in the environment of `make test-deepmd`:
 
     .venv-deepmd/bin/python benchmarks/bench_deepmd.py --data FOLDER_OF_THE_WATER_SET
 
-Rows go to results/deepmd.csv: seconds a batch (the first is left out), the part of it inside the optimizer, and the
-RMSE on 80 held-out frames' first ten, in eV/atom and eV/Å, at the end.
+Rows go to results/deepmd.csv: seconds per batch (without the first), the share of it inside the optimizer, and the
+final RMSE on the first ten of 80 held-out frames, in eV/atom and eV/Å.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ print("CLOCK", json.dumps([(end - start) / (len(batches) - 2), sum(inside[skip:l
 
 
 def split(source: Path, folder: Path) -> None:
-    """The first 320 frames train, the last 80 validate."""
+    """The first 320 frames are for training, the last 80 for validation."""
     for name, part in (("train", slice(0, 320)), ("validate", slice(320, 400))):
         (folder / name / "set.000").mkdir(parents=True)
         for file in source.glob("*.raw"):
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[1024, 5120])
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--only", default="", help="optimizers whose name has this in it")
+    parser.add_argument("--only", default="", help="only optimizers whose name contains this")
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for kind in ("INTRA", "INTER"):
@@ -142,7 +142,7 @@ def main() -> None:
             for label, optimizer in asked.items():
                 if given.only not in label:
                     continue
-                batches = given.batches * 5 // 8 if label.endswith("robust") else given.batches  # 8 updates a batch
+                batches = given.batches * 5 // 8 if label.endswith("robust") else given.batches  # 8 updates per batch
                 row = {"optimizer": label, "block_size": size, **run(optimizer, batches, folder), **where}
                 append(given.output, COLUMNS, [row])
                 print(*(f"{row[column]}" for column in COLUMNS[:8]), sep="  ", flush=True)

@@ -3,7 +3,7 @@
     python benchmarks/bench_frame.py [--system Cu] [--network paper] [--data DIR] [--repeat 15]
 
 One thread. A row is the median time, in ms, of one part of an update on a training frame of study.toml. Parts are timed
-in turn, so that a slow moment of the machine meets all of them.
+in turn, so that a slow moment of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     if not available(given.system, given.data):
-        parser.error(f"{given.data} should have the data of {given.system} but has not; name their folder by --data.")
+        parser.error(f"{given.data} should have the data of {given.system} but does not; name their folder by --data.")
     torch.set_num_threads(1)
     where = machine(given.output)
     count, timed = parts(given.system, given.network, given.data)

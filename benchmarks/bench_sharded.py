@@ -1,14 +1,14 @@
-"""One filter on several processes of this machine (gloo, one thread each): bytes a process, messages and time a step.
+"""One filter on several processes of this machine (gloo, one thread each): bytes per process, messages, time per step.
 
     python benchmarks/bench_sharded.py [--processes 1 2 4 8] [--cycles 5] [--output FILE]
 
 strong  the paper's network at N_b = 10240, on more and more processes
-weak    a block of 5120 weights a process
-message all_reduce alone, of so many float64 numbers
+weak    a block of 5120 weights per process
+message all_reduce alone, of several sizes
 
-A step is the mean over a cycle: 32 measurements, of which one pass folds. The rows hold the median over the cycles, of
-the process that holds most. own: P's own tiles; reduce: the message, and waiting for the slowest; rest: vectors. More
-processes than cores share them: their bytes and messages are what they are anywhere, their times are not.
+A step is the mean over a cycle: 32 measurements, one pass of which folds. The rows hold the median over the cycles, for
+the process that holds most. own: P's own tiles; reduce: the message, and waiting for the slowest; rest: vectors. If
+there are more processes than cores, bytes and messages are still valid but times are not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Rows = list[dict[str, Any]]
 
 
 class Clock:
-    """Seconds by part, and messages, of the calls that a sharded step makes; they all wait for their end."""
+    """Seconds by part, and messages, of the calls that a sharded step makes; all of them are blocking."""
 
     def __init__(self) -> None:
         self.seconds = {"own": 0.0, "reduce": 0.0, "rest": 0.0}
@@ -76,7 +76,7 @@ class Clock:
 
 
 def cycle(kalman: KalmanFilter, weights: torch.Tensor, jacobian: torch.Tensor) -> dict[str, float]:
-    """Milliseconds a step, in all and by part, and messages a step."""
+    """Milliseconds per step, in total and by part, and messages per step."""
     steps = PENDING // len(jacobian)
     dist.barrier()
     with Clock() as clock:
@@ -126,7 +126,7 @@ def process(rank: int, size: int, folder: str, num_cycles: int, output: Path) ->
     dist.init_process_group("gloo", init_method=f"file://{folder}/{size}", rank=rank, world_size=size)
     rows = messages(num_cycles) + scaling("strong", CASES["paper-10240"], num_cycles)
     rows += scaling("weak", BlockPlan((5120,) * size), num_cycles)
-    if rank == 0:  # of equal runs of tiles the first is the longest
+    if rank == 0:  # rank 0 has the longest run of tiles
         where = machine()
         rows = [{"processes": size, **row, **where} for row in rows]
         rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]

@@ -3,13 +3,13 @@
 
     python benchmarks/bench_step.py [--device cuda] [--case paper-10240 ...] [--rounds 5] [--output rows.csv]
 
-Providers take turns within each round of one process, so that a noisy machine disturbs all alike; a step of ours is
-the mean over a whole fold cycle. Before it is timed, each provider does three steps and must agree with ours in float64
-in w. "read" is the limit: torch's own reading of as many bytes as the packed triangle has. Rows are appended to
-benchmarks/results/step.csv or step_gpu.csv. A provider or a case that fails is reported, and the others go on.
+Providers take turns within each round of one process, so that a noisy machine affects all equally; a step of ours is
+the mean over a whole fold cycle. Before it is timed, each provider does three steps, and its w must agree with ours in
+float64. "read" is the limit: torch itself reading as many bytes as the packed triangle has. Rows are appended to
+benchmarks/results/step.csv or step_gpu.csv. A provider or a case that fails is reported, and the others continue.
 
-On a CPU the whole set runs twice: as it is, and with huge pages for torch's own allocations (THP_MEM_ALLOC_ENABLE=1),
-which is the best case of `naive`.
+On a CPU the whole set runs twice: with default settings, and with huge pages for torch's own allocations
+(THP_MEM_ALLOC_ENABLE=1), which is the best case of `naive`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rlekf_ext.environment import available_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MEMORY_CASE = "paper-10240"
-BUFFER_BYTES = 2 * 10**9  # more is read in pieces: torch.dot takes 2^31 numbers on a GPU, and P needs the rest of it
+BUFFER_BYTES = 2 * 10**9  # more is read in pieces: torch.dot takes 2^31 numbers on a GPU, and P needs memory, too
 Named = Mapping[str, type[Provider]]
 
 
@@ -50,9 +50,9 @@ class Cpu:
     device = torch.device("cpu")
     output, where = RESULTS / "step.csv", ["threads", "cpu", "cpu_isa", "torch", "numpy"]
     cases = tuple(name for name in CASES if name != "water-10240")
-    room, samples, counts = 0.7, 1, (8,)  # of the free memory; steps of others in a sample; measurements in a pass
+    room, samples, counts = 0.7, 1, (8,)  # of free memory; steps of others per sample; measurements per pass
     reads: tuple[Callable[[torch.Tensor], object], ...] = (lambda x: torch.dot(x, x),)
-    rest = 0.05  # seconds: threads of the provider before (OpenBLAS, OpenMP) may still spin for work
+    rest = 0.05  # seconds: threads of the previous provider (OpenBLAS, OpenMP) may still spin
 
     def times(self, call: Callable[[], object], count: int) -> list[float]:
         """Seconds of each of `count` calls."""
@@ -71,7 +71,7 @@ class Cpu:
 
 
 class Gpu(Cpu):
-    """The same on a GPU, by an event after each call. `cuda` is torch.cuda, or a test's."""
+    """The same on a GPU, by an event after each call. `cuda` is torch.cuda, or a test's stand-in."""
 
     device = torch.device("cuda")
     output, where = RESULTS / "step_gpu.csv", ["gpu", "driver", "cuda", "torch", "triton"]
@@ -80,7 +80,7 @@ class Gpu(Cpu):
     reads = (*Cpu.reads, torch.sum, torch.max)
     rest = 0.0
     # While the host launches what is timed, the GPU sleeps (5 ms at 2 GHz; 32 steps of ours take the host about 2 ms).
-    # Else the events would measure Python.
+    # Otherwise the events would measure Python.
     sleep_cycles = 10**7
 
     def __init__(self, cuda: Any = torch.cuda):
@@ -97,7 +97,7 @@ class Gpu(Cpu):
         return [1e-3 * start.elapsed_time(end) for start, end in itertools.pairwise(events)]
 
     def captured(self, step: Callable[[], object]) -> Callable[[], object]:
-        """A replay of the step. Each capture collects garbage and empties torch's cache: one for each provider."""
+        """A replay of the step. Each capture collects garbage and empties torch's cache: one per provider."""
         graph = self.cuda.CUDAGraph()
         with self.cuda.graph(graph):
             step()
@@ -147,9 +147,9 @@ class Run:
             try:
                 self.providers[name] = self.made(name, make, plan)
                 self.check(name)
-            except Exception as error:  # the others go on
+            except Exception as error:  # the others continue
                 self.providers.pop(name, None)
-                if not self.providers:  # nothing that they could agree with
+                if not self.providers:  # nothing to agree with
                     raise
                 self.failed.append(f"{name}: {type(error).__name__}: {error}")
         self.replays = {}
@@ -176,7 +176,7 @@ class Run:
         return provider
 
     def check(self, name: str) -> None:
-        """It has the weights of the first, which is ours if one of ours is there."""
+        """Raises ValueError unless its weights are those of the first provider, one of ours if there is one."""
         first, *_ = self.providers
         wanted, found = (self.providers[one].weights for one in (first, name))
         error, allowed = float((found - wanted).abs().max() / wanted.abs().max()), 1e-10
@@ -188,7 +188,7 @@ class Run:
             )
 
     def step(self, provider: Provider) -> Callable[[], None]:
-        """One measurement, with another Jacobian each time."""
+        """One measurement, with a different Jacobian each time."""
         turns = itertools.cycle(self.jacobians)
         return lambda: provider.step(next(turns), self.innovations[0])
 
@@ -209,7 +209,7 @@ class Run:
                 self.samples[name, f"step of {m} measurements"].append(mean)
 
     def cycle(self, name: str, metric: str, step: Callable[[], object]) -> None:
-        """So many steps that one of them folds: the longest."""
+        """As many steps as have one fold: the longest step."""
         *others, fold = sorted(self.on.times(step, CYCLE))
         self.samples[name, metric].append(statistics.mean([*others, fold]))
         self.samples[name, f"{metric} without fold"] += others
@@ -217,7 +217,7 @@ class Run:
 
 
 def peak_bytes(case: str, name: str) -> int:
-    """Growth of the resident memory of a process of its own that makes a provider on the CPU and does three steps."""
+    """Growth of the resident memory of a new process that makes a provider on the CPU and does three steps."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import cases, providers, torch\n"
         "read = lambda key: next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key)) * 1024\n"
@@ -231,7 +231,7 @@ def peak_bytes(case: str, name: str) -> int:
 
 
 def groups(need: Mapping[str, float], room: float) -> tuple[list[list[str]], list[str]]:
-    """Which providers share a run: the first with as many others as fit beside it; and which cannot fit at all."""
+    """Which providers share a run (the first with as many others as fit), and which do not fit at all."""
     first, *others = need
     if need[first] > room:
         return [], list(need)
@@ -304,7 +304,7 @@ def measure(on: Cpu, cases: Sequence[str], named: Named, rounds: int, output: Pa
     for case in cases:
         try:
             append(output, columns, ({**row, **common} for row in rows_of(case, named, on, rounds)))
-        except Exception as error:  # a GPU may not come back soon: the other cases go on
+        except Exception as error:  # a GPU may not be free again soon: the other cases continue
             print(f"{case} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             failed.append(case)
         on.free()
@@ -326,7 +326,7 @@ def main() -> None:
         sys.exit("--device cuda needs a GPU that torch sees.")
     if given.device == "cpu" and given.huge_pages == "both":  # the setting is read once, when torch starts
         for value in ("off", "on"):
-            # KMP_BLOCKTIME: else threads of MKL spin on after their work, on the cores of the next provider.
+            # KMP_BLOCKTIME: otherwise MKL's threads spin after their work, on the cores of the next provider.
             environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": str(int(value == "on")), "KMP_BLOCKTIME": "0"}
             subprocess.run([sys.executable, *sys.argv, "--huge-pages", value], env=environment, check=True)
         return

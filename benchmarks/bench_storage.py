@@ -1,4 +1,4 @@
-"""When float32 storage of P loses positive definiteness in training, and when its guard speaks. `make soak` runs it.
+"""When float32 storage of P loses positive definiteness in training, and when its guard warns. `make soak` runs it.
 
     python benchmarks/bench_storage.py [--updates 6000] [--output rows.csv]
 

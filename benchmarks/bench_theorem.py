@@ -1,8 +1,8 @@
-"""Theorem 1 of the paper, seen in numbers: for independent H, P_t S(t) -> L I / σ² and ε_t K_t falls as 1/t.
+"""Theorem 1 of the paper, in numbers: for independent H, P_t S(t) -> L I / σ² and ε_t K_t falls as 1/t.
 
     python benchmarks/bench_theorem.py [--weights 200] [--updates 30000]
 
-A linear model y = H·w + noise of deviation 1, with H drawn from N(0, σ²) anew for each update, is learnt with the
+A linear model y = H·w + noise of deviation 1, with a new H from N(0, σ²) for each update, is learned with the
 paper's λ and ν, in one block and in four. S(t) is the sum over k of the product of λ_j over k < j <= t. A row has the
 largest distance of an eigenvalue of P_t S(t) σ² / L from 1, and the mean |ε_t K_t| over the last tenth of the updates.
 """

@@ -4,8 +4,8 @@
     [--data DIR] [--set optimizer/preset='"paper"' --label paper]
 
 The first 70 % of the frames of every folder train, the next 10 % are for choosing settings (`validation`), the last
-20 % are for judging (`test`). A row is one look at one run: where it stands, the seconds and CPU seconds that training
-took (looks left out), and the RMSE on all three parts, in meV/atom and meV/Å; of the training frames, on SHOWN of them.
+20 % are for judging (`test`). A row is one evaluation of one run: its progress, the seconds and CPU seconds of training
+(without evaluations), and the RMSE on all three parts, in meV/atom and meV/Å; of the training frames, on SHOWN of them.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ STUDY = tomllib.loads((ROOT / "benchmarks/study.toml").read_text())
 RESULTS = ROOT / "benchmarks/results/training.csv"
 PARTS = {"train": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
 SHOWN = 32
-KEY = ("system", "network", "method", "seed", "frames", "epochs")  # what names a run
+KEY = ("system", "network", "method", "seed", "frames", "epochs")  # what identifies a run
 ERRORS = tuple(f"{part}_{kind}" for part in PARTS for kind in ("E", "F"))
 COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS, *MACHINE)
 
 
 def method_of(label: str) -> dict[str, Any]:
-    """The sections of the input file that a method of study.toml stands for, and `skip` for its skip connections."""
+    """The sections of the input file for a method of study.toml, and `skip` for its skip connections."""
     if label in STUDY["method"]:
         return STUDY["method"][label]
     base = STUDY["method"]["RLEKF"]
@@ -63,7 +63,7 @@ LABELS = [label for section in ("method", "variant", "skip") for label in STUDY[
 
 
 def folder(data: Path, name: str) -> Path:
-    """A data set below `data`; NaCl is in the project, too."""
+    """A data set below `data`; NaCl is also in the project."""
     own = ROOT / "examples/nacl/gpaw_pbe_8"
     return own if name == "NaCl/gpaw_pbe_8" and not (data / name).is_dir() else data / name
 
@@ -74,7 +74,7 @@ def available(name: str, data: Path) -> bool:
 
 
 def load(name: str, data: Path, most: int | None) -> dict[str, list[Frame]]:
-    """The frames of each part; when there are more than `most` to train on, evenly chosen ones, of all parts alike."""
+    """The frames of each part; if more than `most` are for training, all parts are thinned evenly and equally."""
     asked, found = STUDY["system"][name], {}
     for part, systems in chosen(name, data, most).items():
         found[part] = frames(systems, asked["cutoff"], len(asked["elements"]))
@@ -107,7 +107,7 @@ def thinned(system: System, first: int, last: int, share: float) -> System:
 
 
 def config_of(name: str, network: str, method: Mapping[str, Any], seed: int) -> Config:
-    """The input file of a run; its data are handed over apart."""
+    """The input file of a run; its data are passed separately."""
     asked, net = STUDY["system"][name], STUDY["network"][network]
     descriptor = {"type": "se_e2_a", "rcut": asked["cutoff"], "rcut_smth": 0.5, "sel": "auto:1.5", "seed": seed}
     descriptor |= {"neuron": net["neuron"], "axis_neuron": net["axis_neuron"], "resnet_dt": "skip" in method}
@@ -128,7 +128,7 @@ def config_of(name: str, network: str, method: Mapping[str, Any], seed: int) -> 
 def curve(
     config: Config, parts: Mapping[str, list[Frame]], epochs: float, looks: int, skip: tuple[float, float] | None = None
 ) -> Iterator[tuple[dict[str, float], Comparison]]:
-    """Train, and stop `looks` times at even distances to evaluate: errors of all parts, and the test frames' points.
+    """Train, and stop `looks` times at even intervals to evaluate: errors of all parts, and the test frames' points.
 
     `skip`: μ and σ of the skip connections' factors.
     """
@@ -200,10 +200,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--frames", type=int, default=None, help="training frames (default: all of the first 70 %%)")
-    parser.add_argument("--looks", type=int, default=None, help="evaluations (default: one an epoch)")
+    parser.add_argument("--looks", type=int, default=None, help="evaluations (default: one per epoch)")
     parser.add_argument("--data", type=Path, default=ROOT / "examples", help="folder of the sets; NaCl needs none")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="changes to the input file")
-    parser.add_argument("--label", help="what a method changed by --set is called in the rows")
+    parser.add_argument("--label", help="name in the rows of a method changed by --set")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     if given.set and not given.label:

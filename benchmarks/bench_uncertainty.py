@@ -1,15 +1,15 @@
-"""Whether the filter's predicted deviations order frames as their errors do, on DFT data, as rows.
+"""Whether the filter's predicted deviations rank frames as their errors do, on DFT data, as rows.
 
     python benchmarks/bench_uncertainty.py --data DIR [--case nacl ...] [--seeds 1 2 3] [--picture FILE.png]
 
-For each case a small network is trained by the default settings of `rlekf train` on the first 60 % of some frames, and
-a row is one set of other frames: Spearman correlations of |energy error| and of the force RMSE of a frame with
+For each case a small network is trained with the default settings of `rlekf train` on the first 60 % of some frames,
+and a row is one set of other frames: Spearman correlations of |energy error| and of the force RMSE of a frame with
 
     kalman      sqrt(HᵀPH)
-    calibrated  the same, if every error were drawn from a normal distribution of just that deviation: what a perfect
+    calibrated  the same, if every error were drawn from a normal distribution of exactly that deviation: what a perfect
                 filter would reach on frames whose deviations are spread like these
-    identity    sqrt(HᵀH): what the sensitivity of the network says without P
-    size        the RMS of the predicted forces: what needs no filter at all
+    identity    sqrt(HᵀH): the sensitivity of the network, without P
+    size        the RMS of the predicted forces, which needs no filter at all
 
 and the ratio of RMS error to RMS deviation. DIR holds the data sets (docs/data.md); NaCl is in examples/.
 """
@@ -52,7 +52,7 @@ def everything(system: System) -> np.ndarray:
 
 
 def segments(*numbers: int) -> Some:
-    """NaCl: six segments of molecular dynamics, whose frames take turns."""
+    """NaCl: six segments of molecular dynamics, whose frames alternate."""
     return lambda system: np.isin(np.arange(len(system)) % 6, numbers)
 
 
@@ -135,7 +135,7 @@ class Predictors(NamedTuple):
     found: Uncertainty
     identity: np.ndarray  # (frames, 2): energy, force
     size: np.ndarray  # (frames,)
-    components: np.ndarray  # (frames,): how many an RMSE of forces is over
+    components: np.ndarray  # (frames,): of the forces
 
     def correlations(self, kind: str) -> tuple[float, ...]:
         """In the order of PREDICTORS."""
@@ -168,7 +168,7 @@ def pooled(parts: Iterable[Predictors]) -> Predictors:
 
 
 def calibrated(deviation: np.ndarray, freedom: np.ndarray, draws: int = 200) -> float:
-    """Mean Spearman correlation of deviations with the RMS of `freedom` normal numbers of just that deviation."""
+    """Mean Spearman correlation of deviations with the RMS of `freedom` normal numbers of exactly that deviation."""
     generator = np.random.default_rng(0)
     drawn = [deviation * np.sqrt(generator.chisquare(freedom) / freedom) for _ in range(draws)]
     return float(np.mean([spearman(one, deviation) for one in drawn]))
@@ -227,7 +227,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    # run() changes folders
+    # run() changes the working directory
     data, output, where = arguments.data.resolve(), arguments.output.resolve(), machine(arguments.output)
     shown: dict[str, Uncertainty] = {}
     for name in arguments.case:

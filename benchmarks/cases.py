@@ -23,5 +23,5 @@ CASES |= {f"water-{n}": partition(deepmd_water(), n) for n in (1024, 10240)}
 
 
 def triangle_bytes(plan: BlockPlan) -> int:
-    """What the least that a step must read takes in float64."""
+    """Bytes of the packed triangle in float64: the least that a step must read."""
     return 4 * sum(n * (n + 1) for n in plan.sizes)

@@ -1,9 +1,9 @@
-"""Tables and pictures of what was timed and measured without training, from rows; measures nothing.
+"""Tables and pictures of what was measured without training, from rows; measures nothing itself.
 
     python benchmarks/plot_step.py
 
 Pictures are docs/step_*.png. Tables go into README.md, docs/performance.md and docs/deepmd.md, each between the two
-comments that name it. Rows are those of benchmarks/results; of several with one meaning the last one counts.
+comments that name it. Rows are those of benchmarks/results; of several with the same meaning the last one counts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MAIN = "paper-10240"
 
 
 class Steps:
-    """Medians of step.csv, NaN for what is not there."""
+    """Medians of step.csv, NaN for missing ones."""
 
     def __init__(self) -> None:
         self.values: dict[tuple[str, str, str, bool, int], float] = {}
@@ -65,7 +65,7 @@ class Steps:
         self.threads = max(threads for *_, threads in self.values)
 
     def of(self, case: str, provider: str, metric: str = "step", huge_pages: bool = False, threads: int = 0) -> float:
-        """Milliseconds, or bytes, with as many threads as there are unless said."""
+        """Milliseconds, or bytes, by default with the largest number of threads."""
         return self.values.get((case, provider, metric, huge_pages, threads or self.threads), math.nan)
 
     def best_blas(self, case: str, huge_pages: bool = False) -> float:
@@ -174,7 +174,7 @@ def drift() -> str:
 
 
 def memory() -> str:
-    """Of P, for DeePMD-kit's networks with two elements; counted, and not allocated."""
+    """Of P, for DeePMD-kit's networks with two elements; counted, not allocated."""
     networks = {"[25, 25, 25] / [50, 50, 50]": PAPER_TWO_ELEMENTS}
     networks["DeePMD-kit's water example: [25, 50, 100] / [240, 240, 240]"] = deepmd_water()
     rows = []

@@ -3,7 +3,7 @@
     python benchmarks/plot_study.py [--rows benchmarks/results/study.csv] [--docs docs]
 
 Pictures are docs/study_*.png. Tables go into README.md and docs/study.md, each between the two comments that name it. A
-number is the median over seeds; errors are those of the test frames at the end of the run where nothing else is said.
+number is the median over seeds; errors are those of the test frames at the end of the run, unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Curve = list[Look]
 
 
 class Study:
-    """The rows: of every system, network and method a curve a seed."""
+    """The rows: one curve per seed for every system, network and method."""
 
     def __init__(self, path: Path):
         self._runs: dict[tuple[str, str, str], dict[str, Curve]] = defaultdict(lambda: defaultdict(list))
@@ -44,7 +44,7 @@ class Study:
                 self._runs[row["system"], row["network"], row["method"]][row["seed"]].append(look)
 
     def method(self, system: str, method: str, network: str = "small") -> str:
-        """ "Adam" is the learning rate that was chosen: the one with the most seeds."""
+        """ "Adam" is the chosen learning rate: the one with the most seeds."""
         if method != "Adam":
             return method
         rates = [m for s, n, m in self._runs if (s, n) == (system, network) and m.startswith("Adam ")]
@@ -54,11 +54,11 @@ class Study:
         return list(self._runs.get((system, network, self.method(system, method, network)), {}).values())
 
     def systems(self, *methods: str, network: str = "small") -> list[str]:
-        """Those that have runs of all these methods."""
+        """The systems that have runs of all these methods."""
         return [s for s in STUDY["system"] if all(self.curves(s, m, network) for m in methods)]
 
     def error(self, system: str, method: str, column: str, network: str = "small", epoch: float = math.inf) -> float:
-        """The median over seeds at the last look up to an epoch; NaN where there is none."""
+        """The median over seeds at the last look up to an epoch; NaN if there is none."""
         curves = self.curves(system, method, network)
         ends = [[look for look in curve if look["epoch"] <= epoch + 1e-6][-1][column] for curve in curves]
         return median(ends) if ends else math.nan
@@ -67,7 +67,7 @@ class Study:
         return MARK * min(self.error(system, method, column, network) for method in ("RLEKF", "Adam"))
 
     def cost(self, system: str, method: str, column: str, cost: str, network: str) -> float:
-        """What it takes until a curve is at the mark for the first time; infinite where half of the seeds never are."""
+        """What it takes until a curve first reaches the mark; infinite if half of the seeds never do."""
         mark = self.mark(system, column, network)
         first = [
             next((look[cost] for look in curve if look[column] <= mark), math.inf)
@@ -77,7 +77,7 @@ class Study:
 
 
 def short(value: float) -> str:
-    """Three digits; a dash for what is not there, > for what was not reached."""
+    """Three digits; a dash for what is missing, "never" for what was not reached."""
     if math.isnan(value):
         return "–"
     return "never" if math.isinf(value) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
@@ -123,7 +123,7 @@ def training_errors(study: Study) -> str:
 
 
 def paper_network(study: Study) -> str:
-    """Final errors of everything that was run with it on copper."""
+    """Final errors of everything that was run with the paper's network on copper."""
     rows = []
     for method in STUDY["method"]:
         curves = study.curves("Cu", method, "paper")
@@ -136,7 +136,7 @@ def paper_network(study: Study) -> str:
 
 
 def long_adam(study: Study) -> str:
-    """Of the first seed of each."""
+    """For the first seed of each."""
     rows = []
     for system in study.systems("long Adam 2e-3"):
         for method in ("RLEKF", "Adam 2e-3", "long Adam 2e-3"):
@@ -194,7 +194,7 @@ def skip_connections(study: Study) -> str:
 
 
 def columns(file: str, names: Sequence[str]) -> str:
-    """Some columns of other rows of results, as they are."""
+    """Some columns of other rows of results, unchanged."""
     with (ROOT / "benchmarks/results" / file).open(newline="") as rows:
         return table(names, [[row[name] for name in names] for row in csv.DictReader(rows)])
 
@@ -225,7 +225,7 @@ def write_tables(text: str, study: Study) -> str:
 
 
 def grid(systems: Sequence[str], label: str = "{}") -> tuple[plt.Figure, Iterator[tuple[plt.Axes, str, str]]]:
-    """A picture with a row a kind of error and a column a system, and its (axes, kind, system)."""
+    """A picture with a row per kind of error and a column per system, and its (axes, kind, system)."""
     figure, axes = plt.subplots(len(KINDS), len(systems), figsize=(2.3 * len(systems), 5), squeeze=False)
     for row, title in zip(axes, KINDS.values(), strict=True):
         row[0].set_ylabel(label.format(title))
@@ -236,7 +236,7 @@ def grid(systems: Sequence[str], label: str = "{}") -> tuple[plt.Figure, Iterato
 
 
 def convergence(study: Study, path: Path) -> None:
-    """Fig. 5: test errors against CPU seconds, a line a seed."""
+    """Fig. 5: test errors against CPU seconds, a line per seed."""
     figure, places = grid(study.systems("RLEKF", "Adam"))
     for axis, kind, system in places:
         for method, color in COLORS.items():
@@ -250,7 +250,7 @@ def convergence(study: Study, path: Path) -> None:
 
 
 def splitting_picture(study: Study, path: Path) -> None:
-    """Fig. 2: a point a seed."""
+    """Fig. 2: a point per seed."""
     figure, places = grid(study.systems(*SPLITTINGS))
     for axis, kind, system in places:
         most = 0.0
@@ -265,7 +265,7 @@ def splitting_picture(study: Study, path: Path) -> None:
 
 
 def speed_picture(study: Study, path: Path) -> None:
-    """Fig. 4: how many times less RLEKF takes than Adam; a bar to the edge where Adam never gets there."""
+    """Fig. 4: how many times less RLEKF takes than Adam; a bar to the edge if Adam never gets there."""
     systems = study.systems("RLEKF", "Adam")
     figure, axes = plt.subplots(1, len(KINDS), figsize=(11, 3.5), sharey=True)
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=True):

@@ -80,7 +80,7 @@ class Cblas:
 
     def __call__(self, name: str, *arguments: Any) -> None:
         kinds = {Tensor: lambda a: ctypes.c_void_p(a.data_ptr()), float: ctypes.c_double, int: ctypes.c_int}
-        # Scalars come as tensors without a dimension.
+        # Scalars come as tensors without dimensions.
         made = [float(a) if isinstance(a, Tensor) and a.dim() == 0 else a for a in arguments]
         call = getattr(self.library, f"{self.prefix}cblas_d{name}")
         call(self.COLUMN_MAJOR, self.LOWER, *(kinds[type(a)](a) for a in made))
@@ -120,7 +120,7 @@ class Blas(Provider):
         self.one, self.zero = (torch.tensor(x, dtype=torch.float64, device=device) for x in (1.0, 0.0))
 
     def block(self, n: int, device: torch.device) -> Tensor:
-        return torch.from_numpy(np.eye(n)).to(device)  # of NumPy, which asks for huge pages
+        return torch.from_numpy(np.eye(n)).to(device)  # from NumPy, which asks for huge pages
 
     def multiply(self, p: Tensor, h: Tensor, k: Tensor) -> None:
         self.blas("symv", len(h), self.one, p, len(h), h, 1, self.zero, k, 1)
@@ -203,7 +203,7 @@ def cpu_libraries() -> dict[str, tuple[list[Path], str]]:
 
 
 def providers(device: str) -> tuple[dict[str, type[Provider]], dict[str, str]]:
-    """Those of a device by name, and the reason of each that is absent."""
+    """The providers of a device by name, and the reason for each that is absent."""
     found: dict[str, type[Provider]] = {"naive": Naive, "torch": Torch}
     if device == "cuda":
         reasons = ops.backends()

@@ -1,4 +1,4 @@
-"""Rows of results: what every row says of where it comes from, how they are kept, and how a table is written."""
+"""Rows of results: what each records about its origin, how rows are kept, and how tables are written."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def commit() -> str:
 
 
 def machine(output: Path | None = None) -> dict[str, object]:
-    """The columns of MACHINE, now. A script names its `output` as it starts, and ends there if `append` would refuse
-    the rows."""
+    """The columns of MACHINE, now. A script passes its `output` at the start, and exits if `append` would refuse the
+    rows."""
     found = {**this_machine(), "commit": commit()}
     if output and (reason := why_refused(output, found["commit"])):
         sys.exit(reason)
@@ -42,20 +42,20 @@ def machine(output: Path | None = None) -> dict[str, object]:
 
 
 def why_refused(path: Path, commit: object) -> str:
-    """Why a file cannot have rows of this commit, or ""."""
+    """Why a file cannot take rows of this commit, or ""."""
     if not path.resolve().is_relative_to(RESULTS) or (commit and not str(commit).endswith("-dirty")):
         return ""
     found = f'is "{commit}"' if commit else "is unknown"
     return (
         f"Rows in {RESULTS.relative_to(ROOT)} should name the commit of their sources, which {found}: commit first "
-        "(without git: set RLEKF_COMMIT), or write to another file by --output."
+        "(without git: set RLEKF_COMMIT), or write to another file with --output."
     )
 
 
 def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
     """Add rows to a CSV file, which gets its header when it is new.
 
-    Raises ValueError for rows in benchmarks/results whose sources are in no commit.
+    Raises ValueError for rows in benchmarks/results whose sources are not committed.
     """
     new = not path.exists()
     with path.open("a", newline="") as file:
@@ -69,13 +69,13 @@ def append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, objec
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def fill(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
-    """The page with those of these tables that it has, each between <!-- table: NAME --> and <!-- end -->, made new."""
+    """The page with those of these tables that it has, each between <!-- table: NAME --> and <!-- end -->, updated."""
 
     def made(place: re.Match[str]) -> str:
         name = place["name"]

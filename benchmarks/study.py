@@ -2,9 +2,9 @@
 
     python benchmarks/study.py [--data DIR] [--full] [--estimate] [--workers 2]
 
-Rows go to benchmarks/results/study.csv as each run ends, so an interrupted study goes on where it stopped; systems
+Rows go to benchmarks/results/study.csv as each run ends, so an interrupted study continues where it stopped; systems
 without a folder in DIR are left out. `--full` is the study at the size of the paper, with rows in study_full.csv. Both
-begin with what they will take, from three batches of each kind of run; `--estimate` stops there.
+begin with an estimate of the time, from three batches of each kind of run; `--estimate` stops there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Rows = dict[tuple[str, ...], dict[str, str]]  # the last row of each run that is
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what names it, as in its rows, and how often it is looked at."""
+    """One run: what identifies it, as in its rows, and how often it is evaluated."""
 
     key: tuple[Any, ...]
     looks: int
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def kind(self) -> tuple[str, str, str]:
-        """System, network and a method that takes as long a batch."""
+        """System, network and a method that takes as long per batch."""
         system, network, label = self.key[:3]
         if label.startswith("Adam"):
             label = "Adam 2e-3"
@@ -66,9 +66,9 @@ def read_rows(path: Path) -> Rows:
 
 
 def jobs(plan: list[dict[str, Any]], data: Path, rows: Rows, guess: bool = False) -> Iterator[Job]:
-    """The runs of a plan, those that are done included.
+    """The runs of a plan, including those that are done.
 
-    Of a tuned group, the seeds after the first come once it is known which method is best; `guess`: any will do.
+    In a tuned group, the seeds after the first come once the best method is known; `guess`: any method will do.
     """
     for group in plan:
         labels = group["methods"] if isinstance(group["methods"], list) else list(STUDY[group["methods"]])
@@ -93,7 +93,7 @@ def jobs(plan: list[dict[str, Any]], data: Path, rows: Rows, guess: bool = False
 
 
 def validation(row: dict[str, str]) -> float:
-    """What settings are chosen by: energy and force error on the validation frames, equally."""
+    """What settings are chosen by: energy and force error on the validation frames, with equal weight."""
     return float(row["validation_E"]) * float(row["validation_F"])
 
 
@@ -114,7 +114,7 @@ def parity(key: dict[str, Any], found: Comparison) -> Iterator[dict[str, Any]]:
 
 
 def pace(kind: tuple[str, str, str], data: Path) -> float:
-    """Seconds a batch, from three."""
+    """Seconds per batch, from three batches."""
     trial = Job((*kind, 1, 3, 1), looks=1)
     return do(trial, data)[0][-1]["seconds"] / trial.num_batches(data)
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "examples", help="folder of the sets; NaCl needs none")
     parser.add_argument("--full", action="store_true", help="at the size of the paper")
-    parser.add_argument("--estimate", action="store_true", help="say what it would take, and stop")
+    parser.add_argument("--estimate", action="store_true", help="print the estimated time, and stop")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, each on one core")
     parser.add_argument("--output", type=Path, help="rows (default: benchmarks/results/study[_full].csv)")
     given = parser.parse_args()
@@ -135,12 +135,12 @@ def main() -> None:
     rows = read_rows(output)
     todo = [job for job in jobs(plan, data, rows, guess=True) if job.name not in rows]
     if not todo:
-        print(f"All runs that {data} has data for have their rows in {output}.")
+        print(f"All runs with data in {data} have rows in {output}.")
         return
     failed: dict[tuple[str, ...], str] = {}
     with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
         kinds = sorted({job.kind for job in todo})
-        print(f"{len(todo)} runs to do; three batches of {len(kinds)} kinds of them tell how long:", flush=True)
+        print(f"{len(todo)} runs to do; timing three batches of each of {len(kinds)} kinds:", flush=True)
         paces = dict(zip(kinds, pool.map(pace, kinds, [data] * len(kinds)), strict=True))
         left = sum(paces[job.kind] * job.num_batches(data) for job in todo) / given.workers
         print(f"about {left / 3600:.1f} hours, {given.workers} runs at once", flush=True)
@@ -159,7 +159,7 @@ def main() -> None:
                 left -= paces[job.kind] * job.num_batches(data) / given.workers
                 try:
                     found, points = future.result()
-                except Exception as error:  # one run that cannot be done is no reason to lose the others
+                except Exception as error:  # one run that fails is no reason to lose the others
                     failed[job.name] = str(error)
                     print(f"{' '.join(job.name)}: left out: {error}", file=sys.stderr, flush=True)
                     continue

@@ -1,4 +1,4 @@
-"""RLEKF in a training loop of one's own: a network learns energies and forces of four particles."""
+"""RLEKF in a plain training loop: a network learns energies and forces of four particles."""
 
 import torch
 
@@ -30,7 +30,7 @@ def main():
     for i in range(201):
         x = 0.5 * torch.randn(16, 4, 3, dtype=torch.float64)
         energy, forces = (label.detach() for label in with_forces(reference, x))
-        # One call for each thing that is measured, each with a prediction at the present weights.
+        # One call per measured quantity, each with a prediction at the current weights.
         step(network(distances(x))[:, 0], energy)
         error = step(with_forces(lambda x: network(distances(x))[:, 0], x)[1], forces)
         if i % 100 == 0:

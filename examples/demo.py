@@ -26,7 +26,7 @@ MACHINE = ("threads", "cpu", "cpu_isa", "torch", "version")
 
 
 def run(config: Config, folder: str) -> dict[str, Any]:
-    """Train in a folder of its own."""
+    """Train in a separate folder."""
     (OUTPUT / folder).mkdir(parents=True, exist_ok=True)
     os.chdir(OUTPUT / folder)
     return train(config)

@@ -9,7 +9,7 @@ from rlekf_ext import RLEKF, Stepper
 class Regression(lightning.LightningModule):
     def __init__(self):
         super().__init__()
-        self.automatic_optimization = False  # the optimizer needs the error and its gradient, not a loss of Lightning's
+        self.automatic_optimization = False  # the optimizer needs the error and its gradient
         self.network = torch.nn.Sequential(torch.nn.Linear(2, 20), torch.nn.Tanh(), torch.nn.Linear(20, 1))
 
     def configure_optimizers(self):
@@ -17,7 +17,7 @@ class Regression(lightning.LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, label = batch
-        # The bare optimizer: Lightning's wrapper would count and close over its own step.
+        # The bare optimizer: Lightning's wrapper would count its own steps and wrap the closure.
         step = Stepper(self.optimizers(use_pl_optimizer=False), backward=self.manual_backward)
         self.log("error", step(self.network(x)[:, 0], label), prog_bar=True)
 

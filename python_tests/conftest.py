@@ -1,4 +1,4 @@
-"""What every test file may use."""
+"""Fixtures for all test files."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-collect_ignore = ["deepmd"]  # needs deepmd-kit; named to pytest, it runs all the same
+collect_ignore = ["deepmd"]  # needs deepmd-kit; runs if named on pytest's command line
 
-# Where there is no GPU, the triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
+# Without a GPU, the triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -25,7 +25,7 @@ def seed():
 
 @pytest.fixture
 def shared_data():
-    """The folder of DFT data sets that lies beside a development checkout."""
+    """The folder of DFT data sets next to a development checkout."""
     if not (SHARED / "data").is_dir():
         pytest.skip(f"needs the data sets of the developers in {SHARED / 'data'}")
     return SHARED / "data"

@@ -1,4 +1,4 @@
-"""What several test files build."""
+"""Builders shared by several test files."""
 
 import copy
 import json

@@ -16,7 +16,7 @@ NAMED = {"naive": Naive, "cuda float64": Ours}
 
 
 class StandIn:
-    """torch.cuda of a GPU whose clock goes on by 1 ms at every event; `log` is what it was asked for."""
+    """torch.cuda of a GPU whose clock advances by 1 ms at every event; `log` is what was called."""
 
     def __init__(self):
         self.log, clock = [], itertools.count()
@@ -112,7 +112,7 @@ def test_a_run_on_a_gpu(gpu):
     assert len(run.samples["naive", "step"]) == 2
     assert gpu.cuda.log.count("capture") == 1
     assert run.peaks == {"naive": 1000, "cuda float64": 1000}
-    # Beside the cycles in which it was timed, three steps at first and one that was captured: whole cycles fold once.
+    # Besides the timed cycles, three steps at first and one that was captured: whole cycles fold once.
     assert run.providers["cuda float64"].filter.health()["num_updates"] == 4 + 2 * 4 * CYCLE
 
 
@@ -160,7 +160,7 @@ class Wrong(Torch):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_fails_does_not_stop_the_others(device, monkeypatch, gpu, tmp_path, capsys):
     class Late(Ours):
-        """Fails when nothing else can go on without it."""
+        """Fails for a case in which the others need it."""
 
         def __init__(self, plan, device):
             if plan.sizes == (30,):

@@ -1,4 +1,4 @@
-"""The command, called as a user calls it: what it does, and what it says where the input is wrong."""
+"""The command, called as a user calls it: what it does, and its messages for wrong input."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def in_trained(trained, tmp_path, monkeypatch):
-    """A copy of it as the working directory."""
+    """A copy of `trained` as the working directory."""
     shutil.copytree(trained, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
     return tmp_path / "run"
@@ -65,7 +65,7 @@ def complaint(capsys, arguments):
     assert main(arguments) == 2
     errors = capsys.readouterr().err
     assert re.fullmatch(r"rlekf: [^\n]+[.?]\n", errors), errors
-    assert not re.search(r"\b[A-Z]\w+(Error|Exception)\b|<class|None", errors), errors  # Python's words, not a user's
+    assert not re.search(r"\b[A-Z]\w+(Error|Exception)\b|<class|None", errors), errors  # Python's words, not the user's
     return errors.removeprefix("rlekf: ").rstrip("\n")
 
 
@@ -143,7 +143,7 @@ def test_a_model_to_deepmd_and_back(in_trained, capsys):
     )
     assert main(["import", "out/trained.dp", "-o", "back/model.pt"]) == 0
     said = capsys.readouterr().out
-    assert re.fullmatch(r"wrote back/model.pt: \d+ weights for Na, Cl; no state of a training, so no --restart\n", said)
+    assert re.fullmatch(r"wrote back/model.pt: \d+ weights for Na, Cl; no training state, so no --restart\n", said)
     results = []
     for model in ("model.ckpt.pt", "back/model.pt"):
         assert main(["test", "-m", model, "-s", "data"]) == 0
@@ -206,7 +206,7 @@ def test_ctrl_c_before_training_begins(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-# What it says where the input is wrong
+# What it says if the input is wrong
 
 
 @pytest.mark.parametrize(

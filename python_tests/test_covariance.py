@@ -114,7 +114,7 @@ def test_load_refuses_what_is_no_covariance():
 
 
 def used(plan=PLAN, steps=11, **settings):
-    """A filter after some steps, with vectors that wait beside folded ones."""
+    """A filter after some steps, with pending vectors besides folded ones."""
     filter_ = KalmanFilter(plan, **{"max_pending": 7, "initial_covariance": 0.5, "process_noise": 1e-4, **settings})
     go_on(filter_, steps, seed=1)
     assert 0 < filter_.covariance.scalars().num_pending < 7

@@ -1,4 +1,4 @@
-"""The CUDA sources compile for every architecture that is promised, without a spilled register. Needs nvcc, no GPU."""
+"""The CUDA sources compile for every supported architecture, without a spilled register. Needs nvcc but no GPU."""
 
 import re
 import shutil
@@ -25,5 +25,5 @@ def test_no_register_is_spilled(tmp_path, architecture, record_property):
         record_property(f"registers, {scalar} {count}", int(registers))
         print(f"sm_{architecture} {scalar} M = {count}: {registers} registers, {stores} + {loads} bytes spilled")
         assert (int(stores), int(loads)) == (0, 0), f"M = {count} spills"
-        # Two thread blocks of 256 threads share 65 536 registers where the launch plan counts on it.
+        # Two thread blocks of 256 threads share 65 536 registers if the launch plan counts on it.
         assert int(registers) <= (128 if int(count) <= 2 else 255)

@@ -1,4 +1,4 @@
-"""What is told of P, and what is done about a storage that is too coarse for it."""
+"""The diagnostics of P, and what is done about storage that is too coarse for it."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_ritz_values_of_a_matrix_with_few_different_eigenvalues():
 
 @pytest.mark.parametrize("waiting", range(8))
 def test_looking_changes_no_bit(waiting):
-    """Also when the next pass would fold: diagnostics and variance work on copies of what waits."""
+    """Also when the next pass would fold: diagnostics and variance work on copies of the pending vectors."""
     kalman, *_ = run(steps=7 + waiting)
     p = kalman.covariance
     before = [tensor.clone() for tensor in (p.tiles, p.pending, p.state)]
@@ -82,7 +82,7 @@ def test_a_bad_last_jacobian_is_no_start():
 
 
 def rotated_decay(size=128):
-    """H whose deviations decay exponentially in directions that are no axes: P's small eigenvalues drown in float32."""
+    """H whose deviations decay exponentially in directions off the axes: P's small eigenvalues drown in float32."""
     basis, _ = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))
     deviation = torch.exp(-torch.arange(size, dtype=torch.float64) / (size / 16))
     return lambda: basis @ (deviation * torch.randn(size, dtype=torch.float64))
@@ -93,7 +93,7 @@ def smallest(kalman):
 
 
 def test_the_guard_speaks_before_float32_fails():
-    """The same H in float32, which fails, and in float64, which does not; the guard is asked as the trainer asks."""
+    """The same H in float32, which fails, and in float64, which does not; the guard is called as in the trainer."""
     draw, plan = rotated_decay(), BlockPlan((128,))
     single, double, auto = (KalmanFilter(plan, covariance_dtype=d) for d in (torch.float32, torch.float64, "auto"))
     weights = [torch.zeros(128, dtype=torch.float64) for _ in range(3)]
@@ -157,7 +157,7 @@ def test_auto_takes_over_a_promoted_checkpoint():
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_bad_steps_at_random_leave_no_trace(bad, what, dtype):
-    """The optimizer that met them ends with the weights and P of one that never did, to the bit."""
+    """The optimizer that met them ends with the weights and P of one that never did, bit for bit."""
     torch.manual_seed(3)
     start = torch.randn(90, dtype=torch.float64)
     met, never = (torch.nn.Parameter(start.clone()) for _ in range(2))
@@ -182,7 +182,7 @@ def test_bad_steps_at_random_leave_no_trace(bad, what, dtype):
 
 
 def test_a_zero_gradient_is_a_measurement_of_nothing():
-    """It is no fault: w stays, and P forgets as after any other."""
+    """It is no error: w stays, and P forgets as after any other."""
     parameter = torch.nn.Parameter(torch.randn(20, dtype=torch.float64))
     optimizer, before = RLEKF([parameter]), parameter.detach().clone()
     parameter.grad = torch.zeros_like(parameter)

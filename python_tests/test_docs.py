@@ -1,4 +1,4 @@
-"""What the documents name is there: data sets, tables that scripts write, files and sections that links lead to."""
+"""What the documents name exists: data sets, tables that scripts write, files and sections that links lead to."""
 
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_every_table_has_its_script():
 
 
 def anchors(page):
-    """Those that GitHub gives to the headings of a page."""
+    """The anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""KalmanFilter's own side; that its numbers are right is held in ops/test_ops.py."""
+"""The Python side of KalmanFilter; ops/test_ops.py tests its numbers."""
 
 from dataclasses import fields
 
@@ -16,7 +16,7 @@ def test_one_measurement_as_plain_vector_and_number():
     kalman, dense = KalmanFilter(PLAN), DenseFilter(PLAN.sizes, 0.98, 0.9987)
     weights, wanted = (torch.zeros(73, dtype=torch.float64) for _ in range(2))
     for _ in range(3):
-        h = torch.randn(73)  # float32 is taken as it is and counted in float64
+        h = torch.randn(73)  # float32 is accepted and computed in float64
         weights += kalman.update(h, 0.25)
         dense.step(wanted, h.double()[None], [0.25])
     assert relative(weights, wanted) < 1e-14

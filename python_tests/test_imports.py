@@ -49,7 +49,7 @@ def imports(path):
 
 
 def line(name):
-    """The line of ORDER that the longest listed prefix of a dotted name is on."""
+    """The line of ORDER that has the longest listed prefix of a dotted name."""
     places = {listed: place for place, names in enumerate(ORDER) for listed in names}
     parts = name.split(".")
     for end in range(len(parts), 0, -1):

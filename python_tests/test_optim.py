@@ -177,7 +177,7 @@ def test_resume_goes_on_bit_for_bit(dtype, covariance_dtype):
     resumed = network(dtype, seed=5)
     resumed.load_state_dict(checkpoint["model"])
     again = RLEKF(resumed.parameters(), memory_factor=0.5, **settings)  # λ comes from the checkpoint
-    train(resumed, again, data[:3])  # used before: nothing of it may stay behind
+    train(resumed, again, data[:3])  # used before: nothing of that may remain
     resumed.load_state_dict(checkpoint["model"])
     again.load_state_dict(checkpoint["optimizer"])
     train(resumed, again, data[25:])

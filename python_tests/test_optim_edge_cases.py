@@ -1,4 +1,4 @@
-"""RLEKF where it is not expected: odd parameters, copies, threads, torch.compile. Each works or says why not."""
+"""RLEKF in unusual uses: odd parameters, copies, threads, torch.compile. Each works or says why not."""
 
 import copy
 import io
@@ -227,11 +227,11 @@ def test_a_compiled_training_step_is_the_plain_one(backend):
     assert other.health()["num_updates"] == 4
 
 
-# Several at once
+# Several optimizers at once
 
 
 def trained(seed, size=200, steps=15):
-    """The weights after a training of its own; large enough for the kernels to share their work out to threads."""
+    """The weights after a separate training; large enough for the kernels to divide their work among threads."""
     generator = torch.Generator().manual_seed(seed)
     model = nn.Linear(size, 2).to(DOUBLE)
     for p in model.parameters():
@@ -298,7 +298,7 @@ def test_a_copy_of_the_optimizer_alone_goes_on_with_parameters_of_its_own(copied
         other.add_param_group({"params": [parameter(1)]})
 
 
-# Any of it at once, against the dense filter
+# Everything at once, against the dense filter
 
 
 @given(
@@ -322,7 +322,7 @@ def test_oracle_on_any_model(
     shapes, cut, rates, frozen, strategy, block_size, pending, count, model_dtype, covariance_dtype, transpose,
     process_noise, backend, seed,
 ):  # fmt: skip
-    """Groups with rates of their own, frozen and empty parameters, matrices stored either way, several rows at once."""
+    """Groups with different rates, frozen and empty parameters, matrices stored either way, several rows at once."""
     torch.manual_seed(seed)
     parameters = [parameter(*shape, dtype=model_dtype) for shape in shapes] + [parameter(2, 3, dtype=model_dtype)]
     if frozen < len(shapes):
@@ -350,7 +350,7 @@ def test_oracle_on_any_model(
     dense = DenseFilter(optimizer.filter.plan.sizes, 0.98, 0.9987, q=process_noise)
 
     def stored(tensors):
-        """As one vector, in the order that the network computes in."""
+        """As one vector, in the order in which the network computes."""
         return torch.cat([(t.T if transpose and t.dim() == 2 else t).reshape(-1).to(DOUBLE) for t in tensors])
 
     with torch.no_grad():

@@ -50,7 +50,7 @@ def test_page_is_up_to_date():
 
 @pytest.mark.parametrize("name", ["README.md", "docs/updates.md"])
 def test_python_in_the_documents_runs(name):
-    """Each block as it is; one that needs a model of the reader's is not run."""
+    """Each block as it is; blocks that need the reader's own model are not run."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     complete = [block for block in blocks if "import torch" in block]
     assert complete

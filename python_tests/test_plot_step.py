@@ -1,4 +1,4 @@
-"""README, performance.md and deepmd.md say what their rows say."""
+"""The tables of README, performance.md and deepmd.md match their rows."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Sums over processes, and what is said when one of them has gone."""
+"""Sums over processes, and the error when one of them is gone."""
 
 import os
 import time
@@ -37,7 +37,7 @@ TIMEOUT = 4
 
 
 def loses(rank, victim, ends):
-    """The victim ends, or hangs, before the tenth sum; all others say who it was, within the timeout."""
+    """The victim ends, or hangs, before the tenth sum; all others name it, within the timeout."""
     processes = Processes(dist.group.WORLD)
     for step in range(10):
         if rank == victim and step == 9:

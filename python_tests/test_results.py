@@ -1,4 +1,4 @@
-"""Rows of results name the commit that they come from, and scripts keep no others."""
+"""Rows of results name the commit that they come from; scripts refuse others."""
 
 import csv
 import subprocess
@@ -42,7 +42,7 @@ def test_results_take_no_rows_without_a_commit(commit, said, monkeypatch, tmp_pa
     inside, outside = tmp_path / "results/rows.csv", tmp_path / "rows.csv"
     with pytest.raises(SystemExit, match=f"{said}: commit first"):
         rows.machine(inside)
-    with pytest.raises(ValueError, match="write to another file by --output"):
+    with pytest.raises(ValueError, match="write to another file with --output"):
         rows.append(inside, ["commit"], [{"commit": commit}])
     assert rows.machine(outside) == rows.machine()
     rows.append(outside, ["commit"], [{"commit": commit}])

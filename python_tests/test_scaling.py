@@ -1,4 +1,4 @@
-"""docs/scaling.md says what its rows say, and its model is the sum that it is said to be."""
+"""The tables of docs/scaling.md match their rows, and its model is the documented sum."""
 
 import bench_batches
 import plot_scaling

@@ -1,4 +1,4 @@
-"""One filter on many processes: gloo on this machine's CPU. The answer is that of one process."""
+"""One filter on many processes: gloo on this machine's CPU. The result is that of one process."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ PLANS = [BlockPlan((330,)), BlockPlan((200, 70)), BlockPlan((65, 1, 130, 64, 3, 
 
 
 def run(kalman, weights, steps, first=0):
-    """Steps of one to three measurements, the same for every filter of as many weights."""
+    """Steps of one to three measurements, the same for every filter with as many weights."""
     for step in range(first, first + steps):
         source = torch.Generator().manual_seed(step)
         count = 1 + step % 3
@@ -146,7 +146,7 @@ def go_on(params, optimizer, folder, wanted, tolerance):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_loads_on_another_number_of_processes(tmp_path):
-    """And goes on exactly on the same number."""
+    """And continues exactly on the same number."""
     folder = str(tmp_path / "checkpoint")
     spawn(saves, 3, folder)
     wanted = f"{folder}-3.0"

@@ -1,4 +1,4 @@
-"""The study: what is run, that it goes on where it stopped, and that docs/study.md is what the rows say."""
+"""The study: what is run, that it continues where it stopped, and that docs/study.md matches the rows."""
 
 import csv
 import math
@@ -12,7 +12,7 @@ import pytest
 import study
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "examples"  # NaCl, which the project has
+DATA = ROOT / "examples"  # NaCl, which is in the project
 GROUP = {
     "systems": "all",
     "network": "small",
@@ -118,7 +118,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def rows(tmp_path):
-    """Two seeds each, errors that fall from 10 by 1 (RLEKF) and by 0.5 (Adam) an epoch, and not at all."""
+    """Two seeds each, errors that fall from 10 by 1 (RLEKF) and by 0.5 (Adam) per epoch, and not at all."""
     file = tmp_path / "rows.csv"
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, bench_training.COLUMNS, restval=0)

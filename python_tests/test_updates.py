@@ -25,7 +25,7 @@ def recipe(group_size=6, num_groups=4, order=(E, F, F, F, F), **options):
 
 
 class Quadratic(nn.Module):
-    """Energies, forces and virials linear in v = w + w²/10 of nine weights; the bias is in the energy alone."""
+    """Energies, forces and virials linear in v = w + w²/10 of nine weights; the bias is only in the energy."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ def by_hand(model, frame, kind, atoms=None):
 
 
 class Recorder(RLEKF):
-    """An optimizer that keeps what it is given and moves nothing."""
+    """An optimizer that records what it is given and moves nothing."""
 
     def __init__(self, model):
         super().__init__(model.parameters())
@@ -125,7 +125,7 @@ ATOMS = torch.tensor([4, 1, 6])
 
 @pytest.mark.parametrize("kind", [E, F, V])
 def test_error_and_jacobian_are_lines_1_to_7(kind):
-    """On two structures of unlike size, with predictions on both sides of the labels."""
+    """On two structures of different size, with predictions on both sides of the labels."""
     model = Quadratic()
     frame = make_frame(model, counts=(5, 2))
     atoms = ATOMS if kind == F else None
@@ -170,7 +170,7 @@ def test_force_groups_are_random_and_seeded():
     assert first == drawn(generator(5))
     assert first != second
     assert first != drawn(generator(6))
-    # Every atom is taken sometimes: 24 of 40 each time.
+    # Every atom is drawn at some time: 24 of 40 each time.
     assert {atom for _ in range(20) for atom in drawn(source)} == set(range(40))
 
 
@@ -273,7 +273,7 @@ def dense_of(optimizer, model):
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_relinearized_updates_are_algorithm_1(transpose):
-    """Each update at the weights that the one before it left."""
+    """Each update at the weights that the previous one left."""
     model = Quadratic()
     optimizer = RLEKF(model.parameters(), block_size=4, transpose=transpose)
     dense, weights = dense_of(optimizer, model)
@@ -300,7 +300,7 @@ def put(model, weights, transpose):
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_one_pass_takes_all_measurements_at_one_w(transpose):
-    """More of them (13) than go into one pass of the filter, with a parameter that most do not depend on."""
+    """More of them (13) than go into one pass of the filter, with a parameter that most of them do not depend on."""
     model = Quadratic()
     optimizer = RLEKF(model.parameters(), block_size=4, transpose=transpose)
     dense, weights = dense_of(optimizer, model)
@@ -326,7 +326,7 @@ def test_one_pass_takes_all_measurements_at_one_w(transpose):
 @pytest.mark.parametrize("kind", [E, F, V])
 @pytest.mark.parametrize("scale", [0.25, 3.0])
 def test_a_scale_multiplies_error_and_jacobian_alike(kind, scale):
-    """w += a s² ε PH with a = 1 / (L λ + s² HᵀPH): worth a measurement noise of L / s²."""
+    """w += a s² ε PH with a = 1 / (L λ + s² HᵀPH): equivalent to a measurement noise of L / s²."""
     model = Quadratic()
     optimizer = RLEKF(model.parameters(), block_size=4)
     frame, start = make_frame(model), flat(model)
@@ -375,7 +375,7 @@ def test_virial_is_left_out_where_there_is_no_label(relinearize):
 
 
 def energies_away(model, errors):
-    """Frames of one atom whose energies lie this far from the model's."""
+    """Frames of one atom whose energies are this far from the model's."""
     frames = []
     for seed, error in enumerate(errors):
         frame = make_frame(model, seed, counts=(1,))
@@ -507,7 +507,7 @@ def test_options_out_of_range(change, message):
 
 
 def test_virial_updates_fit_the_stress_of_an_ase_calculator():
-    """No public set here has virials, so their sign and units are held to those of ASE: W = -V stress."""
+    """No public set here has virials, so their sign and units are compared with ASE: W = -V stress."""
     build, emt = pytest.importorskip("ase.build"), pytest.importorskip("ase.calculators.emt")
     random = np.random.default_rng(0)
     labelled = []
@@ -539,6 +539,6 @@ def test_virial_updates_fit_the_stress_of_an_ase_calculator():
     for _ in range(25):
         for frame in labelled:
             assert [kind for kind, _ in update(frame)] == ["energy", "virial"]
-    # With a wrong sign the two could not both be fitted.
+    # With a wrong sign the two could not be fitted together.
     assert rmse("energy") < 0.1 * before["energy"]
     assert rmse("virial") < 0.1 * before["virial"]

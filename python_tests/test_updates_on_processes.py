@@ -1,4 +1,4 @@
-"""Batches of several frames: on one process, by hand; on several, as on one."""
+"""Batches of several frames: on one process, against hand-written updates; on several, as on one."""
 
 from types import SimpleNamespace
 
@@ -51,7 +51,7 @@ def test_a_list_of_frames_is_these_frames_side_by_side(batch, relinearize):
 
 @pytest.mark.parametrize("relinearize", [True, False])
 def test_joint_measures_each_frame_and_uses_all_at_one_w(relinearize):
-    """Ten frames an update, more than go into one pass of the filter; each kind of update at the weights before it."""
+    """Ten frames per update, more than one pass of the filter takes; each kind of update at the weights before it."""
     model = Quadratic()
     optimizer = RLEKF(model.parameters(), block_size=4)
     dense, weights = dense_of(optimizer, model)
@@ -136,6 +136,6 @@ def as_on_one_process(rank, wanted):
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_frames_divided_over_processes_give_the_weights_of_one(size, tmp_path):
-    """Eight processes have five frames: three of them none."""
+    """Eight processes have five frames: three of them have none."""
     torch.save(trained(list), tmp_path / "wanted")
     spawn(as_on_one_process, size, tmp_path / "wanted")

@@ -1,7 +1,7 @@
 """Second-order training of neural-network force fields: the RLEKF Kalman filter with compiled kernels.
 
-`RLEKF` is a torch.optim optimizer. `Stepper` makes an update from a prediction and a label, `FrameUpdater` all updates
-of a batch of energies and forces; docs/updates.md says which of them to take.
+`RLEKF` is a torch.optim optimizer. `Stepper` makes one update from a prediction and a label, `FrameUpdater` all updates
+of a batch of energies and forces; docs/updates.md says which to use.
 """
 
 from rlekf_ext.covariance import Covariance

@@ -1,4 +1,4 @@
-"""`python -m rlekf_ext` is `rlekf`."""
+"""`python -m rlekf_ext` runs the command `rlekf`."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""How the frames of a batch, each of them on some process, make measurements of all processes together.
+"""Turns the frames of a batch, divided over the processes, into measurements of all processes together.
 
-A frame holds `num_atoms` (B,) of its B structures and the labels `energy` (B,), `forces` and `virial` (B, 3, 3), each
-None if it has none. `forces` are (n, 3), the structures one after another, or (n, B, 3), the same n positions in B
-structures.
+A frame has `num_atoms` (B,) for its B structures and the labels `energy` (B,) in eV, `forces` in eV/Å and `virial`
+(B, 3, 3) in eV, each None if missing. `forces` are (n, 3), the structures one after another, or (n, B, 3), the same n
+atom indices in B structures.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from rlekf_ext.processes import Processes
 
 @dataclass(frozen=True)
 class Part:
-    """A frame, the row of the measurement that it belongs to, and its share in it: of the mean over structures, and of
-    each mean over a group of atoms."""
+    """A frame, the row of the measurement that it belongs to, and its shares: in the mean over structures, and in each
+    mean over a group of atoms."""
 
     frame: Any
     row: int
@@ -31,7 +31,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Whole:
-    """The batch of all processes."""
+    """The whole batch, over all processes."""
 
     num_rows: int  # measurements per update
     num_structures: int
@@ -41,7 +41,7 @@ class Whole:
 
 
 def force_groups(num_atoms: int, group_size: int | None, num_groups: int, generator: torch.Generator) -> list[Tensor]:
-    """Disjoint random groups of atoms: num_groups of group_size, fewer if atoms run out; None: all atoms."""
+    """Disjoint random groups: `num_groups` of `group_size` atoms, fewer if atoms run out; None: of all atoms."""
     atoms = torch.randperm(num_atoms, generator=generator)
     if group_size is None:
         return [group for group in atoms.tensor_split(num_groups) if len(group)]
@@ -55,8 +55,8 @@ def divide(
     generator: torch.Generator,
     device: torch.device | str,
 ) -> tuple[list[Part], Whole]:
-    """What this process has of each measurement, and what all processes have together. Every process must call it, with
-    a generator in the same state."""
+    """This process's parts of each measurement, and the totals over all processes. Every process must call it, with its
+    generator in the same state."""
 
     def groups_of(num_atoms: int, num_structures: int, generator: torch.Generator) -> list[Tensor]:
         size = options.group_size and options.group_size * num_structures
@@ -64,7 +64,7 @@ def divide(
 
     atoms = [0 if frame.forces is None else len(frame.forces) for frame in frames]  # rows of forces
     structures = [len(frame.num_atoms) for frame in frames]
-    # The structures that share out the rows of forces: all, one after another, or one of several with the same rows.
+    # How many structures the rows of forces are divided among: all if one after another, one if they share the rows.
     lengthwise = [
         1 if frame.forces is not None and frame.forces.dim() == 3 else count
         for frame, count in zip(frames, structures, strict=True)

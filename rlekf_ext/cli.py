@@ -1,6 +1,6 @@
 """The command `rlekf`: train | test | plot | export | import | info.
 
-Exit code 2: what the user gave was wrong, and the message says where. A fault of this package shows its traceback.
+Exit code 2: the input was wrong, and the message says where. A bug in this package shows its traceback.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rlekf", description="Train Deep Potential networks with the RLEKF filter.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    train = commands.add_parser("train", help="train as DeePMD-kit's input.json says")
-    train.add_argument("input", help="the input file; as for `dp --pt train`")
-    train.add_argument("--restart", action="store_true", help="go on from the checkpoint of the same input file")
+    train = commands.add_parser("train", help="train from an input.json of DeePMD-kit")
+    train.add_argument("input", help="the input file, as for `dp --pt train`")
+    train.add_argument("--restart", action="store_true", help="continue from the checkpoint of the same input file")
     train.set_defaults(run=run_train)
 
     test = commands.add_parser("test", help="RMSE of a trained model on labelled data")
     test.add_argument("-m", "--model", default="model.ckpt.pt", help="checkpoint of `rlekf train` (%(default)s)")
-    test.add_argument("-s", "--system", required=True, nargs="+", help="folders or files, as training_data/systems")
+    test.add_argument("-s", "--system", required=True, nargs="+", help="folders or files, as in training_data/systems")
     test.add_argument("-d", "--detail", metavar="PREFIX", help="write PREFIX.e_peratom.out, PREFIX.f.out, PREFIX.png")
     test.add_argument(
         "-u",
         "--uncertainty",
         metavar="PREFIX",
         help="compare the error of each frame with the deviation that the filter predicts, sqrt(HᵀPH). Its scale is "
-        "relative: it orders frames, and is no error bar. Writes PREFIX.uncertainty.out, PREFIX.uncertainty.png",
+        "relative: it ranks frames but is not an error bar. Writes PREFIX.uncertainty.out, PREFIX.uncertainty.png",
     )
     test.set_defaults(run=run_test)
 
@@ -50,17 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot.add_argument("-o", "--output", default="lcurve.png", help="picture to write (%(default)s)")
     plot.set_defaults(run=run_plot)
 
-    export = commands.add_parser("export", help="write a model for DeePMD-kit, and through it for LAMMPS")
+    export = commands.add_parser("export", help="write a model for DeePMD-kit and, through it, for LAMMPS")
     export.add_argument("model", nargs="?", default="model.ckpt.pt", help="checkpoint of `rlekf train` (%(default)s)")
     export.add_argument("-o", "--output", default="model.dp", help="DeePMD-kit's .dp file to write (%(default)s)")
     export.set_defaults(run=run_export)
 
-    import_ = commands.add_parser("import", help="read a se_e2_a model of DeePMD-kit")
+    import_ = commands.add_parser("import", help="read an se_e2_a model of DeePMD-kit")
     import_.add_argument("model", help=".dp file; `dp convert-backend` makes one of a .pth or .pb file")
     import_.add_argument("-o", "--output", required=True, help="checkpoint to write, for `rlekf test -m`")
     import_.set_defaults(run=run_import)
 
-    info = commands.add_parser("info", help="versions, backends and what was compiled")
+    info = commands.add_parser("info", help="versions, backends and build")
     info.set_defaults(run=run_info)
 
     parsed = parser.parse_args(arguments)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return wrong(
             f"`rlekf {parsed.command}` needs {error.name}: run `pip install 'rlekf_ext[{EXTRAS[error.name]}]'`."
         )
-    except RlekfError as error:  # all else is a fault of this package, and shows where
+    except RlekfError as error:  # anything else is a bug in this package and shows its traceback
         return wrong(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -131,7 +131,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     from rlekf_ext.potential.deepmd_format import export_model
 
     export_model(restored_model(load_checkpoint(arguments.model, model_only=True)), arguments.output)
-    print(f"wrote {arguments.output}; `dp convert-backend {arguments.output} model.pth` makes a file for LAMMPS of it")
+    print(f"wrote {arguments.output}; `dp convert-backend {arguments.output} model.pth` makes a file for LAMMPS")
     return 0
 
 
@@ -144,7 +144,7 @@ def run_import(arguments: argparse.Namespace) -> int:
     check_writable(output)
     save_checkpoint(output, model)
     number = sum(parameter.numel() for parameter in model.parameters())
-    print(f"wrote {output}: {number} weights for {', '.join(model.type_map)}; no state of a training, so no --restart")
+    print(f"wrote {output}: {number} weights for {', '.join(model.type_map)}; no training state, so no --restart")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The block diagonal covariance P as a value: made, read, saved, loaded, given other blocks."""
+"""The block-diagonal covariance P as a value: created, read, saved, loaded, moved to other blocks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rlekf_ext.packing import TILE, diagonal_places, entry_places, layout_of, nu
 from rlekf_ext.partition import BlockPlan
 
 MAX_MEASUREMENTS: int = _C.MAX_MEASUREMENTS
-LARGEST_SCALE: float = _C.LARGEST_SCALE  # at a fold, what is beyond goes from the scale into S
+LARGEST_SCALE: float = _C.LARGEST_SCALE  # above it, a fold moves a power of two from the scale into S
 STATE: dict[str, int] = _C.STATE  # name of a scalar -> its index in `state`
 STORAGE_DTYPES = {torch.float64, torch.float32}
 FORMAT = 1  # of state_dict
 
 
 class Scalars(NamedTuple):
-    """The scalars of the filter, in the order of `state`. csrc/covariance.h owns the list and says what each is."""
+    """The scalars of the filter, in the order of `state`. csrc/covariance.h owns the list and explains each."""
 
     forgetting: float
     forgetting_rate: float
@@ -43,23 +43,23 @@ class Scalars(NamedTuple):
 
     @classmethod
     def of(cls, state: Tensor) -> Scalars:
-        """Those in a `state` tensor. Waits for the device."""
+        """The scalars in a `state` tensor. Waits for the device."""
         now = zip(STATE, state.tolist(), strict=True)
         return cls(**{name: int(value) if name in _C.COUNTERS else value for name, value in now})
 
 
 if Scalars._fields != tuple(STATE):
-    raise ImportError(f"rlekf_ext._C has the scalars {list(STATE)}, not those of this source: build the package again.")
+    raise ImportError(f"rlekf_ext._C has the scalars {list(STATE)}, not those of this source: rebuild the package.")
 
 
 @dataclass
 class Covariance:
-    """P = scale (S + shift I - Σ u_i u_iᵀ), block by block: S in packed tiles, the u_i that wait, and the filter's
+    """P = scale (S + shift I - Σ u_i u_iᵀ), block by block: S in packed tiles, the pending u_i, and the filter's
     scalars.
 
     tiles (num_tiles, 64, 64) float64 or float32; pending (capacity, N) float64; state (14,) float64, see Scalars;
-    layout (L, 3) int64. All on one device. One of several processes that share P keeps the tiles from `first_tile` on
-    alone; `dense`, `from_state_dict` and another plan's `reblock` need all of them (KalmanFilter.gathered).
+    layout (L, 3) int64. All on one device. If several processes share P, each keeps only its own tiles, from
+    `first_tile` on; `dense`, `from_state_dict` and `reblock` to another plan need all tiles (KalmanFilter.gathered).
     """
 
     plan: BlockPlan
@@ -75,12 +75,12 @@ class Covariance:
 
     @property
     def own_tiles(self) -> range:
-        """The numbers, among all tiles of P, of those that are here."""
+        """The indices of the tiles that are here, among all tiles of P."""
         return range(self.first_tile, self.first_tile + len(self.tiles))
 
     @property
     def scale(self) -> Tensor:
-        """The scalar `scale`, () on the device: this waits for nothing."""
+        """The scalar `scale`, () on the device; does not wait for it."""
         return self.state[STATE["scale"]]
 
     def scalars(self) -> Scalars:
@@ -88,7 +88,7 @@ class Covariance:
         return Scalars.of(self.state)
 
     def set(self, **scalars: float | Tensor) -> None:
-        """Write the scalars named, as in `set(measurement_noise=4.0)`; the others stay."""
+        """Write the named scalars, as in `set(measurement_noise=4.0)`; the others stay unchanged."""
         for name, value in scalars.items():
             self.state[STATE[name]] = value
 
@@ -105,18 +105,18 @@ class Covariance:
         return blocks
 
     def diagonal(self) -> Tensor:
-        """The diagonal of P, (N,) float64, of all tiles."""
+        """The diagonal of P, (N,) float64; needs all tiles."""
         return self.diagonal_of(self.stored_diagonal())
 
     def stored_diagonal(self) -> Tensor:
-        """The diagonal of S, (N,) float64, zero for weights whose entry is in tiles of another process."""
+        """The diagonal of S, (N,) float64, zero for weights whose entry is in a tile of another process."""
         weights, places = (index.to(self.tiles.device) for index in diagonal_places(self.plan, self.own_tiles))
         found = self.pending.new_zeros(self.plan.num_weights)
         found[weights] = self.tiles.view(-1)[places].to(torch.float64)
         return found
 
     def diagonal_of(self, stored: Tensor) -> Tensor:
-        """The diagonal of P from that of S."""
+        """The diagonal of P from that of S, both (N,) float64."""
         now = self.scalars()
         return now.scale * (stored + now.shift - self.pending[: now.num_pending].square().sum(0))
 
@@ -136,8 +136,8 @@ class Covariance:
     def from_state_dict(cls, saved: dict[str, Any]) -> Covariance:
         """The covariance that was saved, with its own blocks and dtype; the tensors are not copied.
 
-        Raises ValueError for what is no saved covariance, one of a later version of this package, or one that is spread
-        over processes.
+        Raises ValueError for anything but a saved covariance, for one of a later version of this package, and for one
+        that is spread over processes.
         """
         found = _saved_parts(saved)
         tiles = found.tiles
@@ -145,8 +145,8 @@ class Covariance:
             tiles = tiles.read(torch.empty(tiles.shape, dtype=tiles.dtype))
         if _is_spread(tiles):
             raise ValueError(
-                "The saved covariance is spread over processes but here all of it is needed: load it into an RLEKF of "
-                "one process by torch.distributed.checkpoint."
+                "The saved covariance is spread over processes but all of it is needed here: load it into an RLEKF of "
+                "one process with torch.distributed.checkpoint."
             )
         return cls(found.plan, tiles, found.pending, found.state, layout_of(found.plan, device=tiles.device))
 
@@ -154,7 +154,7 @@ class Covariance:
         """Copy a saved covariance into this one, whatever device and backend saved it. With several processes only this
         process's tiles are copied; `spread` must wrap them in a DTensor so that stored tiles can be loaded.
 
-        Raises ValueError, and changes nothing, for other blocks, another dtype or another `max_pending`: see `reblock`.
+        Raises ValueError, and changes nothing, for different blocks, dtype or `max_pending`: see `reblock`.
         """
         plan, tiles, pending, state = _saved_parts(saved)
         stored = tiles if _is_stored(tiles) else None
@@ -162,7 +162,7 @@ class Covariance:
             tiles = torch.empty(self.tiles.shape, dtype=stored.dtype, device="meta")
         else:
             tiles = tiles.to_local() if _is_spread(tiles) else tiles[self.first_tile :][: len(self.tiles)]
-        way_out = "or take over its P by take_over(Covariance.from_state_dict(saved))."
+        way_out = "or take over its P with take_over(Covariance.from_state_dict(saved))."
         if plan != self.plan:
             raise ValueError(
                 f"The saved covariance has {plan.num_blocks} blocks {abridged(plan.sizes)} but this filter has "
@@ -190,19 +190,19 @@ class Covariance:
         """A new covariance of the same weights in the blocks of `plan`, stored in `dtype` on `device`; by default those
         of this one.
 
-        Entries of P that are in a block of both plans are kept; the others of the new blocks are zero. (The diagonal is
-        in both, so no weight starts again.) A new block is then block diagonal with principal submatrices of P on its
-        diagonal: positive definite if P was. Storing float64 in float32 rounds S, and keeps that only while cond(P) is
-        below about 1e7.
+        Entries of P that are in a block of both plans are kept; all others of the new blocks are zero. (The diagonal is
+        in both, so no weight starts over.) Each new block is block diagonal with principal submatrices of P on its
+        diagonal, and so positive definite if P was. Storing float64 in float32 rounds S, and preserves this only while
+        cond(P) is below about 1e7.
 
-        With other blocks, pending vectors are folded into S; with the same ones they stay pending, and in the same
-        dtype P is the same bit for bit. All scalars carry over, `measurement_noise` too: its default is the number of
-        blocks, but P was earned against the old one. To have the new default: p.set(measurement_noise=num_blocks).
+        With different blocks, pending vectors are folded into S; with the same blocks they stay pending, and in the
+        same dtype P is the same bit for bit. All scalars carry over, including `measurement_noise`: its default is the
+        number of blocks, but P was built up with the old one. For the new default: p.set(measurement_noise=num_blocks).
 
-        It works by rows of tiles, in about 4 kB per weight of the largest new block beside the two covariances.
+        Works by rows of tiles, in about 4 kB per weight of the largest new block besides the two covariances.
 
-        Raises ValueError for another number of weights or a wrong dtype, NotEnoughMemoryError when the new one will not
-        fit.
+        Raises ValueError for another number of weights, a wrong dtype, or tiles missing for another plan, and
+        NotEnoughMemoryError if the new one does not fit.
         """
         if plan.num_weights != self.plan.num_weights:
             raise ValueError(
@@ -211,7 +211,7 @@ class Covariance:
             )
         whole = len(self.tiles) == num_tiles(self.plan)
         if not whole and plan != self.plan:
-            raise ValueError("Other blocks need all tiles of P but this process has a part: see KalmanFilter.gathered.")
+            raise ValueError("Other blocks need all tiles of P but this process has some: see KalmanFilter.gathered.")
         new = identity(
             plan,
             dtype=dtype or self.tiles.dtype,
@@ -240,7 +240,7 @@ class Covariance:
                 strip = s.new_zeros(TILE, top - first + TILE)
                 strip[: end - top, : end - first] = s
                 corner = strip[:, -TILE:]
-                corner += corner.tril(-1).T  # tiles on the diagonal are kept whole
+                corner += corner.tril(-1).T  # tiles on the diagonal are stored whole
                 tiles = strip.view(TILE, -1, TILE).transpose(0, 1)
                 new.tiles[tile : tile + len(tiles)] = tiles
                 tile += len(tiles)
@@ -254,12 +254,12 @@ def identity(
     dtype: torch.dtype = torch.float64,
     max_pending: int = FilterOptions.max_pending,
     device: torch.device | str = "cpu",
-    tiles: range | None = None,  # those that this process keeps; None: all
+    tiles: range | None = None,  # those that this process keeps; None: all of them
 ) -> Covariance:
     """P = initial_covariance I, with the scalars of a filter that has no noise and does not forget.
 
     Raises ValueError for a dtype that is not float64 or float32, and NotEnoughMemoryError, before anything is
-    allocated, when P will not fit.
+    allocated, if P does not fit.
     """
     device = torch.device(device)
     if dtype not in STORAGE_DTYPES:
@@ -275,7 +275,7 @@ def identity(
         )
     s = torch.empty(len(own), TILE, TILE, dtype=dtype, device=device)
     if device.type == "cpu":
-        _C.advise_huge_pages(s.data_ptr(), s.nbytes)  # before the first touch: a step then misses no page table
+        _C.advise_huge_pages(s.data_ptr(), s.nbytes)  # before the first touch: a step then has fewer TLB misses
     s.zero_()
     s.view(-1)[diagonal_places(plan, own)[1].to(device)] = initial_covariance
     pending = torch.zeros(max_pending, plan.num_weights, dtype=torch.float64, device=device)
@@ -296,7 +296,7 @@ def required_bytes(
 
 
 def abridged(sizes: Sequence[int]) -> str:
-    """Block sizes as a message shows them."""
+    """Block sizes, shortened for a message."""
     return str(list(sizes)) if len(sizes) <= 8 else f"[{', '.join(map(str, sizes[:8]))}, ...]"
 
 
@@ -309,24 +309,24 @@ def _initial_state(device: torch.device | str) -> Tensor:
 
 class _Saved(NamedTuple):
     plan: BlockPlan
-    tiles: Any  # a Tensor, a DTensor, or something stored that can `read` into one of these
+    tiles: Any  # a Tensor, a DTensor, or stored tiles with a `read` into one of these
     pending: Tensor
     state: Tensor
 
 
 def _saved_parts(saved: dict[str, Any]) -> _Saved:
-    """What a saved covariance holds, whose shapes fit each other; else ValueError."""
+    """The contents of a saved covariance. Raises ValueError unless they are complete and their shapes fit together."""
     if missing := [name for name in ("sizes", "tiles", "pending", "state", "names") if name not in saved]:
         raise ValueError(
-            f"This is not a saved covariance of RLEKF: it has no {', '.join(missing)}. It is in "
+            f"This is not a saved covariance of RLEKF: it has no {', '.join(missing)}. One is in "
             "`RLEKF.state_dict()` at ['state'][0]; integrations.lkf.from_lkf reads DeePMD-kit's."
         )
     names = list(saved["names"])
     if saved.get("format") != FORMAT or (unknown := sorted(set(names) - set(STATE))):
         what = f"format {saved.get('format')}" if saved.get("format") != FORMAT else f"scalars {', '.join(unknown)}"
         raise ValueError(
-            f"The saved covariance has {what}, which this version of rlekf_ext does not know: another version wrote "
-            "it, and can read it."
+            f"The saved covariance has {what}, which this version of rlekf_ext does not know: read it with "
+            "the version that wrote it."
         )
     tiles, pending = saved["tiles"], saved["pending"]
     plan = BlockPlan(tuple(saved["sizes"].tolist()))
@@ -352,5 +352,5 @@ def _is_spread(tiles: Any) -> bool:
 
 
 def _is_stored(tiles: Any) -> bool:
-    """Whether it is a note of where tiles are stored (checkpoint.StoredTiles)."""
+    """Whether it is a reference to tiles in a file (checkpoint.StoredTiles)."""
     return not isinstance(tiles, Tensor)

@@ -1,4 +1,4 @@
-"""The machine: what a row of results says of it, and the memory that it has left."""
+"""The machine: what a row of results records of it, and its free memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def this_machine() -> dict[str, Any]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that `device` has left: what its driver says of a GPU; on a CPU what the kernel and the cgroup allow."""
+    """Free memory of `device` in bytes: of a GPU as its driver reports it, of a CPU what kernel and cgroup allow."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = [2**63]

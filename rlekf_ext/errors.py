@@ -1,6 +1,6 @@
-"""The errors that are the user's to mend. Each message is one sentence: the rule, the value and the way out.
+"""The errors that the user can fix. Each message gives the rule, the value and the way out.
 
-`rlekf` prints them as one line and exits with code 2; any other exception is a fault of this package, and shows its
+`rlekf` prints them as one line and exits with code 2; any other exception is a bug in this package and shows its
 traceback. Each is also the built-in exception that a caller would expect.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class RlekfError(Exception):
-    """The base of all; one line of bounded length, whatever is in the files that a message quotes."""
+    """The base class. Messages are one line of bounded length, whatever the files that they quote contain."""
 
     def __init__(self, message: str):
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
@@ -28,15 +28,15 @@ class DataError(RlekfError, ValueError):
 
 
 class StoppedError(RlekfError, RuntimeError):
-    """Training that cannot go on."""
+    """Training cannot continue."""
 
 
 class BackendError(RlekfError, RuntimeError):
-    """A backend that was asked for and is absent."""
+    """The requested backend is not available."""
 
 
 class LostProcessError(RlekfError, RuntimeError):
-    """A process of the group has ended or hangs; the message names it. The group cannot be used any more."""
+    """A process of the group has ended or hangs; the message names it. The group can no longer be used."""
 
 
 class NotEnoughMemoryError(RlekfError, MemoryError):

@@ -1,4 +1,4 @@
-"""The extended Kalman filter over flat vectors: Algorithm 2 of the paper. Knows no nn.Parameter and no model."""
+"""The extended Kalman filter over flat vectors: Algorithm 2 of the paper. Knows nothing of nn.Parameter or models."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from rlekf_ext.sharding import TileShare
 
 @takes(FilterOptions)
 class KalmanFilter:
-    """The block diagonal covariance P of N weights, and the scalars that go with it.
+    """The block-diagonal covariance P of N weights, and the scalars that go with it.
 
     `plan` gives the blocks; `backend` is "auto", "native", "triton" or "reference". With a `process_group` of
-    torch.distributed, P is spread over its processes (see sharding.py): every one makes the same calls with the same
-    arguments, and keeps the same weights.
+    torch.distributed, P is spread over its processes (see sharding.py): each must make the same calls with the
+    same arguments, and keeps the same weights.
 
-    Raises OptionError (a ValueError) for an option out of range, NotEnoughMemoryError when P will not fit, BackendError
+    Raises OptionError (a ValueError) for an option out of range, NotEnoughMemoryError if P does not fit, BackendError
     for an absent backend.
     """
 
@@ -43,7 +43,7 @@ class KalmanFilter:
         **options: Any,
     ):
         self.options: FilterOptions = checked(FilterOptions, options)
-        ops.backend(backend, torch.device(device), process_group is not None)  # an absent one: before P is allocated
+        ops.backend(backend, torch.device(device), process_group is not None)  # raises before P is allocated
         self.backend = backend
         dtype = torch.float64 if self.options.covariance_dtype == "float64" else torch.float32
         self._share = TileShare(plan, Processes(process_group)) if process_group is not None else None
@@ -56,7 +56,7 @@ class KalmanFilter:
             tiles=self._share.tiles if self._share else None,
         )
         self.covariance.set(forgetting=1 - self.options.memory_factor, **self._constants())
-        # The last Jacobians, for diagnostics: zeros until there are as many. The next one replaces row `_next`.
+        # The last Jacobians, for diagnostics: rows are zero until filled. The next one replaces row `_next`.
         self._recent = self.covariance.pending.new_zeros(MAX_MEASUREMENTS, plan.num_weights)
         self._next = 0
 
@@ -74,8 +74,10 @@ class KalmanFilter:
         """Algorithm 2, lines 8 to 14: P <- (P - a PH(PH)ᵀ)/λ + q I, λ <- ν λ + 1 - ν, in place and without waiting for
         the device. Returns the increment of the weights, a ε PH (N,) float64.
 
-        One measurement: jacobian (N,), innovation a number or a tensor of one. M of them, linearised at the same
-        weights: (M, N) and (M,); they are used in order, in passes of at most 8, each exact given those before it.
+        One measurement: jacobian (N,), innovation a number or a tensor of one element. M measurements, linearised at
+        the same weights: (M, N) and (M,), used in order, in passes of at most 8, each exact given those before it.
+
+        Raises ValueError for other shapes.
         """
         h = self._rows(jacobian)
         e = torch.as_tensor(innovation, dtype=torch.float64, device=h.device).reshape(-1)
@@ -86,7 +88,7 @@ class KalmanFilter:
         increment = h.new_zeros(self.plan.num_weights)
         for first in range(0, len(h), self._most_at_once):
             rows = slice(first, first + self._most_at_once)
-            # The innovations are those of the weights as they came in: later passes see what the earlier ones moved.
+            # The innovations are those at the weights before the call: correct them for what earlier passes moved.
             left = e[rows] - h[rows] @ increment if first else e[rows]
             if self._share:
                 projection = self._share.project(self._ops, self.covariance, h[rows])
@@ -100,7 +102,9 @@ class KalmanFilter:
 
     @torch.no_grad()
     def variance(self, jacobian: Tensor) -> Tensor:
-        """HᵀPH, without the measurement noise: () for a jacobian (N,), (M,) for (M, N). Changes neither w nor P."""
+        """HᵀPH, without the measurement noise: () for a jacobian (N,), (M,) for (M, N). Changes neither w nor P.
+
+        Raises ValueError for other shapes."""
         h = self._rows(jacobian)
         if not len(h):
             return h.new_zeros(0)
@@ -115,7 +119,7 @@ class KalmanFilter:
 
     @torch.no_grad()
     def diagnostics(self, lanczos_steps: int = 10) -> Diagnostics:
-        """P in a few numbers, for the price of so many reads of it. Changes nothing, and waits for the device."""
+        """P in a few numbers, at the cost of `lanczos_steps` reads of it. Changes nothing; waits for the device."""
         p = self.covariance
         now = p.scalars()
         stored, project = p.stored_diagonal(), self._projector()
@@ -142,7 +146,7 @@ class KalmanFilter:
         )
 
     def _most_certain_of_recent(self, project: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor | None:
-        """The one of the last Jacobians in whose direction P is smallest: there measurements have excited it most."""
+        """The recent Jacobian in whose direction P is smallest: the one that measurements have excited most."""
         h = self._recent
         inner, plain = project(h)[1].sum(1).diagonal(dim1=1, dim2=2)
         quotient = inner / plain
@@ -151,20 +155,21 @@ class KalmanFilter:
         return h[best] if float(quotient[best]) < inf else None
 
     def guard_storage(self) -> str:
-        """A sentence if float32 is about to be too coarse a storage for P, else "".
+        """A sentence if float32 is about to become too coarse to store P, else "".
 
-        With covariance_dtype = "auto" S is then float64 from now on. Raises NotEnoughMemoryError if that will not fit.
+        With covariance_dtype "auto", S is stored in float64 from then on. Raises NotEnoughMemoryError if that does not
+        fit.
         """
         if self.covariance.tiles.dtype != torch.float32:
             return ""
         condition = self.diagnostics().condition
         if condition < FLOAT32_CONDITION:
             return ""
-        found = f"The condition number of P is beyond {min(condition, 1e99):.1e}, too much for its storage in float32"
+        found = f"The condition number of P is above {min(condition, 1e99):.1e}, too high for storage in float32"
         if self.options.covariance_dtype != "auto":
-            return f"{found}: it is about to lose positive definiteness. Use covariance_dtype float64 or auto."
+            return f"{found}: P is about to lose positive definiteness. Use covariance_dtype float64 or auto."
         self.covariance = self.covariance.reblock(self.plan, dtype=torch.float64)
-        return f"{found}: it is stored in float64 from now on."
+        return f"{found}: P is stored in float64 from now on."
 
     def _constants(self) -> dict[str, float]:
         """The options that are scalars of the filter under the same name, and stay as they are."""
@@ -183,15 +188,20 @@ class KalmanFilter:
 
     def take_over(self, covariance: Covariance) -> None:
         """Replace P by that of another filter of the same weights, whatever its blocks and storage: see
-        `Covariance.reblock`. Its scalars come with it."""
+        `Covariance.reblock`. Its scalars are taken over, too."""
         here = self.covariance
         new = covariance.reblock(here.plan, dtype=here.tiles.dtype, device=here.tiles.device)
         own = slice(here.own_tiles.start, here.own_tiles.stop)
         self.covariance = replace(new, tiles=new.tiles[own].clone(), first_tile=own.start) if self._share else new
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Copy a saved covariance into this filter's; "auto" takes over its dtype too. Raises ValueError as there."""
-        before = self.covariance
+        """Copy a saved covariance into this filter's, with "auto" its dtype too. Raises ValueError as that does."""
+        before, recent = self.covariance, saved.get("recent", self._recent)
+        if recent.shape != self._recent.shape:
+            raise ValueError(
+                f"The saved recent Jacobians have shape {tuple(recent.shape)} but this filter needs "
+                f"{tuple(self._recent.shape)}; build it with the same model."
+            )
         dtype = saved["tiles"].dtype if "tiles" in saved else before.tiles.dtype
         if self.options.covariance_dtype == "auto" and dtype != before.tiles.dtype:
             self.covariance = before.reblock(self.plan, dtype=dtype)
@@ -200,8 +210,8 @@ class KalmanFilter:
         except ValueError:
             self.covariance = before
             raise
-        self._recent.copy_(saved["recent"])
-        self._next = 0
+        self._recent.copy_(recent)
+        self._next = 0  # the rows are saved in the order of their age
 
     def state_dict(self) -> dict[str, Any]:
         """What must be saved; large tensors are not copied. With a process group, `tiles` is a DTensor."""
@@ -209,7 +219,7 @@ class KalmanFilter:
         return {**saved, "tiles": self._spread(saved["tiles"]), "recent": self._recent.roll(-self._next, 0)}
 
     def gathered(self) -> Covariance:
-        """The covariance with all its tiles; every process of the group must ask for it."""
+        """The covariance with all its tiles; every process of the group must call this."""
         p = self.covariance
         return replace(p, tiles=self._share.gather(p.tiles), first_tile=0) if self._share else p
 
@@ -217,7 +227,7 @@ class KalmanFilter:
         return self._share.spread(tiles) if self._share else tiles
 
     def _projector(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """`project` for up to 8 rows, with room for them among copies of what is pending: so nothing is ever folded."""
+        """`project` for up to 8 rows, on a copy of `pending` with room for them, so that nothing is folded."""
         p = self.covariance
         room = p.pending.new_zeros(MAX_MEASUREMENTS, self.plan.num_weights)
         copy = replace(p, pending=torch.cat([p.pending, room]), state=p.state.clone())

@@ -1,4 +1,4 @@
-"""RLEKF as a torch.optim.Optimizer: gathers gradients into H, hands the filter's increment to the parameters."""
+"""RLEKF as a torch.optim.Optimizer: gathers gradients into H, adds the filter's increment to the parameters."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class RLEKF(torch.optim.Optimizer):
 
     `params` are tensors, named tensors or groups, as for any torch optimizer; those that need no gradient are left
     out of P. Each is flattened as it is stored: pass `transpose=True` for models that store matrices [in, out], so
-    that the weights of a neuron stay adjacent. With named parameters the strategy "lekf" takes the tensors of one
-    module as a layer. `lr` scales the weight increment; it is 1 in the paper, and is there for schedulers. `backend`
-    and `process_group` are those of `KalmanFilter`.
+    that the weights of a neuron stay adjacent. With named parameters the strategy "lekf" treats the tensors of one
+    module as a layer. `lr` scales the weight increment; it is 1 in the paper, and exists for schedulers. `backend` and
+    `process_group` are those of `KalmanFilter`.
 
         optimizer = RLEKF(model.parameters(), block_size=1024)
 
@@ -40,7 +40,7 @@ class RLEKF(torch.optim.Optimizer):
         optimizer.step(closure)
 
     Raises OptionError (a ValueError) for options out of range, ValueError for parameters on several devices, complex,
-    sparse or given twice, NotEnoughMemoryError when P will not fit, and BackendError for an absent backend.
+    sparse or given twice, NotEnoughMemoryError if P does not fit, and BackendError for an absent backend.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class RLEKF(torch.optim.Optimizer):
         """One update from a closure that returns the error ε >= 0 and leaves its gradient in `.grad`. Returns ε.
 
         The closure is the usual one: a mean absolute error, `backward()`. Its gradient is -H, its value errY
-        (Algorithm 2, lines 1 to 7). A squared error also trains, but weights each H by twice its error, and ε is then
-        a square.
+        (Algorithm 2, lines 1 to 7). A squared error also trains, but scales each H by twice its error, and its ε is
+        squared. Raises ValueError without a closure, RuntimeError if no parameter has a gradient.
         """
         if closure is None:
             raise ValueError(
@@ -97,8 +97,8 @@ class RLEKF(torch.optim.Optimizer):
     def update(self, jacobian: Tensor, innovation: Tensor | float) -> None:
         """One update, or M of them, from H and the innovations (Algorithm 2, lines 8 to 14).
 
-        jacobian: +H (N,) or (M, N), the gradients of what was measured in the order of `flatten`; innovation: a number
-        or (M,), label minus prediction, of either sign. All are taken at the present weights.
+        jacobian: +H (N,) or (M, N), the gradients of the measured quantities in the order of `flatten`; innovation: a
+        number or (M,), label minus prediction, of either sign. All are taken at the current weights.
         """
         increment = self.filter.update(jacobian, innovation)
         parameters = self.parameters()
@@ -110,26 +110,26 @@ class RLEKF(torch.optim.Optimizer):
             stored.copy_(stored + lr * piece.view(stored.shape))
 
     def jacobian(self) -> Tensor:
-        """The gradients that are set in `.grad`, as a vector (N,) in the order of `flatten`."""
+        """The gradients in `.grad`, (N,) float64 in the order of `flatten`. Raises RuntimeError if there are none."""
         return self.flatten([p.grad for p in self.parameters()])
 
     def parameters(self) -> list[Tensor]:
-        """The parameters that have weights in P, in order."""
+        """The parameters that have weights in P, in order. Raises RuntimeError if they have changed since."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         if hasattr(self, "filter") and sum(p.numel() for p in parameters) != self.filter.plan.num_weights:
             raise RuntimeError(
                 f"The parameters that require a gradient have {sum(p.numel() for p in parameters)} weights but P has "
-                f"{self.filter.plan.num_weights}: make a new RLEKF after a change of requires_grad or of a shape."
+                f"{self.filter.plan.num_weights}: make a new RLEKF after changing requires_grad or a shape."
             )
         return parameters
 
     def variance(self, jacobian: Tensor) -> Tensor:
-        """HᵀPH of a jacobian (N,) or several (M, N), in the order of `flatten`: its prediction's variance."""
+        """The variance HᵀPH of a prediction: () for a jacobian (N,), (M,) for (M, N), in the order of `flatten`."""
         return self.filter.variance(jacobian)
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One tensor per parameter, or None for zeros, as a vector (N,) float64 in the order of the weights. Sparse
-        ones are made dense."""
+        ones are made dense. Raises RuntimeError if all are None."""
         parameters = self.parameters()
         if all(tensor is None for tensor in tensors):
             raise RuntimeError("No parameter has a gradient; call backward() before the update.")
@@ -147,11 +147,11 @@ class RLEKF(torch.optim.Optimizer):
         return self.filter.health()
 
     def diagnostics(self) -> Diagnostics:
-        """P in a few numbers, for the price of some ten reads of it. Waits for the device."""
+        """P in a few numbers, at the cost of about ten reads of it. Waits for the device."""
         return self.filter.diagnostics()
 
     def guard_storage(self) -> str:
-        """See `KalmanFilter.guard_storage`; worth a call every few hundred updates when S is stored in float32."""
+        """See `KalmanFilter.guard_storage`; call it every few hundred updates if S is stored in float32."""
         return self.filter.guard_storage()
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class RLEKF(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly where the saved optimizer was, whatever its device and backend.
 
-        Raises ValueError for another model, plan or dtype of P; `take_over` takes P nevertheless.
+        Raises ValueError for another model, plan or dtype of P; `take_over` accepts P with the same weights.
         """
         self.filter.load_state_dict(state_dict["state"].get(0, {}))
         # The base class would cast the covariance to the parameters' dtype.
@@ -169,10 +169,12 @@ class RLEKF(torch.optim.Optimizer):
 
     def take_over(self, covariance: Covariance) -> None:
         """Replace P by that of another filter of the same weights, whatever its blocks and storage: see
-        `Covariance.reblock`."""
+        `Covariance.reblock`. Raises ValueError for another number of weights, NotEnoughMemoryError if it does not fit.
+        """
         self.filter.take_over(covariance)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only for torch's own constructor. Raises RuntimeError afterwards: the blocks of P are fixed."""
         if hasattr(self, "filter"):
             raise RuntimeError("The blocks of P are fixed when RLEKF is made; give it all parameters then.")
         super().add_param_group(param_group)
@@ -196,7 +198,7 @@ class RLEKF(torch.optim.Optimizer):
         return tensor.T if self._transpose and tensor.dim() == 2 else tensor
 
     def _layers(self) -> list[int] | None:
-        """An id per parameter, from the names where they are known: a.weight and a.bias are one layer."""
+        """A layer id per parameter, from the names (a.weight and a.bias are one layer), or None without names."""
         if not all("param_names" in group for group in self.param_groups):
             return None
         modules: dict[str, int] = {}
@@ -213,7 +215,7 @@ def _check(parameters: list[Tensor]) -> None:
     if len(devices) > 1:
         raise ValueError(f"All parameters should be on one device but are on {', '.join(map(str, devices))}.")
     if len(set(map(id, parameters))) < len(parameters):
-        raise ValueError("Each parameter should be given once but one is given twice; model.parameters() sees to that.")
+        raise ValueError("Each parameter should be given once but one is given twice; model.parameters() ensures that.")
     for p in parameters:
         if p.dtype not in DTYPES:
             raise ValueError(
@@ -221,6 +223,6 @@ def _check(parameters: list[Tensor]) -> None:
                 "part of a complex one (torch.view_as_real) as the parameter."
             )
         if p.layout != torch.strided:
-            raise ValueError(f"Parameters should be dense but one is {p.layout}; make it dense by to_dense().")
+            raise ValueError(f"Parameters should be dense but one is {p.layout}; make it dense with to_dense().")
         if p.is_meta:
             raise ValueError("Parameters should have values but one is on the meta device; call to_empty() first.")

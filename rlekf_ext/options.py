@@ -1,8 +1,8 @@
-"""Every option of RLEKF, once: its name, type, default, range and help, and who takes it.
+"""Every option of RLEKF, once: its name, type, default, range and help, and which class takes it.
 
-From this table come the checks of KalmanFilter, RLEKF and FrameUpdater and their signatures in `help()`, the section
-`optimizer` of an input file, DeePMD-kit's checks and help, and the table in docs/options.md. Defaults are the paper's;
-a preset is what it changes.
+This table is the source of the checks of KalmanFilter, RLEKF and FrameUpdater and their signatures in `help()`, the
+section `optimizer` of an input file, DeePMD-kit's checks and help, and the table in docs/options.md. Defaults are the
+paper's; a preset holds only what it changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BATCHES = ("mean", "sum", "joint")
 PRESETS: dict[str, dict[str, Any]] = {
     # Hu et al. 2023: x = 6, y = 4, λ_1 = 0.98, energy first.
     "paper": {},
-    # Leaves the first plateau of liquids, and holds energies across volumes: docs/algorithm.md has the trials.
+    # Leaves the first plateau of liquids and keeps energies right across volumes; trials: docs/algorithm.md.
     "robust": {
         "memory_factor": 0.998,
         "group_size": None,
@@ -43,7 +43,7 @@ class BlockOptions:
     """How the weights are cut into the blocks of P."""
 
     block_size: int = option(
-        5120, "N_b, the most weights in a block of P; memory and time grow with it. LKF calls it `kf_blocksize`.", low=1
+        5120, "N_b, the largest size of a block of P; memory and time grow with it. LKF calls it `kf_blocksize`.", low=1
     )
     strategy: str = option(
         "rlekf",
@@ -57,10 +57,10 @@ class BlockOptions:
 class FilterOptions:
     """What KalmanFilter takes."""
 
-    memory_factor: float = option(0.98, "λ at the first update (λ_1 in the paper); it goes to 1.", above=0, high=1)
+    memory_factor: float = option(0.98, "λ at the first update (λ_1 in the paper); it tends to 1.", above=0, high=1)
     forgetting_rate: float = option(
         0.9987,
-        "ν in λ <- ν λ + 1 - ν. A larger ν forgets for longer: each update multiplies 1 - λ by ν.",
+        "ν in λ <- ν λ + 1 - ν: each update multiplies 1 - λ by ν. A larger ν forgets for longer.",
         low=0,
         high=1,
     )
@@ -71,10 +71,12 @@ class FilterOptions:
     process_noise: float = option(0.0, "q, added to the diagonal of P after every update.", low=0)
     covariance_dtype: str = option(
         "float64",
-        "How P is stored: `float64`, `float32` (half the memory) or `auto`, which is float32 until that is too coarse.",
+        "How P is stored: `float64`, `float32` (half the memory) or `auto`, float32 until that becomes too coarse.",
         choices=("float64", "float32", "auto"),
     )
-    max_pending: int = option(32, "Rank-1 updates that may be pending before they are folded into the stored P.", low=1)
+    max_pending: int = option(
+        32, "How many rank-1 updates may be pending before they are folded into the stored P.", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class UpdateOptions:
     """How the frames of a batch become updates of the filter."""
 
     group_size: int | None = option(
-        6, "Atoms per structure in a force update (x in the paper). null: all atoms, in `num_groups` parts.", low=1
+        6, "Atoms per structure in a force update (x in the paper). null: all atoms, in `num_groups` groups.", low=1
     )
     num_groups: int = option(
         4,
@@ -96,7 +98,7 @@ class UpdateOptions:
     )
     order: tuple[str, ...] = option(
         ("energy", "force", "force", "force", "force"),
-        "The updates of a batch, repeated until no force group is left. Kinds without labels are left out.",
+        "The updates of a batch, repeated until no force group is left. Kinds without labels are omitted.",
         choices=KINDS,
     )
     energy_scale: float = option(1.0, "Multiplies H and ε of energy updates.", above=0)
@@ -105,21 +107,21 @@ class UpdateOptions:
     force_per_atom: bool = option(
         False, "Whether H and ε of force updates are divided by the number of atoms once more, as in LKF."
     )
-    adaptive_scale: bool = option(False, "Whether scales are divided by the running mean of ε of their kind.")
+    adaptive_scale: bool = option(False, "Whether each scale is divided by the running mean of ε of its kind.")
     early_scale: float = option(
-        1.0, "Multiplies all scales at the first update; its excess over 1 shrinks by 0.13 % per update.", above=0
+        1.0, "Multiplies all scales at the first update; each update closes 0.13 % of its gap to 1.", above=0
     )
     relinearize: bool = option(
         True, "Whether the model is evaluated again before each update; if not, one evaluation serves a whole batch."
     )
     batch: str = option(
         "mean",
-        "What B frames make: `mean`, one measurement of the mean error; `sum`, one whose H is summed and whose ε is √B "
+        "What B frames form: `mean`, one measurement of the mean error; `sum`, one whose H is summed and whose ε is √B "
         "times the mean, as in LKF; `joint`, B measurements at the same weights.",
         choices=BATCHES,
     )
     warm_start: bool = option(
-        False, "Whether the energy bias is refitted before training, to the energies that the untrained network leaves."
+        False, "Whether, before training, the energy bias is fitted again, to the residuals of the untrained network."
     )
     average_frames: int = option(
         1, "The weights that are evaluated and saved are a running mean over about this many batches.", low=1
@@ -135,13 +137,13 @@ class UpdateOptions:
 class Options(UpdateOptions, OptimizerOptions):
     """All options: what FrameUpdater takes, and section `optimizer` of an input file."""
 
-    preset: str = option("robust", "What the options that are not given default to.", choices=tuple(PRESETS))
+    preset: str = option("robust", "Sets the defaults of the options that are not given.", choices=tuple(PRESETS))
 
 
 def resolve(given: Mapping[str, Any], path: str = "") -> Options:
-    """The preset that is named, "robust" if none is, changed by the options that are given.
+    """The named preset ("robust" if none is), changed by the given options.
 
-    Raises OptionError for an option that is unknown or out of range; `path` is where the options are.
+    Raises OptionError for an option that is unknown or out of range; `path` is the place of the options in the input.
     """
     found = values(Options, named_dtypes(given), path)
     preset = found.get("preset", "robust")
@@ -149,7 +151,7 @@ def resolve(given: Mapping[str, Any], path: str = "") -> Options:
 
 
 def part(section: type, options: Any) -> dict[str, Any]:
-    """Those of the options that `section` has, by name."""
+    """The options that `section` has, by name."""
     return {f.name: getattr(options, f.name) for f in fields(section)}
 
 
@@ -159,7 +161,7 @@ def checked(section: type, given: Mapping[str, Any]) -> Any:
 
 
 def named_dtypes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """torch.float32 is as good as "float32"."""
+    """The same with dtypes by name: "float32" for torch.float32."""
     return {
         name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
         for name, value in given.items()
@@ -190,7 +192,7 @@ def takes(section: type) -> Callable[[Class], Class]:
 
 
 def help_text(name: str) -> str:
-    """What an option does, and its defaults, in sentences."""
+    """The help of an option and its defaults, in sentences."""
     f = next(f for f in fields(Options) if f.name == name)
     changed = [f"`{preset}`: {_cell(values[name])}" for preset, values in PRESETS.items() if name in values]
     return f"{f.metadata['help']} Default: {_cell(f.default)}{''.join(f', {text}' for text in changed)}."

@@ -1,7 +1,7 @@
 """Where the entries of P are in memory: the one Python file that knows the packed layout of csrc/covariance.h.
 
-A block of n weights keeps the lower triangle of its 64 x 64 tiles, row after row of tiles; all blocks' tiles are in one
-tensor (num_tiles, 64, 64), those on the diagonal whole. Rows and columns past a block's end are zero.
+A block of n weights keeps the lower triangle of its 64 x 64 tiles, one row of tiles after another; the tiles of all
+blocks are in one tensor (num_tiles, 64, 64), those on the diagonal whole. Rows and columns past a block's end are zero.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def entry_places(plan: BlockPlan) -> tuple[Tensor, Tensor]:
 
 
 def diagonal_places(plan: BlockPlan, own: range) -> tuple[Tensor, Tensor]:
-    """The weights whose diagonal entry is in the tiles `own`, and where it is in these, flattened: both int64."""
+    """The weights whose diagonal entry is in the tiles `own`, and its index in these, flattened: both int64."""
     row, col = entry_places(plan)
     place = row + col - own.start * TILE * TILE
     weights = ((place >= 0) & (place < len(own) * TILE * TILE)).nonzero()[:, 0]
@@ -82,7 +82,7 @@ def tile_runs(layout: Tensor, num_tiles: int, length: int) -> tuple[Tensor, Tens
     first_tile_rows = np.cumsum(rows) - rows
     block = np.repeat(np.arange(len(sizes)), rows)
     row = np.arange(len(block)) - first_tile_rows[block]
-    left = first_tile[block] + row * (row + 1) // 2  # where the row's first tile is, or would be
+    left = first_tile[block] + row * (row + 1) // 2  # index of the row's first tile, here or not
     from_col, to_col = np.maximum(0, -left), np.minimum(row + 1, num_tiles - left)
     num_runs = -(-np.maximum(0, to_col - from_col) // length)
     first_run = np.cumsum(num_runs) - num_runs

@@ -46,14 +46,14 @@ def partition(
 ) -> BlockPlan:
     """Cut parameter tensors of these sizes into blocks of at most `block_size` weights.
 
-    `sizes` are the numbers of weights of the parameter tensors in order (W_0, b_0, W_1, ...). `layers`, used by
-    "lekf" alone, names the layer of each tensor: neighbours with the same id share a block.
+    `sizes` are the numbers of weights of the parameter tensors in order (W_0, b_0, W_1, ...). `layers`, used only
+    by "lekf", names the layer of each tensor: neighbours with the same id share a block.
 
     Strategies ("The Splitting Strategy of RLEKF" and Fig. 2 of the paper):
     "rlekf"   split tensors above N_b, gather small neighbours; the rest of a split tensor starts the next gather
     "deepmd"  the same, but the rest of a split tensor stays alone, as in DeePMD-kit's LKF
-    "lekf"    a block per layer, whatever its size
-    "sekf"    ceil(N / N_b) blocks of equal size, the first N mod L of them one larger
+    "lekf"    one block per layer, whatever its size
+    "sekf"    L = ceil(N / N_b) blocks of equal size, the first N mod L of them one larger
     "gekf"    one block
 
     Raises ValueError for an unknown strategy, a block size below 1, or sizes that are empty or not positive.
@@ -68,7 +68,7 @@ def partition(
 
 
 def _split_and_gather(sizes: Sequence[int], block_size: int, gather_rest: bool) -> Iterator[int]:
-    """`gather_rest`: whether the rest of a split tensor starts the next gather, or is a block of its own."""
+    """`gather_rest`: whether the rest of a split tensor starts the next gather or is a separate block."""
     gathered = 0
     for size in sizes:
         if gathered and gathered + size > block_size:

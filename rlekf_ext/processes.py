@@ -1,4 +1,4 @@
-"""The processes that work on one filter: sums over them, and the name of the one that no longer answers."""
+"""The processes that work on one filter: sums over them, and the name of one that no longer responds."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from rlekf_ext.errors import LostProcessError
 
-TIMEOUT = timedelta(minutes=5)  # a process that is silent for so long is lost
+TIMEOUT = timedelta(minutes=5)  # a process that is silent for this long is lost
 
 
 class Processes:
-    """Those of a torch.distributed group; without one, this process alone, for which every sum is what it is."""
+    """The processes of a torch.distributed group; without a group, this process alone, and sums change nothing."""
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """In place, over all processes: the same bits on each. Raises LostProcessError."""
+        """Sum in place over all processes, with the same bits on each. Raises LostProcessError."""
         if self.group is None:
             return tensor
         started = time.monotonic()
@@ -37,7 +37,7 @@ class Processes:
         return tensor
 
     def gather(self, numbers: Sequence[int], device: torch.device | str = "cpu") -> list[list[int]]:
-        """The numbers that each process gives, as many of each, in the order of the ranks."""
+        """The numbers of each process, the same count from each, in the order of the ranks. Raises LostProcessError."""
         if self.group is None:
             return [list(numbers)]
         rows = torch.zeros(self.size, len(numbers), dtype=torch.int64, device=device)
@@ -48,18 +48,18 @@ class Processes:
         return any(row[0] for row in self.gather([bool(flag)]))
 
     def agree(self, tensors: Iterable[Tensor]) -> None:
-        """The values of rank 0 on every process, in place."""
+        """Give every process the values of rank 0, in place."""
         for tensor in tensors:
             if self.rank:
                 tensor.zero_()
             self.sum(tensor)
 
     def _who_is_lost(self, started: float, device: torch.device) -> str:
-        """A roll call. Who waits for a message from a process that has ended hears of it at once or at the timeout, and
-        then comes here too; who has not come by then is lost."""
+        """A roll call. A process that waits for a message from one that has ended learns of it at once or at the
+        timeout, and then comes here too; one that has not come by then is lost."""
         assert self.group is not None
         seconds = self.group._get_backend(device).options._timeout.total_seconds()
-        closed = time.monotonic() - started < seconds  # some process has ended: none was waited for so long
+        closed = time.monotonic() - started < seconds  # a process has ended: the wait was shorter than the timeout
         others = set(range(self.size)) - {self.rank}
         store = self.group.get_group_store()
 
@@ -73,18 +73,18 @@ class Processes:
 
         try:
             lost = absent("here", started + seconds + 5, enough=int(closed))
-            if self.rank == 0:  # the store may end with this process: first all others must have read it
+            if self.rank == 0:  # the store may end with this process: all others must have read it first
                 absent("heard", time.monotonic() + 5, enough=len(lost))
             else:
                 store.set(f"rlekf_ext/heard/{self.rank}", "")
         except RuntimeError:  # nobody holds the store any more
             lost = {0}
         if not lost:
-            return f"A message among the {self.size} processes failed, and all of them still answer: see the cause."
+            return f"A message among the {self.size} processes failed, but all of them still respond: see the cause."
         names = ", ".join(f"rank {rank}" for rank in sorted(lost))
         return (
-            f"Lost {names} of {self.size} processes: ended, or silent for the {seconds:g} s that the group waits. "
-            "Start all of them again from the last checkpoint."
+            f"Lost {names} of {self.size} processes: ended, or silent for {seconds:g} s, the group's timeout. "
+            "Restart all of them from the last checkpoint."
         )
 
 
@@ -93,15 +93,15 @@ ALONE = Processes()
 
 @contextmanager
 def torchrun_group() -> Iterator[dist.ProcessGroup | None]:
-    """A gloo group of all processes that torchrun has started, or None where this one is alone."""
+    """A gloo group of all processes that torchrun has started, or None if this one is alone."""
     if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ) or os.environ.get("WORLD_SIZE", "1") == "1":
         yield None
         return
-    # First: some of its functions have the default group of that moment as a default, and a group that is kept beyond
-    # destroy_process_group may abort the process when it exits.
+    # First: some of its functions take the default group of that moment as a default argument, and a group that is kept
+    # beyond destroy_process_group may abort the process when it exits.
     import_module("torch.distributed.nn")
     store, rank, size = next(dist.rendezvous("env://"))
-    # What torchrun starts again finds the store as it was left: without a prefix, addresses of processes that are gone.
+    # After torchrun's restart the store is as it was left: without a prefix, with addresses of processes that are gone.
     store = dist.PrefixStore(f"attempt {torchrun_restarts()}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
@@ -111,11 +111,11 @@ def torchrun_group() -> Iterator[dist.ProcessGroup | None]:
 
 
 def torchrun_name() -> str:
-    """What the processes that torchrun starts have in common with those that it starts again after a failure."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's own where no --rdzv-id is given
+    """A name that the processes of torchrun share with those that it restarts after a failure."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's default for --rdzv-id
     return f"agent {os.getppid()}" if name == "none" else name
 
 
 def torchrun_restarts() -> int:
-    """How often torchrun has started this process again after a failure."""
+    """How often torchrun has restarted this process after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -21,7 +21,7 @@ from rlekf_ext.errors import OptionError
 
 def option(default: Any = MISSING, help: str = "", **rule: Any) -> Any:
     """A field; without a default it must be given. Rules: low, above, high, below (the range), choices, also (other
-    names for it), pattern (of a string), form (its words in a message), single (one value means a list of one)."""
+    names for it), pattern (of a string), form (how a message describes it), single (one value means a list of one)."""
     return field(default=default, metadata={**rule, "help": help})
 
 
@@ -45,7 +45,7 @@ def values(
     other: Callable[[type, str, Any, str], None] | None = None,
 ) -> dict[str, Any]:
     """The given options of a section, checked, in the order of the fields: an unsupported `type` is reported before
-    the options that come with it. `other` is asked about names that are not fields; by default they are errors.
+    the options that come with it. `other` is called for names that are not fields; by default they are errors.
 
     Raises OptionError.
     """
@@ -64,7 +64,7 @@ def values(
 
 
 def unknown(section: Any, name: str, value: Any, path: str) -> None:
-    """Raises OptionError: a name that no field has, with the nearest one that there is."""
+    """Raises OptionError for a name that no field has, and suggests the nearest one."""
     known = [f.name for f in fields(section)]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known options are {', '.join(known)}."
@@ -89,7 +89,7 @@ def join(path: str, name: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it: as JSON."""
+    """A value as JSON, for a message."""
     try:
         return json.dumps(value, default=str, ensure_ascii=False)
     except RecursionError:

@@ -1,8 +1,8 @@
-"""P spread over the processes of a group: which tiles are mine, and the one all_reduce of a step.
+"""P spread over the processes of a group: which tiles each process keeps, and the one all_reduce per step.
 
-All tiles of all blocks form one list, and every rank keeps a run of it, all runs of one length (the last ones may be
-shorter): any number of ranks shares any number of blocks, and a block may lie on several ranks. All vectors (weights,
-Jacobians, pending vectors) and all scalars are on every rank. A step is
+The tiles of all blocks are in one sequence, and every rank keeps a run of it, all runs of equal length (the last ones
+may be shorter): any number of ranks can share any number of blocks, and a block may be on several ranks. All vectors
+(weights, Jacobians, the pending u_i) and all scalars are on every rank. A step is
 
     z = S h of the own tiles   ->   all_reduce of z   ->   the O(N) rest, the same on every rank
 
@@ -23,7 +23,7 @@ from rlekf_ext.processes import Processes
 
 
 class TileShare:
-    """The tiles of a plan that this process keeps: torch.chunk's part of its rank in the group."""
+    """The tiles of a plan that this process keeps: the chunk for its rank, as torch.chunk would cut them."""
 
     def __init__(self, plan: BlockPlan, processes: Processes):
         self.processes, self.num_tiles = processes, num_tiles(plan)

@@ -1,4 +1,4 @@
-"""RLEKF for any trainer that can say what it predicts: predictions and labels in, one update out."""
+"""RLEKF for any trainer: a prediction and a label in, one update out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlekf_ext.optim import RLEKF
 class Stepper:
     """An update of `optimizer` on a measured quantity: Algorithm 2 of the paper, lines 1 to 14.
 
-    `backward` is how the trainer wants a gradient taken, by default `loss.backward()`; PyTorch Lightning's is
+    `backward` takes the gradient of a loss, by default `loss.backward()`; in PyTorch Lightning, pass
     `self.manual_backward`.
     """
 
@@ -21,9 +21,9 @@ class Stepper:
 
     def __call__(self, prediction: Tensor, label: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         """One update from a prediction with its graph and a label of the same shape, both in the unit of the quantity
-        measured (energies an atom, say). ε and H are multiplied by `scale`. Returns ε = mean |label - prediction|.
+        measured (eV per atom, say). ε and H are multiplied by `scale`. Returns ε = mean |label - prediction|.
 
-        Predict anew before each call: the weights have moved. Raises ValueError where the shapes differ.
+        Predict again before each call: the weights have moved. Raises ValueError if the shapes differ.
         """
         if prediction.shape != label.shape:
             raise ValueError(

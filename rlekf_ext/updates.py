@@ -24,7 +24,7 @@ from rlekf_ext.processes import Processes
 
 EMA_DECAY = 0.95
 EARLY_DECAY = Options.forgetting_rate  # per update: as fast as 1 - λ falls in the paper
-UPDATES_PER_GUARD = 250  # one look costs ten reads of P; in trials float32 was warned of 500 updates or more in advance
+UPDATES_PER_GUARD = 250  # a check costs ten reads of P; in trials it warned of float32 500 updates or more in advance
 CAUSES = {
     "skipped_innovation": "error not finite",
     "skipped_jacobian": "gradient not finite, or too large",
@@ -42,11 +42,11 @@ class FrameUpdater:
             update(batch)
         trained = update.result
 
-    `preset` and the options below are everything that a preset says: memory factor, warm start and averaging too. The
-    optimizer, an RLEKF of model.named_parameters(), is made from them; a given `optimizer` must have been made with the
-    same. `transpose`: see RLEKF. With a `process_group` of torch.distributed each process brings its own frames of a
-    batch; ε and H are those of the whole batch, P is spread, and every process makes the same updates. `say` is called
-    with what the filter has to say from time to time, a sentence each.
+    `preset` and the options below control everything, including memory factor, warm start and averaging. The optimizer,
+    an RLEKF of model.named_parameters(), is made from them; a given `optimizer` must have been made with the same ones.
+    `transpose`: see RLEKF. With a `process_group` of torch.distributed each process passes its own frames of a batch; ε
+    and H are those of the whole batch, P is spread, and every process makes the same updates. `say` is called with
+    occasional messages about the filter, one sentence each.
 
     Raises OptionError for an option that is unknown or out of range, or that the given optimizer was not made with.
     """
@@ -74,11 +74,11 @@ class FrameUpdater:
         self._generator = torch.Generator().manual_seed(seed)
         self._means: dict[str, Tensor] = {}
         self._early = torch.ones((), dtype=torch.float64)  # the part of early_scale - 1 that is left
-        self._health: dict[str, int] = {}  # by the last batch; to ask the filter waits for the device
-        self._unguarded = 0  # updates since the last look at how P is stored
+        self._health: dict[str, int] = {}  # as of the last batch; asking the filter waits for the device
+        self._unguarded = 0  # updates since the last check of how P is stored
         self._started = not self.options.warm_start
-        # Each update fits the frame at hand, and leaves the energies of the others off by a common amount that changes
-        # its sign from frame to frame: the mean over a few frames is without it.
+        # Each update fits the current frame, and leaves the energies of the others off by a common amount whose sign
+        # changes from frame to frame: the mean over a few frames cancels it.
         decay = 1 - 1 / self.options.average_frames
         averaged = isinstance(model, nn.Module) and decay
         self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if averaged else None  # type: ignore[arg-type]
@@ -89,12 +89,12 @@ class FrameUpdater:
 
     @property
     def result(self) -> Any:
-        """The model to evaluate and save: with `average_frames` above 1 the running mean of the weights."""
+        """The model to evaluate and save; with `average_frames` above 1, the running mean of the weights."""
         return self._average.module if self._average else self.model
 
     def warm_start(self, frames: Iterable[Any]) -> None:
-        """Fit the model's energy bias to what its untrained network leaves of the energies of these frames, if the
-        options ask for it: by model.fit_energy_bias(frames, with_network=True)."""
+        """Fit the model's energy bias to the energy residuals of its untrained network on these frames, if the options
+        ask for it, by model.fit_energy_bias(frames, with_network=True). Raises OptionError for a model without it."""
         if self.options.warm_start:
             if not hasattr(self.model, "fit_energy_bias"):
                 raise OptionError(
@@ -105,12 +105,12 @@ class FrameUpdater:
         self._started = True
 
     def __call__(self, batch: Any, factors: Mapping[str, float] | None = None) -> list[tuple[str, Tensor]]:
-        """Update on one batch: a frame, or a list of frames, none for a process that has no part in it. Each may hold
-        several structures side by side; with "joint" each is a measurement. `factors` multiply the scales of the kinds
-        of update. Returns the kind and the unscaled ε of every measurement, ().
+        """Update on one batch: a frame, or a list of frames, empty for a process without any. A frame may hold several
+        structures; with "joint" each frame is a measurement. `factors` multiply the scales of the kinds of update.
+        Returns the kind and the unscaled ε () of every measurement, in eV/atom or eV/Å.
 
-        Raises StoppedError when `max_skipped` measurements in a row were skipped, and DataError for a batch without any
-        label that `order` names.
+        Raises OptionError before a warm start that the options ask for, StoppedError if `max_skipped` measurements in a
+        row were skipped, and DataError for a batch without any label that `order` names.
         """
         if not self._started:
             raise OptionError(
@@ -135,11 +135,11 @@ class FrameUpdater:
         return done
 
     def skipped(self) -> str:
-        """The measurements that the filter's guard has skipped by the last batch, by cause; "" if there are none."""
+        """How many measurements the filter has skipped up to the last batch, by cause; "" if none."""
         return ", ".join(f"{text}: {self._health[name]}" for name, text in CAUSES.items() if self._health.get(name))
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to continue with the same bits, beside the state of `optimizer` and the weights."""
+        """What is needed to continue with the same bits, besides the state of `optimizer` and the weights."""
         return {
             "generator": self._generator.get_state(),
             "means": dict(self._means),
@@ -149,14 +149,14 @@ class FrameUpdater:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue exactly where the saved one was."""
+        """Continue exactly where the saved updater was."""
         self._generator.set_state(saved["generator"].cpu())
         self._means = {kind: mean.clone() for kind, mean in saved["means"].items()}
         self._early, self._unguarded, self._started = saved["early"].clone(), saved["unguarded"], True
         if self._average:
             if saved["average"]:
                 self._average.load_state_dict(saved["average"])
-            else:  # the saved run had no mean: it starts from the weights as they are
+            else:  # the saved run had no mean: it starts from the current weights
                 self._average.module.load_state_dict(self.model.state_dict())  # type: ignore[attr-defined]
 
     def _passes(self, whole: Whole) -> list[list[tuple[str, int]]]:
@@ -174,7 +174,7 @@ class FrameUpdater:
     def _measure(
         self, updates: Sequence[tuple[str, int]], parts: Sequence[Part], num_rows: int
     ) -> tuple[Tensor, Tensor]:
-        """ε (updates, rows) and H (updates, rows, N) of every measurement, float64, all at the weights as they are."""
+        """ε (updates, rows) and H (updates, rows, N) of every measurement, float64, all at the current weights."""
         parameters = self.optimizer.parameters()
         count, num_weights = len(updates) * num_rows, sum(p.numel() for p in parameters)
         message = torch.zeros(count * (num_weights + 1), dtype=torch.float64, device=parameters[0].device)
@@ -219,14 +219,14 @@ class FrameUpdater:
         return scale, scale
 
     def _look_after(self, updates: int) -> None:
-        """After this many more updates: is the filter still fed, and is P still stored well enough?"""
+        """After this many more updates: does the filter still use measurements, and is P still stored well enough?"""
         self._health = self.optimizer.health()
         in_a_row = self._health["skipped_in_a_row"]
         if in_a_row >= self.options.max_skipped:
             raise StoppedError(
-                f"The last {in_a_row} measurements were all skipped, as many as max_skipped = "
-                f"{self.options.max_skipped} allows or more: {self.skipped()}. Look for labels that are not finite and "
-                "for atoms that nearly coincide, or lower the scales, and restart from the checkpoint."
+                f"The last {in_a_row} measurements were all skipped, but max_skipped is {self.options.max_skipped}: "
+                f"{self.skipped()}. Look for labels that are not finite and for atoms that nearly coincide, or lower "
+                "the scales, and restart from the checkpoint."
             )
         self._unguarded += updates
         if self._unguarded >= UPDATES_PER_GUARD:
@@ -247,7 +247,7 @@ def schedule(order: Sequence[str], num_groups: int) -> list[str]:
 
 
 def energy_error(model: Callable[..., Any], frame: Any, _: Any = None) -> Tensor:
-    """mean |E - E_DFT| / atoms in eV (Algorithm 2, line 6): its gradient is -H."""
+    """mean |E - E_DFT| / atoms in eV/atom (Algorithm 2, line 6): its gradient is -H."""
     prediction = model(frame, forces=False)
     return ((prediction.energy - frame.energy).abs() / frame.num_atoms).mean()
 
@@ -258,7 +258,7 @@ def force_error(model: Callable[..., Any], frame: Any, atoms: Tensor) -> Tensor:
 
 
 def virial_error(model: Callable[..., Any], frame: Any, _: Any = None) -> Tensor:
-    """mean |W - W_DFT| / atoms over the nine components, in eV."""
+    """mean |W - W_DFT| / atoms over the nine components, in eV/atom."""
     difference = (model(frame, forces=True).virial - frame.virial).abs()
     return (difference.mean((1, 2)) / frame.num_atoms).mean()
 
@@ -267,12 +267,12 @@ ERRORS: dict[str, Callable[..., Tensor]] = {"energy": energy_error, "force": for
 
 
 def _check_made_with(optimizer: RLEKF, options: Options, given: Mapping[str, Any]) -> None:
-    """The optimizer's own options are as the preset and the given options say, as far as they say anything."""
+    """Raises OptionError if the optimizer's options differ from those that the preset or the given options set."""
     named = {**PRESETS[options.preset], **given}
     for name in (f.name for f in fields(OptimizerOptions) if f.name in named):
         wanted, found = getattr(options, name), getattr(optimizer.options, name)
         if found != wanted:
             raise OptionError(
                 f"{name} must be {wanted}, for the preset {options.preset}, but the optimizer was made with {found}: "
-                f"leave the optimizer out, and FrameUpdater makes one, or make it with {name}={wanted}."
+                f"leave the optimizer out so that FrameUpdater makes one, or make it with {name}={wanted}."
             )

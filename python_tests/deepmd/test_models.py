@@ -1,7 +1,7 @@
 """A model of ours evaluated by DeePMD-kit, and the reverse. Needs deepmd-kit >= 3 with its PyTorch backend.
 
-Not part of `make test`: name this folder to pytest, in an environment that has deepmd-kit, this package and its extra
-`dp`.
+Not part of `make test`: run pytest on this folder, in an environment that has deepmd-kit, this package and its extra
+`potential`.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The real `dp --pt train` with type RLEKF: `make test-deepmd`, which makes the environment for it."""
+"""The real `dp --pt train` with type RLEKF: `make test-deepmd`, which sets up the environment."""
 
 import json
 import os
@@ -35,9 +35,9 @@ from deepmd.main import main
 main()
 """
 
-# Runs dp with a Trainer that keeps, of each rank, what it starts with, its batches and what it ends with. dp has no way
-# to run several processes without GPUs: it asks for NCCL, for a CUDA device, and for DDP on that device. Without GPUs
-# these three are taken out here; all else is dp's.
+# Runs dp with a Trainer that records, for each rank, what it starts with, its batches and what it ends with. dp cannot
+# run several processes without GPUs: it asks for NCCL, for a CUDA device, and for DDP on that device. Without GPUs
+# these three are removed here; all else is dp's.
 RECORDED = """
 import os, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -79,7 +79,7 @@ main()
 
 @pytest.fixture
 def dp(tmp_path):
-    """Run dp on an input in a folder of its own; returns what it printed."""
+    """Run dp on an input in a separate folder; returns what it printed."""
     pytest.importorskip("deepmd", reason="runs in the environment of make test-deepmd")
 
     def run(
@@ -177,7 +177,7 @@ def learned(dp, column):
 
 
 def test_trains_and_restarts(dp):
-    """Water, which leaves its first plateau after some fifty batches."""
+    """Water, which leaves its first plateau after about fifty batches."""
     asked = {"type": "RLEKF", "block_size": 1024, "force_scale": 3}
     text = dp(asked, steps=160, neuron=[8, 16])
     errors = learned(dp, "rmse_f_trn")
@@ -196,7 +196,7 @@ def test_trains_and_restarts(dp):
 
 
 def test_virials_are_learned(dp, tmp_path):
-    """From nothing else: NaCl with the energies, forces and virials of a network of ours in place of its labels."""
+    """From nothing else: NaCl with the energies, forces and virials of a network of ours instead of its labels."""
     from deepmd.infer import DeepPot
 
     system = tmp_path / "salt"
@@ -256,7 +256,7 @@ def test_lkf_parity(dp, batch_size):
     dp({"type": "RLEKF", "preset": "lkf", "block_size": 256}, steps=50, batch_size=batch_size)
     ours = weights(dp, 50)
     apart = difference(ours, theirs)
-    print(f"\nLKF parity, {batch_size} frames a batch: the largest difference of a weight is {apart:.1e}")
+    print(f"\nLKF parity, {batch_size} frames per batch: the largest difference of a weight is {apart:.1e}")
     assert apart < 1e-10
     dp({"type": "LKF", "kf_blocksize": 256}, steps=1, batch_size=batch_size)
     assert difference(weights(dp, 1), theirs) > 1e-3  # and they have moved
@@ -285,10 +285,10 @@ def test_options_are_checked_with_their_names(dp):
 
 
 def test_two_processes(dp):
-    """Under torchrun, a frame each: all bits the same on both ranks, and the weights of one process with both frames.
+    """Under torchrun, one frame per rank: the same bits on both ranks, and the weights of one process with both frames.
 
     On a machine without GPUs three calls of dp are replaced: see RECORDED. A force group is all atoms, so that it does
-    not matter that several processes draw other groups than one.
+    not matter that several processes draw other groups than one does.
     """
     (dp.folder / "recorded.py").write_text(RECORDED)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recorded.py")

@@ -1,4 +1,4 @@
-"""A trainer that makes DeePMD-kit's calls in DeePMD-kit's order, on a toy model: stands for deepmd.pt.train.training.
+"""A trainer that makes DeePMD-kit's calls in DeePMD-kit's order, on a toy model: replaces deepmd.pt.train.training.
 
 Written from the description of those calls. Its LKF is dense and shares no filter code with the package.
 """

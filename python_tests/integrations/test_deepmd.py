@@ -23,7 +23,7 @@ ROOT = FOLDER.parents[1]
 
 
 def run_file(path, name):
-    """A module made anew from a file."""
+    """A new module from a file."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -64,7 +64,7 @@ def dp(monkeypatch):
 
 
 def stand_in(monkeypatch):
-    """What `dp --pt train` does with an input and batches, beside a freshly loaded plugin."""
+    """What `dp --pt train` does with an input and batches, with a freshly loaded plugin."""
     monkeypatch.delenv("RLEKF_DEEPMD", raising=False)
     names = ("deepmd", "deepmd.utils", "deepmd.pt", "deepmd.pt.train")
     modules = {name: ModuleType(name) for name in names}
@@ -93,7 +93,7 @@ def stand_in(monkeypatch):
 
 
 def batches(count=4, frames=2, atoms=30, virial=False, **changed):
-    """Batches (inputs, labels) of a teacher of the stand-in's own form."""
+    """Batches (inputs, labels) from a teacher model of the stand-in's form."""
     standin = run_file(FOLDER / "standin_training.py", "teacher")
     teacher, made = standin.Wrapper(seed=1), []
     for _ in range(count):
@@ -242,7 +242,7 @@ def on_two_ranks(rank, folder):
 
 
 def test_two_processes(dp, tmp_path):
-    """The weights of one process with the frames of both; the same bits on both, also where the frames differ in atoms
+    """The weights of one process with the frames of both; the same bits on both, also if the frames differ in atoms
     and labels, and after a restart."""
     dp.load()
     data, wanted = batches(3), []

@@ -40,7 +40,7 @@ def test_set_kalman_p_takes_over_a_running_lkf():
     theirs_optimizer = DenseLKF(theirs, block_size=24)
     run(theirs_optimizer, theirs, 20)
     optimizer = LKFOptimizer(mine, block_size=24)
-    run(optimizer, mine, 3, seed=9)  # some vectors wait
+    run(optimizer, mine, 3, seed=9)  # some vectors are pending
     optimizer.set_kalman_P(theirs_optimizer.blocks, theirs_optimizer.memory)
     with torch.no_grad():
         for p, q in zip(mine, theirs, strict=True):

@@ -22,7 +22,7 @@ POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 def compile_launch(kernel, *args, grid, warmup, num_warps=4, **constants):
-    """In place of a launch."""
+    """Called instead of a launch."""
     values = dict(zip(kernel.arg_names, args, strict=False))
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {name: POINTERS[v.dtype] if isinstance(v, torch.Tensor) else "i32" for name, v in values.items()}

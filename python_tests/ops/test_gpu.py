@@ -1,4 +1,4 @@
-"""The kernels on a GPU: `make gpu` runs this where there is one. Needs only torch, pytest and, for its part, triton."""
+"""The kernels on a GPU: run by `make gpu`. Needs only torch, pytest and, for some of the tests, triton."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def run(name, sizes, *, steps, count=1, process_noise=0.0, device=GPU, **setting
 
 
 def poison(num_bytes=1 << 28):
-    """Leaves the caching allocator's memory full of NaN for whoever asks next."""
+    """Leaves the caching allocator's memory full of NaN for the next tensors."""
     for size in (1 << 10, 1 << 16, 1 << 20, num_bytes):
         torch.full((size // 8,), float("nan"), dtype=torch.float64, device=GPU)
 
@@ -92,13 +92,13 @@ def test_same_bits_on_every_run(name, dtype):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_captured_step_goes_on_exactly(name):
-    """Replays with new numbers in the same tensors are the steps that eager calls do, folds included."""
+    """Replays with new numbers in the same tensors match the steps of eager calls, folds included."""
     plan = BlockPlan((900, 65))
     kalman, eager = (KalmanFilter(plan, backend=name, device=GPU, max_pending=5) for _ in range(2))
     weights, wanted = (torch.zeros(plan.num_weights, dtype=torch.float64, device=GPU) for _ in range(2))
     h, e = measurements(2, plan.num_weights)
     inputs = h.clone(), e.clone()
-    for _ in range(3):  # whatever is made once is made before the capture
+    for _ in range(3):  # what is made only once is made before the capture
         weights += kalman.update(*inputs)
         wanted += eager.update(h, e)
     graph = torch.cuda.CUDAGraph()
@@ -129,7 +129,7 @@ def test_a_step_waits_for_nothing(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_work_goes_to_the_current_stream(name):
-    """Behind a long wait on another stream, a step must not have run when its own stream has not come to it."""
+    """Behind a long wait on another stream, a step must not have run before its own stream has come to it."""
     kalman, weights = run(name, (900, 65), steps=3)
     before = weights.clone()
     stream = torch.cuda.Stream()
@@ -164,7 +164,7 @@ def test_bad_numbers_are_skipped(name):
 
 
 class VectorFilter:
-    """Algorithm 2 for P that starts as I, kept as vectors alone: P = scale (I - Σ u uᵀ). One block, no dense matrix."""
+    """Algorithm 2 for P that starts as I, kept only as vectors: P = scale (I - Σ u uᵀ). One block, no dense matrix."""
 
     def __init__(self, lam, nu):
         self.lam, self.nu, self.scale, self.vectors = lam, nu, 1.0, []
@@ -184,7 +184,7 @@ class VectorFilter:
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_largest_block(name, dtype):
-    """65 536 weights: more numbers in the tiles than 32 bits count, through two folds."""
+    """65 536 weights: more numbers in the tiles than 32 bits can index, through two folds."""
     plan = BlockPlan((65536,))
     if required_bytes(plan, dtype=dtype, max_pending=8) > 0.8 * torch.cuda.mem_get_info()[0]:
         pytest.skip("P does not fit on this GPU")
@@ -224,7 +224,7 @@ def test_an_optimizer_on_the_gpu_is_that_on_the_cpu(name):
 
 @pytest.mark.skipif(bool(ABSENT["cuda"]), reason=ABSENT["cuda"])
 class TestErrors:
-    """What goes wrong becomes a Python exception that says what."""
+    """Wrong arguments raise a Python exception that says what is wrong."""
 
     def arguments(self):
         p = KalmanFilter(BlockPlan((70, 3)), device=GPU, max_pending=4, backend="native").covariance

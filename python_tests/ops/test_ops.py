@@ -19,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def fewer(name, many, few):
-    """Triton's interpreter takes some 5 ms for what one program of a GPU does."""
+    """Triton's interpreter takes about 5 ms for the work of one GPU program."""
     return few if name == "triton" else many
 
 
@@ -28,7 +28,7 @@ def random_measurements(count, num_weights):
 
 
 def run(plan, *, steps, count=1, oracle=True, nu=0.9987, lam=0.98, **settings):
-    """A filter after `steps` random steps, its weights, and the same of the oracle."""
+    """A filter after `steps` random steps, its weights, and the oracle's."""
     kalman = KalmanFilter(plan, memory_factor=lam, forgetting_rate=nu, **settings)
     dense = DenseFilter(plan.sizes, lam, nu, q=settings.get("process_noise", 0.0))
     weights = torch.zeros(plan.num_weights, dtype=torch.float64)
@@ -101,7 +101,7 @@ def test_folds_at_every_phase(name, pending):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("pending", [1, 3])
 def test_more_measurements_than_a_pass_takes(name, pending):
-    """20 rows in passes of 8 (or of `pending`) are still the batch filter at the weights as they came in."""
+    """20 rows in passes of 8 (or of `pending`) are still the batch filter at the weights before the call."""
     result = run(BlockPlan((70, 3)), steps=fewer(name, 3, 1), count=20, max_pending=pending, backend=name)
     assert_same(*result, 1e-12)
 
@@ -125,7 +125,7 @@ def test_large_process_noise_and_measurements_that_say_little(name, count):
     weights, wanted = (torch.zeros(73, dtype=torch.float64) for _ in range(2))
     for t in range(fewer(name, 60, 7)):
         h, e = random_measurements(count, 73)
-        h[:, :20] *= t % 3 == 0  # some directions are excited now and then
+        h[:, :20] *= t % 3 == 0  # some directions are excited only now and then
         h[0] *= t % 2
         weights += kalman.update(h, e)
         dense.step(wanted, h, e)

@@ -1,4 +1,4 @@
-"""What only the triton backend has: loops and workspaces of its own, kernels that compile without a GPU, absence."""
+"""What only the triton backend has: its loops and workspaces, kernels that compile without a GPU, absence."""
 
 import gc
 import json
@@ -21,7 +21,7 @@ ours = ops.backend("triton", torch.device("cpu"))
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_every_loop_goes_round(count, monkeypatch):
-    """Sizes that the interpreter can bear fit into one turn of most loops, unless a turn takes less."""
+    """Sizes that the interpreter can handle fit into one turn of most loops, unless a turn covers less."""
     for name, value in {"RUN": 2, "VECTORS": 2, "CHUNK": 32, "PARTS": 4, "BLOCKS": 2}.items():
         monkeypatch.setattr(ours, name, triton.language.constexpr(value))
     result = run(BlockPlan((330, 1, 70, 2, 1)), steps=3, count=count, max_pending=5, backend="triton")
@@ -77,7 +77,7 @@ def test_same_bits_whatever_the_workspaces_held(dtype, monkeypatch):
 @pytest.mark.parametrize("bad", [0, 1, 2])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 def test_one_bad_measurement_leaves_the_others_as_the_compiled_ops_do(bad):
-    """Also one before good ones: no NaN of it reaches them."""
+    """Also a bad one before good ones: none of its NaN reaches them."""
     kept = []
     for name in ("native", "triton"):
         torch.manual_seed(1)

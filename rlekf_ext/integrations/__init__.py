@@ -1,1 +1,1 @@
-"""RLEKF inside other people's trainers."""
+"""RLEKF inside other trainers."""

@@ -24,9 +24,9 @@ class LKFOptimizer(RLEKF):
     kalman_lambda_weight times the number of blocks. Further keywords are RLEKF's: covariance_dtype, process_noise, ...
 
     `param_groups[0]["lr"]` is 1 and scales the weight increment (LKF's 0.1 has no effect). `state_dict()` holds P and
-    λ, and `load_state_dict` puts them in use. Parameters that need no gradient have no place in P.
+    λ, and `load_state_dict` restores them. Parameters that need no gradient are not in P.
 
-    Raises ValueError for PWMLFF's `q0` and `qmin`, and as RLEKF does.
+    Raises ValueError for PWMLFF's `q0` and `qmin`; otherwise as RLEKF.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class LKFOptimizer(RLEKF):
         self._grad_prefactor = 1.0
 
     def set_grad_prefactor(self, grad_prefactor: float) -> None:
-        """What `.grad` is divided by to give H, from now on."""
+        """Set what `.grad` is divided by to give H."""
         self._grad_prefactor = grad_prefactor
 
     def step(self, error: Any, iters: Any = None, cur_iter: Any = None) -> None:  # type: ignore[override]
@@ -95,10 +95,10 @@ def from_lkf(saved: dict[str, Any]) -> Covariance:
 
     LKF keeps dense blocks of P (n_l, n_l), in the dtype of its first parameter, and λ. Its blocks are those of the
     strategy "deepmd", its weights are in the order of `transpose=True`. P is symmetrised, and stored in float64 on
-    its device; λ and ν carry over, and the measurement noise is the number of blocks, as there. An optimizer of the
-    same parameters takes it over by `optimizer.take_over(from_lkf(saved))`.
+    its device; λ and ν carry over, and the measurement noise is the number of blocks, as in LKF. An optimizer of the
+    same parameters takes it over with `optimizer.take_over(from_lkf(saved))`.
 
-    Besides both forms of P it needs memory for four times the largest block.
+    Besides both forms of P, needs memory for four times the largest block.
 
     Raises ValueError for another optimizer's state, and for that of a distributed run, in which LKF saves the blocks of
     rank 0 alone.
@@ -116,7 +116,7 @@ def from_lkf(saved: dict[str, Any]) -> Covariance:
     if shapes != [(size, size) for size in sizes]:
         raise ValueError(
             f"LKF's state should hold square blocks of P of sizes {abridged(sizes)} but holds "
-            f"{abridged([shape[0] for shape in shapes])}: a distributed run of LKF saves those of rank 0 alone, and "
+            f"{abridged([shape[0] for shape in shapes])}: a distributed run of LKF saves only those of rank 0, and "
             "the others are lost."
         )
     p = identity(BlockPlan(sizes), device=blocks[0].device)

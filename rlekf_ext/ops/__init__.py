@@ -1,12 +1,11 @@
-"""The filter's ops, on each backend: functions of one signature. A backend is chosen once, by name.
+"""The filter's ops, on each backend: the same functions with the same signatures. A backend is chosen by name.
 
-`p` is a Covariance of N weights in L blocks, which changes in place; all other tensors are float64. M measurements,
-1 to 8.
+`p` is a Covariance of N weights in L blocks, which changes in place; all other tensors are float64. There are 1 to 8
+measurements, M.
 
 project(p, jacobian) -> cross, gram
-    cross (M, N) = (P / scale) H, and of each block gram (2, L, M, M) = h_jᵀ cross_k, then h_jᵀ h_k. If the rows of
-    `pending` would not hold M more vectors, they are first folded into the tiles: P stays what it was, in another
-    form.
+    cross (M, N) = (P / scale) H, and for each block gram (2, L, M, M) = h_jᵀ cross_k, then h_jᵀ h_k. If `pending` has
+    no room for M more vectors, its vectors are first folded into the tiles, which does not change P.
 multiply_tiles(p, jacobian) -> z
     The part of `project` that reads tiles: z (M, N) = S H, after folding if need be. `p.tiles` may be any run of P's;
     in `p.layout` the first tile of a block then counts from the first of these. Other parts of `p` do not change.
@@ -15,7 +14,7 @@ finish_projection(p, z, jacobian) -> gram
     CUDA kernels of these two.
 correct(p, weights, cross, gram, jacobian, innovation)
     M scalar updates, in order, each exact given those before it (Algorithm 2, lines 8 to 14): the innovations (M,)
-    are those of the weights (N,) as they came in. A measurement whose innovation or variance is not finite, or whose
+    are those at the weights (N,) before the call. A measurement whose innovation or variance is not finite, or whose
     variance is negative, is skipped and counted.
 step(p, weights, jacobian, innovation)
     project and correct in one call.
@@ -34,7 +33,7 @@ from rlekf_ext.ops import native, reference
 
 def backend(name: str, device: torch.device, parts: bool = False) -> ModuleType:
     """The ops of backend `name` for tensors on `device`: "native" (compiled), "triton", "reference" (dense torch), or
-    "auto": native, and on a GPU that it has no kernels for, triton. `parts`: ops that take a part of a block's tiles.
+    "auto": native or, on a GPU that it has no kernels for, triton. `parts`: ops that take a part of a block's tiles.
 
     Raises OptionError for an unknown name, and BackendError, with the reason, for one that is absent.
     """
@@ -65,7 +64,7 @@ def backend(name: str, device: torch.device, parts: bool = False) -> ModuleType:
 
 
 def backends() -> dict[str, str]:
-    """Every backend, with the reason why it is absent here, or "" when it is there."""
+    """Every backend, with the reason why it is absent here, or "" if it is available."""
     return {
         "reference": "",
         "cpu": native.why_absent("cpu"),
@@ -75,7 +74,7 @@ def backends() -> dict[str, str]:
 
 
 def _why_triton_is_absent(device_type: str) -> str:
-    """Triton is an optional package, loaded only here, when it is asked for."""
+    """Triton is an optional package, loaded only here, on request."""
     if find_spec("triton") is None:
         return "triton is not installed: run `pip install 'rlekf_ext[triton]'`."
     from rlekf_ext.ops import triton

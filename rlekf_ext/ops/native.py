@@ -14,12 +14,12 @@ torch.ops.load_library(Path(__file__).parent.parent / "librlekf_ops.so")
 
 
 def why_absent(device_type: str) -> str:
-    """Why there are no kernels for this kind of device, as a sentence; "" when there are."""
+    """Why there are no kernels for this kind of device, as a sentence; "" if there are."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     if key is None:
         return f"none are written for {device_type}."
     if not torch._C._dispatch_has_kernel_for_dispatch_key("rlekf::step", key):
-        return "this build found no nvcc; put one on PATH and install rlekf_ext again."
+        return "this build found no nvcc; put one on PATH and reinstall rlekf_ext."
     if key == "CUDA" and not torch.cuda.is_available():
         built = f"torch {torch.__version__}"
         return f"{built} finds no GPU." if torch.version.cuda else f"{built} is built without CUDA."

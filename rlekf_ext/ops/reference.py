@@ -1,4 +1,4 @@
-"""The definition of the ops, in dense torch: written for the reader, and what the other backends are held to."""
+"""The definition of the ops, in dense torch: written to be read; the other backends are tested against it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def correct(p: Covariance, weights: Tensor, cross: Tensor, gram: Tensor, jacobia
     increment = torch.zeros_like(weights)
     added: list[Tensor] = []
     for h, z, error in zip(jacobian, cross, innovation.tolist(), strict=True):
-        y = z + (now.shift - first_shift) * h  # K / β, before the updates of this call are taken off
+        y = z + (now.shift - first_shift) * h  # K / β, before the updates of this call are subtracted
         for u in added:
             inner = torch.stack(
                 [(part_u @ part_h) for part_u, part_h in zip(u.split(sizes), h.split(sizes), strict=True)]

@@ -1,17 +1,17 @@
 """The ops as Triton kernels: for GPUs that the compiled ops have no kernels for, and on a CPU in Triton's interpreter.
 
 A step is five launches, each over all blocks. project:
-    _visit    reads each tile once (and writes it in a fold) and multiplies it by all Jacobians; some programs do u_iᵀh
+    _visit    reads each tile once (and writes it in a fold) and multiplies it by all Jacobians; some compute u_iᵀh
     _reduce   adds the sums of a tile row in a fixed order, the shift and the pending vectors: cross, its part of gram
     _gather   gram, and the state after the fold
 correct:
     _update   M measurements in sequence, on inner products alone: one program
-    _apply    weights and pending vectors, by the updates
+    _apply    the updates to weights and pending vectors
 
 Traffic: the packed triangle, and 2 % of it in float64 for the column sums from _visit to _reduce (M = 1). The limit is
 the device's read bandwidth. There are no atomics, so the bits are the same on every run. Scalars stay on the device, in
-`state`; the host waits for it once, in the first call with a given layout. All arithmetic is in float64; a Python float
-would arrive in a kernel as float32, so none is passed.
+`state`; the host waits for the device once, in the first call with a given layout. All arithmetic is in float64; a
+Python float would arrive in a kernel as float32, so none is passed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from rlekf_ext.covariance import STATE, Covariance
 from rlekf_ext.packing import TILE as TILE_SIZE
 from rlekf_ext.packing import tile_runs
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # what @triton.jit below makes of the kernels
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # whether @triton.jit below makes interpreted kernels
 
-# Kernels read no other globals than constexpr ones. The first are indices into `state`.
+# Kernels can read no globals but constexpr ones. The first are indices into `state`.
 FORGETTING = tl.constexpr(STATE["forgetting"])
 FORGETTING_RATE = tl.constexpr(STATE["forgetting_rate"])
 MEASUREMENT_NOISE = tl.constexpr(STATE["measurement_noise"])
@@ -72,7 +72,7 @@ _plain_sizes = triton.jit(do_not_specialize=["num_weights", "num_blocks", "num_t
 
 
 def why_absent(device_type: str) -> str:
-    """Why these kernels cannot run on this kind of device, as a sentence; "" when they can."""
+    """Why these kernels cannot run on this kind of device, as a sentence; "" if they can."""
     if device_type not in ("cpu", "cuda"):
         return f"none are written for {device_type}."
     if device_type == "cuda" and not torch.cuda.is_available():
@@ -433,13 +433,13 @@ class _Work:
     first_tile_rows: Tensor  # (L,): of each block
 
 
-# By layout tensor, device included, for as long as that tensor lives, and by the number of tiles: a layout is made with
+# By layout tensor, device included, while that tensor lives, and by the number of tiles: a layout is made with
 # its covariance and never changes in place. Only making an entry waits for the device, in the first step of a filter.
 _work_of_layout = WeakTensorKeyDictionary()
 
 
 def _work(layout: Tensor, num_tiles: int) -> _Work:
-    """For the tiles from 0 to num_tiles: all of a layout's, or fewer if other processes have the rest."""
+    """The work for the tiles from 0 to num_tiles: all of a layout, or fewer if other processes have the rest."""
     known = _work_of_layout.setdefault(layout, {})
     if num_tiles not in known:
         known[num_tiles] = _Work(*tile_runs(layout, num_tiles, RUN.value))

@@ -26,7 +26,7 @@ log.addFilter(lambda _: Processes(group()).rank == 0)
 
 @dataclass(frozen=True)
 class Settings:
-    """What an input asks of RLEKF."""
+    """What an input requests of RLEKF."""
 
     options: Options
     seed: int
@@ -59,13 +59,13 @@ class Settings:
 class DeepmdRLEKF(RLEKF):
     """RLEKF as DeePMD-kit's trainer makes and saves it; holds what must outlast a batch.
 
-    Every process of torchrun has all of it, since DeePMD-kit has rank 0 alone save, and makes the same updates.
+    Every process of torchrun holds all of it, since in DeePMD-kit only rank 0 saves, and makes the same updates.
     """
 
     def __init__(self, params: Iterable[Any], settings: Settings):
         super().__init__(params, transpose=True, **part(OptimizerOptions, settings.options))
-        self.labels: dict[str, Any] = {}  # of the batch at hand
-        # dp averages weights by its own enable_ema, and has fitted its energy bias already.
+        self.labels: dict[str, Any] = {}  # of the current batch
+        # dp averages weights with its own enable_ema, and has already fitted its energy bias.
         chosen = {**part(Options, settings.options), "average_frames": 1, "warm_start": False}
         self.updater = FrameUpdater(
             lambda frame, forces: frame.predict(),
@@ -82,7 +82,7 @@ class DeepmdRLEKF(RLEKF):
     def update_on(self, frame: Any, factors: dict[str, float]) -> None:
         """All updates of a batch, with this process's part of it; `factors` multiply the scales of the kinds of update.
 
-        Raises StoppedError when `max_skipped` measurements in a row had to be skipped.
+        Raises StoppedError if `max_skipped` measurements in a row were skipped.
         """
         self.updater(frame, factors)
         if (skipped := self.updater.skipped()) != self._said:
@@ -101,15 +101,15 @@ class DeepmdRLEKF(RLEKF):
             return
         if "updater" not in state_dict:
             raise ValueError(
-                "The checkpoint should be of an optimizer of type RLEKF or LKF but is of another; begin with "
-                "--init-model, which takes its weights alone, instead of --restart."
+                "The checkpoint should be of an optimizer of type RLEKF or LKF but is of another; use --init-model, "
+                "which takes only its weights, instead of --restart."
             )
         super().load_state_dict(state_dict)
         self.updater.load_state_dict(state_dict["updater"])
 
 
 class Updates:
-    """KFOptimizerWrapper's two calls a batch. The updates are all made in the second, which has all labels."""
+    """KFOptimizerWrapper's two calls per batch. All updates are made in the second, which has all labels."""
 
     def __init__(self, wrapper: torch.nn.Module, optimizer: DeepmdRLEKF, *_: Any):
         # Gradients are taken without DDP's sums over the processes.
@@ -133,7 +133,7 @@ class Updates:
     def _frame(self, inputs: dict[str, Any]) -> Any:
         """The batch in the form of batch_parts.py: a force group is the same atoms of every frame."""
         labels = self._optimizer.labels
-        num_atoms = (inputs["atype"] >= 0).sum(-1)  # -1 fills up batches of mixed systems
+        num_atoms = (inputs["atype"] >= 0).sum(-1)  # -1 pads batches of mixed systems
         shapes = dict(zip(KINDS, ((), (-1, 3), (3, 3)), strict=True))
         found = {
             kind: labels[kind].reshape(len(num_atoms), *shape)
@@ -161,6 +161,6 @@ class Updates:
 
 
 def group() -> dist.ProcessGroup | None:
-    """All processes of torchrun, or None where this one is alone."""
+    """All processes of torchrun, or None if this one is alone."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return dist.group.WORLD if several else None

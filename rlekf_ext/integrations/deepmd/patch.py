@@ -1,13 +1,13 @@
-"""RLEKF in DeePMD-kit's own trainer, which is not modified on disk. Every private name of DeePMD-kit is in this file.
+"""RLEKF in DeePMD-kit's own trainer, which is not modified on disk. All private names of DeePMD-kit are in this file.
 
 1. `register` runs when DeePMD-kit loads its plugins. It gives the options to the argument checker, and wraps the
    checker's `normalize`.
 2. When a checked input asks for RLEKF, `_install` replaces `Trainer` and `KFOptimizerWrapper` in the trainer's module.
    Both fall through to the originals for any other optimizer.
-3. That Trainer tells the original that the type is LKF, so that it makes and calls the optimizer as LKF needs it, and
-   hands it ours.
+3. That Trainer passes the type LKF to the original, so that it makes and calls the optimizer as for LKF, and gives it
+   ours.
 
-So a run that does not ask for RLEKF runs DeePMD-kit's own code alone.
+So a run that does not ask for RLEKF runs only DeePMD-kit's own code.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def register() -> None:
 
     version = str(getattr(deepmd, "__version__", "of unknown version"))
     if not version.startswith(tuple(f"{known}." for known in KNOWN)):
-        raise RuntimeError(f"rlekf_ext knows DeePMD-kit {', '.join(KNOWN)} but this is {version}")
+        raise RuntimeError(f"rlekf_ext supports DeePMD-kit {', '.join(KNOWN)} but this is {version}")
     argcheck: Any = importlib.import_module("deepmd.utils.argcheck")
     normalize = argcheck.normalize
 
@@ -85,7 +85,7 @@ def _check(name: str, rule: Any) -> dict[str, Any]:
 
 
 def _install() -> None:
-    """Put our Trainer and update wrapper into the trainer's module; if that is not as known, say so and leave it."""
+    """Put our Trainer and update wrapper into the trainer's module; if it is not as expected, warn and leave it."""
     training: Any = importlib.import_module("deepmd.pt.train.training")
     if hasattr(training, "rlekf_ext_installed"):
         return
@@ -112,7 +112,7 @@ def _trainer(training: ModuleType) -> type:
     base: Any = training.Trainer
 
     class Trainer(base):
-        """DeePMD-kit's Trainer, which for inputs that ask for it trains with RLEKF."""
+        """DeePMD-kit's Trainer, which trains with RLEKF if the input asks for it."""
 
         def __init__(self, config: dict[str, Any], *args: Any, **kwargs: Any):
             settings = Settings.of(config)
@@ -143,7 +143,7 @@ def _trainer(training: ModuleType) -> type:
         def _next_training_batch(self, *args: Any, **kwargs: Any) -> Any:
             batch = super()._next_training_batch(*args, **kwargs)
             if isinstance(self.optimizer, DeepmdRLEKF):
-                self.optimizer.labels = batch[1]  # LKF's calls hand over no virials
+                self.optimizer.labels = batch[1]  # LKF's calls pass no virials
             return batch
 
     return Trainer
