@@ -69,8 +69,11 @@ def divide(
         1 if frame.forces is not None and frame.forces.dim() == 3 else count
         for frame, count in zip(frames, structures, strict=True)
     ]
-    unseeded = torch.Generator()
-    fewest_groups = min((len(groups_of(n, m, unseeded)) for n, m in zip(atoms, lengthwise, strict=True)), default=2**62)
+    fewest_groups = 2**62  # of a frame; only frames that are measurements of their own have groups of their own
+    if options.batch == "joint":
+        unseeded = torch.Generator()
+        counts = [len(groups_of(n, m, unseeded)) for n, m in zip(atoms, lengthwise, strict=True)]
+        fewest_groups = min(counts, default=fewest_groups)
     labels = ["forces" if kind == "force" else kind for kind in KINDS]
     missing = [sum(getattr(frame, label) is None for frame in frames) for label in labels]
     own_sizes = [len(frames), sum(structures), sum(atoms), sum(lengthwise), fewest_groups, *missing]

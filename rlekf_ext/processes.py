@@ -55,7 +55,7 @@ class Processes:
             self.sum(tensor)
 
     def _who_is_lost(self, started: float, device: torch.device) -> str:
-        """A roll call. A process that waits for a message from one that has ended learns of it at once or at the
+        """A roll call. A process expecting a message from one that has ended learns of it at once or at the
         timeout, and then comes here too; one that has not come by then is lost."""
         assert self.group is not None
         seconds = self.group._get_backend(device).options._timeout.total_seconds()
