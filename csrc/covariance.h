@@ -69,6 +69,9 @@ constexpr StateName kStateNames[kNumState] = {
 /// A fold moves a larger scale into S, by a power of two (exact), so that the scale cannot overflow.
 constexpr double kLargestScale = 1099511627776.0;  // 2^40
 
+/// H^T P H stays above this times scale * H^T H, where rounding cannot make it negative: see recursion.h.
+constexpr double kLeastVariance = 0x1p-40;
+
 /// One block of P. A row of the `layout` tensor, (L, 3) int64.
 struct Block {
   int64_t first_weight;

@@ -84,6 +84,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("TILE") = kTile;
   m.attr("MAX_MEASUREMENTS") = kMaxMeasurements;
   m.attr("LARGEST_SCALE") = kLargestScale;
+  m.attr("LEAST_VARIANCE") = kLeastVariance;
   m.attr("STATE") = state_indices();
   m.attr("COUNTERS") = state_counters();
   m.def("build_info", &build_info, "Versions, compiler and CUDA architectures of this build.");

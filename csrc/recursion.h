@@ -19,16 +19,23 @@ struct Update {
   double slot;          // row of `pending` for u = sqrt(rank_one) y
 };
 
-/// Updates the state with one measurement. `product` is h^T y over all blocks; `innovation` is as measured, `left` what
-/// remains of it after the earlier measurements of the same pass.
-RLEKF_HOST_DEVICE inline Update take_measurement(State& state, double first_shift, double product, double innovation,
-                                                 double left) {
+/// The factor a of Algorithm 2, line 8. It is smaller, down to 0, where the update would leave less than `least` of the
+/// variance: what rounding leaves of a smaller one may be negative.
+RLEKF_HOST_DEVICE inline double gain_factor(double variance, double noise, double least) {
+  if (variance <= least) return 0;
+  return fmin(1 / (noise + variance), (variance - least) / (variance * variance));
+}
+
+/// Updates the state with one measurement. `product` is h^T y over all blocks, `plain` h^T h; `innovation` is as measured,
+/// `left` what remains of it after the earlier measurements of the same pass.
+RLEKF_HOST_DEVICE inline Update take_measurement(State& state, double first_shift, double product, double plain,
+                                                 double innovation, double left) {
   Update update{0, state.shift - first_shift, 0, 0, 0};
-  const double variance = state.scale * product;
+  const double variance = state.scale * product, least = kLeastVariance * state.scale * plain;
   Count* skipped = nullptr;
   if (!std::isfinite(innovation)) skipped = &state.skipped_innovation;
   else if (!std::isfinite(variance)) skipped = &state.skipped_jacobian;
-  else if (variance < 0) skipped = &state.skipped_variance;
+  else if (variance < -least) skipped = &state.skipped_variance;
   if (skipped) {
     *skipped += 1;
     state.skipped_in_a_row += 1;
@@ -37,7 +44,7 @@ RLEKF_HOST_DEVICE inline Update take_measurement(State& state, double first_shif
   const double lambda = 1 - state.forgetting;
 
   update.used = 1;
-  update.rank_one = state.scale / (state.measurement_noise * lambda + variance);
+  update.rank_one = state.scale * gain_factor(variance, state.measurement_noise * lambda, least);
   update.gain = update.rank_one * left;
   update.slot = state.num_pending;
   state.num_pending += 1;

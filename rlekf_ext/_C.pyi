@@ -1,6 +1,7 @@
 TILE: int
 MAX_MEASUREMENTS: int
 LARGEST_SCALE: float
+LEAST_VARIANCE: float
 STATE: dict[str, int]
 COUNTERS: set[str]
 

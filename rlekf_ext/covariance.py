@@ -18,6 +18,7 @@ from rlekf_ext.partition import BlockPlan
 
 MAX_MEASUREMENTS: int = _C.MAX_MEASUREMENTS
 LARGEST_SCALE: float = _C.LARGEST_SCALE  # above it, a fold moves a power of two from the scale into S
+LEAST_VARIANCE: float = _C.LEAST_VARIANCE  # no update leaves HᵀPH below this times scale HᵀH
 STATE: dict[str, int] = _C.STATE  # name of a scalar -> its index in `state`
 STORAGE_DTYPES = {torch.float64, torch.float32}
 FORMAT = 1  # of state_dict
@@ -277,9 +278,11 @@ def identity(
     if device.type == "cpu":
         _C.advise_huge_pages(s.data_ptr(), s.nbytes)  # before the first touch: a step then has fewer TLB misses
     s.zero_()
-    s.view(-1)[diagonal_places(plan, own)[1].to(device)] = initial_covariance
+    s.view(-1)[diagonal_places(plan, own)[1].to(device)] = 1.0
     pending = torch.zeros(max_pending, plan.num_weights, dtype=torch.float64, device=device)
-    return Covariance(plan, s, pending, _initial_state(device), layout_of(plan, device=device), own.start)
+    new = Covariance(plan, s, pending, _initial_state(device), layout_of(plan, device=device), own.start)
+    new.set(scale=initial_covariance)  # so that the scale is a bound on P: see LEAST_VARIANCE
+    return new
 
 
 def required_bytes(

@@ -25,6 +25,7 @@ from rlekf_ext.processes import Processes
 EMA_DECAY = 0.95
 EARLY_DECAY = Options.forgetting_rate  # per update: as fast as 1 - λ falls in the paper
 UPDATES_PER_GUARD = 250  # a check costs ten reads of P; in trials it warned of float32 500 updates or more in advance
+LEAST_ERROR = 1e-6  # eV/atom or eV/Å: what a mean error below it says of the labels is rounding
 CAUSES = {
     "skipped_innovation": "error not finite",
     "skipped_jacobian": "gradient not finite, or too large",
@@ -213,7 +214,7 @@ class FrameUpdater:
             mean = torch.where(mean.isfinite(), mean, error)  # the very first ε may not have been finite
             mean = torch.where(error.isfinite(), EMA_DECAY * mean + (1 - EMA_DECAY) * error, mean)
             self._means[kind] = mean
-            scale = scale / mean.clamp_min(torch.finfo(mean.dtype).tiny)
+            scale = scale / mean.clamp_min(LEAST_ERROR)
         if options.batch == "sum":
             return scale * whole.num_structures, scale * math.sqrt(whole.num_structures)
         return scale, scale
@@ -223,10 +224,16 @@ class FrameUpdater:
         self._health = self.optimizer.health()
         in_a_row = self._health["skipped_in_a_row"]
         if in_a_row >= self.options.max_skipped:
+            of_p = set(CAUSES) & {name for name, count in self._health.items() if count} == {"skipped_variance"}
+            advice = (
+                "P has lost positive definiteness, as it may in float32: start again, with covariance_dtype float64"
+                if of_p
+                else "Look for labels that are not finite and for atoms that nearly coincide, or lower the scales, and "
+                "restart from the checkpoint"
+            )
             raise StoppedError(
                 f"The last {in_a_row} measurements were all skipped, but max_skipped is {self.options.max_skipped}: "
-                f"{self.skipped()}. Look for labels that are not finite and for atoms that nearly coincide, or lower "
-                "the scales, and restart from the checkpoint."
+                f"{self.skipped()}. {advice}."
             )
         self._unguarded += updates
         if self._unguarded >= UPDATES_PER_GUARD:

@@ -346,7 +346,9 @@ Recursion run_recursion(const Covariance& p, const Measurements& m, const Projec
     for (int k = 0; k < i; ++k) {
       if (recursion.updates[k].used) left -= recursion.updates[k].gain * totals[k][i];
     }
-    recursion.updates[i] = take_measurement(*p.state, first_shift, totals[i][i], m.innovation[i], left);
+    double square = 0;
+    for (int64_t block = 0; block < p.num_blocks; ++block) square += plain[(block * count + i) * count + i];
+    recursion.updates[i] = take_measurement(*p.state, first_shift, totals[i][i], square, m.innovation[i], left);
   }
   return recursion;
 }

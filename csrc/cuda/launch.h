@@ -80,7 +80,7 @@ RLEKF_INLINE_HD constexpr ReduceShared reduce_shared(int m) {
 
 struct RecursionShared {
   int64_t totals;  // (M, M): y_i^T h_j over all blocks
-  int64_t parts;   // (kWarps, M)
+  int64_t parts;   // (kWarps, M + 1)
   int64_t size;
 };
 
@@ -88,7 +88,7 @@ RLEKF_INLINE_HD constexpr RecursionShared recursion_shared(int m) {
   RecursionShared s{};
   s.totals = kSharedRest;
   s.parts = s.totals + m * m * 8;
-  s.size = s.parts + kWarps * m * 8;
+  s.size = s.parts + kWarps * (m + 1) * 8;
   return s;
 }
 

@@ -53,7 +53,7 @@ RLEKF_PHASE void run_recursion(const Task& task) {
   const double first_shift = state.shift;
   for (int i = 0; i < count; ++i) {
     const double shift_growth = state.shift - first_shift;
-    double sums[kM] = {};
+    double sums[kM + 1] = {};  // y_i^T h_j, and h_i^T h_i
     for (int64_t index = thread(); index < p.num_blocks; index += kThreads) {
       double* y = task.workspace.product<kM>(index);
       RLEKF_UNROLL
@@ -67,24 +67,26 @@ RLEKF_PHASE void run_recursion(const Task& task) {
         y[i * kM + j] = value;
         sums[j] += value;
       }
+      sums[kM] += plain[(index * count + i) * count + i];
     }
     RLEKF_UNROLL
-    for (int j = 0; j < kM; ++j) {
+    for (int j = 0; j <= kM; ++j) {
       const double sum = warp_sum(sums[j]);
-      if (lane() == 0) parts[warp() * kM + j] = sum;
+      if (lane() == 0) parts[warp() * (kM + 1) + j] = sum;
     }
     sync_threads();
     if (thread() == 0) {
-      for (int j = i; j < count; ++j) {
+      const auto total = [&](int j) {
         double sum = 0;
-        for (int w = 0; w < kWarps; ++w) sum += parts[w * kM + j];
-        totals[i * kM + j] = sum;
-      }
+        for (int w = 0; w < kWarps; ++w) sum += parts[w * (kM + 1) + j];
+        return sum;
+      };
+      for (int j = i; j < count; ++j) totals[i * kM + j] = total(j);
       double left = task.m.innovation[i];
       for (int k = 0; k < i; ++k) {
         if (updates[k].used != 0) left -= updates[k].gain * totals[k * kM + i];
       }
-      updates[i] = take_measurement(state, first_shift, totals[i * kM + i], task.m.innovation[i], left);
+      updates[i] = take_measurement(state, first_shift, totals[i * kM + i], total(kM), task.m.innovation[i], left);
     }
     sync_threads();
   }

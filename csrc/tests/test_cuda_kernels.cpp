@@ -249,6 +249,27 @@ void check_guard() {
   expect(met.state.skipped_jacobian == 3 && met.state.num_updates == 3, "guard's counters");
 }
 
+/// Few directions, and Jacobians that grow: rounding alone would make a variance negative.
+void check_least_variance() {
+  const std::vector<int64_t> sizes = {24, 6};
+  GpuFilter<double> filter(DenseFilter(sizes), 7, launch_of(sizes, 2, 2, {0}, 2, 8), 5);
+  std::mt19937_64 random(7);
+  std::normal_distribution<double> normal;
+  Vector w(30, 0.0), directions(3 * 30), h(2 * 30);
+  for (double& x : directions) x = normal(random);
+  for (int step = 0; step < 200; ++step) {
+    for (size_t m = 0; m < 2; ++m) {
+      const double at[] = {normal(random), normal(random), normal(random)};
+      for (size_t i = 0; i < 30; ++i) {
+        h[m * 30 + i] = 0;
+        for (size_t k = 0; k < 3; ++k) h[m * 30 + i] += std::pow(10, step / 20.0) * at[k] * directions[k * 30 + i];
+      }
+    }
+    filter.step(w, h, {1.0, 1.0});
+  }
+  expect(filter.state.skipped_variance == 0 && filter.state.num_updates == 400, "measurements of little variance");
+}
+
 }  // namespace
 
 /// Everything, or with any argument a few cases of each kind: for sanitizers, which are some ten times slower.
@@ -256,6 +277,7 @@ int main(int count_arguments, char**) {
   const bool few = count_arguments > 1;
   check_launches();
   check_guard();
+  check_least_variance();
   if (!few) check_walks();
   for (int count = 1; count <= 8; count += few ? 7 : 1) {
     check_filter<double>({130, 5, 200}, 11, count, 3, {2}, 2, count % 2 * 1e-3, few ? 3 : 12);

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from oracles import DenseFilter, relative
 
 from rlekf_ext import BlockPlan, KalmanFilter
+from rlekf_ext.covariance import LEAST_VARIANCE
 from rlekf_ext.ops import backend, backends, native
 from rlekf_ext.packing import TILE, unpack
 
@@ -364,3 +365,34 @@ def test_auto_is_triton_on_a_gpu_without_compiled_kernels(monkeypatch):
     assert backend("auto", torch.device("cuda")) is backend("triton", torch.device("cuda"))
     with pytest.raises(RuntimeError, match=r"no kernels for cpu: left out of this build\. backend='reference'"):
         backend("auto", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_measurement_makes_p_indefinite(name, count):
+    """Few directions, and Jacobians that grow: rounding alone would leave P with negative eigenvalues."""
+    plan = BlockPlan((24, 6))
+    kalman = KalmanFilter(plan, memory_factor=0.998, max_pending=5, backend=name)
+    directions = torch.randn(3, plan.num_weights, dtype=torch.float64)
+    for step in range(400):
+        h = 10 ** (9 * step / 400) * torch.randn(count, 3, dtype=torch.float64) @ directions
+        kalman.update(h, torch.randn(count, dtype=torch.float64))
+    assert kalman.health()["num_updates"] == 400 * count
+    for block in kalman.covariance.dense():
+        assert torch.linalg.eigvalsh(block).min() > 0
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_least_variance(name):
+    """A measurement that would leave less leaves this much; one that finds no more moves nothing."""
+    plan = BlockPlan((70,))
+    kalman = KalmanFilter(plan, memory_factor=1.0, backend=name)
+    h = 1e9 * torch.randn(plan.num_weights, dtype=torch.float64)
+    moved = kalman.update(h, 1.0)
+    assert float(h @ moved) == pytest.approx(1.0)
+    least = LEAST_VARIANCE * float(h @ h)
+    assert float(kalman.variance(h)) == pytest.approx(least, rel=1e-3)  # rounding: eps over 2^-40 is 2e-4
+    moved = kalman.update(h, 1.0)
+    assert float(h @ moved) < 1e-3
+    assert float(kalman.variance(h)) == pytest.approx(least, rel=1e-3)
+    assert kalman.health()["num_updates"] == 2

@@ -7,7 +7,7 @@ from math import floor, isfinite, log2
 import torch
 from torch import Tensor
 
-from rlekf_ext.covariance import LARGEST_SCALE, Covariance, Scalars
+from rlekf_ext.covariance import LARGEST_SCALE, LEAST_VARIANCE, Covariance, Scalars
 from rlekf_ext.packing import pack, unpack
 
 
@@ -56,14 +56,15 @@ def correct(p: Covariance, weights: Tensor, cross: Tensor, gram: Tensor, jacobia
             y = y - u * inner.repeat_interleave(size_of_block)
         variance = now.scale * float(h @ y)  # HᵀPH
 
-        cause = _reason_to_skip(error, variance)
+        least = LEAST_VARIANCE * now.scale * float(h @ h)
+        cause = _reason_to_skip(error, variance, least)
         if cause:
             skipped = {cause: getattr(now, cause) + 1, "skipped_in_a_row": now.skipped_in_a_row + 1}
             now = now._replace(**skipped)
             continue
 
         lam = 1 - now.forgetting
-        a = 1 / (now.measurement_noise * lam + variance)  # line 8
+        a = _gain_factor(variance, now.measurement_noise * lam, least)  # line 8
         rank_one = a * now.scale
         u = rank_one**0.5 * y  # line 11: a K Kᵀ = β u uᵀ
         increment += rank_one * (error - float(h @ increment)) * y  # line 12
@@ -99,9 +100,17 @@ def _fold_factor(now: Scalars) -> float:
     return 2.0 ** floor(log2(now.scale)) if now.scale > LARGEST_SCALE else 1.0
 
 
-def _reason_to_skip(error: float, variance: float) -> str | None:
+def _gain_factor(variance: float, noise: float, least: float) -> float:
+    """a; smaller, down to 0, where the update would leave less than `least` of the variance: what rounding leaves of a
+    smaller one may be negative."""
+    if variance <= least:
+        return 0.0
+    return min(1 / (noise + variance), (variance - least) / variance**2)
+
+
+def _reason_to_skip(error: float, variance: float, least: float) -> str | None:
     if not isfinite(error):
         return "skipped_innovation"
     if not isfinite(variance):
         return "skipped_jacobian"
-    return "skipped_variance" if variance < 0 else None
+    return "skipped_variance" if variance < -least else None

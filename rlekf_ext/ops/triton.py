@@ -26,6 +26,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rlekf_ext.covariance import LARGEST_SCALE as _LARGEST_SCALE
+from rlekf_ext.covariance import LEAST_VARIANCE as _LEAST_VARIANCE
 from rlekf_ext.covariance import STATE, Covariance
 from rlekf_ext.packing import TILE as TILE_SIZE
 from rlekf_ext.packing import tile_runs
@@ -49,6 +50,7 @@ SKIPPED_VARIANCE = tl.constexpr(STATE["skipped_variance"])
 SKIPPED_IN_A_ROW = tl.constexpr(STATE["skipped_in_a_row"])
 
 LARGEST_SCALE = tl.constexpr(_LARGEST_SCALE)  # 2^40: exact in float32 too
+LEAST_VARIANCE = tl.constexpr(_LEAST_VARIANCE)  # 2^-40
 EXPONENT_BITS = tl.constexpr(0x7FF0000000000000)
 INFINITY = tl.constexpr(float("inf"))
 
@@ -321,6 +323,7 @@ def _update(state, gram, innovation, products, updates, num_blocks, count: tl.co
         # y_iᵀ h_j = z_iᵀ h_j + shift_growth h_iᵀ h_j - Σ_{k<i} rank_one_k (y_kᵀ h_i) (y_kᵀ h_j), block by block.
         shift_growth = shift - first_shift
         total = tl.zeros((padded,), tl.float64)
+        square = tl.zeros((padded,), tl.float64)  # h_iᵀ h_j
         for start in range(0, num_blocks, BLOCKS):
             block = start + tl.arange(0, BLOCKS)
             row = (block[:, None] * count + i) * count + j[None, :]
@@ -338,13 +341,17 @@ def _update(state, gram, innovation, products, updates, num_blocks, count: tl.co
                 y -= rank_one * to_i * to_j
             tl.store(products + row, y, mask=valid)
             total += tl.sum(y, 0)
+            square += tl.sum(plain, 0)
 
         variance = scale * tl.sum(tl.where(j == i, total, 0.0))
+        least = LEAST_VARIANCE * scale * tl.sum(tl.where(j == i, square, 0.0))
         good_innovation = tl.abs(tl.load(innovation + i)) < INFINITY
         good_jacobian = tl.abs(variance) < INFINITY
-        used = good_innovation & good_jacobian & (variance >= 0)
+        used = good_innovation & good_jacobian & (variance >= -least)
         lam = 1 - forgetting
-        rank_one = tl.where(used, scale / (noise * lam + variance), 0.0)
+        most = (variance - least) / (variance * variance)
+        a = tl.where(variance > least, tl.minimum(1 / (noise * lam + variance), most), 0.0)
+        rank_one = tl.where(used, scale * a, 0.0)
         gain = tl.where(used, rank_one * tl.sum(tl.where(j == i, left, 0.0)), 0.0)
         left = tl.where(used, left - gain * total, left)
         update = updates + i * UPDATE_SIZE
@@ -364,7 +371,7 @@ def _update(state, gram, innovation, products, updates, num_blocks, count: tl.co
         forgetting = tl.where(used, forgetting * tl.load(state + FORGETTING_RATE), forgetting)
         skipped_innovation += tl.where(good_innovation, 0.0, 1.0)
         skipped_jacobian += tl.where(good_innovation & (good_jacobian == 0), 1.0, 0.0)
-        skipped_variance += tl.where(good_innovation & good_jacobian & (variance < 0), 1.0, 0.0)
+        skipped_variance += tl.where(good_innovation & good_jacobian & (variance < -least), 1.0, 0.0)
         skipped_in_a_row = tl.where(used, 0.0, skipped_in_a_row + 1)
         tl.debug_barrier()  # the next measurement reads products and updates that other threads wrote
 
