@@ -1,8 +1,12 @@
 """LKFOptimizer as a drop-in, against the stand-in's dense one."""
 
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
 from integrations.standin_training import LKFOptimizer as DenseLKF
+from spawn import spawn
 
 from rlekf_ext.integrations.lkf import LKFOptimizer
 
@@ -64,6 +68,39 @@ def test_state_dict_restores(tmp_path):
     run(optimizer, whole, 10)
     run(optimizer, whole, 10, seed=1)
     assert torch.equal(flat(whole), flat(half))
+
+
+def test_a_copy_goes_on():
+    params = parameters()
+    optimizer = LKFOptimizer(params, block_size=24)
+    run(optimizer, params, 3)
+    copied = copy.deepcopy(optimizer)
+    for p, q in zip(params, copied.parameters(), strict=True):
+        q.grad = p.grad
+    for each in (optimizer, copied):
+        each.step(torch.tensor(0.1))
+    assert torch.equal(flat(copied.parameters()), flat(params))
+
+
+def on_two_ranks(rank, wanted):
+    theirs, mine = parameters(), parameters()
+    dense = DenseLKF(theirs, block_size=24)
+    run(dense, theirs, 20)
+    optimizer = LKFOptimizer(mine, block_size=24, process_group=dist.group.WORLD)
+    optimizer.set_kalman_P(dense.blocks, dense.memory)
+    assert "P" not in optimizer.state_dict()["state"][0]  # no process has all of it
+    run(optimizer, mine, 5)
+    assert torch.allclose(flat(mine), wanted, rtol=0, atol=1e-12)
+
+
+def test_p_spread_over_processes():
+    theirs, mine = parameters(), parameters()
+    dense = DenseLKF(theirs, block_size=24)
+    run(dense, theirs, 20)
+    optimizer = LKFOptimizer(mine, block_size=24)
+    optimizer.set_kalman_P(dense.blocks, dense.memory)
+    run(optimizer, mine, 5)
+    spawn(on_two_ranks, 2, flat(mine))
 
 
 def test_options_of_pwmlff():

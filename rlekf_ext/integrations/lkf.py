@@ -10,23 +10,55 @@ import torch
 from torch import Tensor
 
 from rlekf_ext.covariance import Covariance, abridged, identity
+from rlekf_ext.errors import InputError, OptionError
 from rlekf_ext.optim import RLEKF
 from rlekf_ext.options import BlockOptions, FilterOptions
-from rlekf_ext.packing import pack
+from rlekf_ext.packing import layout_of, num_tiles, pack
 from rlekf_ext.partition import BlockPlan
+
+
+class Blocks(Sequence[Tensor]):
+    """The blocks of P in `LKFOptimizer.state_dict()`, each dense (n_l, n_l) float64.
+
+    Holds the packed P that the same state dict holds anyway, so that a checkpoint stores P once. A block is made each
+    time that it is read.
+    """
+
+    def __init__(self, saved: dict[str, Any]):
+        self.saved = saved
+
+    def __len__(self) -> int:
+        return len(self.saved["sizes"])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        sizes, tiles, pending = (self.saved[name] for name in ("sizes", "tiles", "pending"))
+        weight, size, tile = layout_of(BlockPlan(tuple(sizes.tolist())))[index].tolist()
+        one = {
+            "sizes": sizes.new_tensor([size]),
+            "tiles": tiles[tile : tile + num_tiles(BlockPlan((size,)))],
+            "pending": pending[:, weight : weight + size],
+        }
+        return Covariance.from_state_dict({**self.saved, **one}).dense()[0]
+
+
+torch.serialization.add_safe_globals([Blocks])  # torch.load reads it with weights_only=True, its default
 
 
 class LKFOptimizer(RLEKF):
     """The updates of LKF, with the packed P and the guard of RLEKF.
 
-    The same blocks (strategy "deepmd"), the same order of the weights (matrices stored [in, out]), the same numbers up
-    to rounding. `p0_weight` and `kalman_lambda_weight` are PWMLFF's: P starts as p0_weight I, the measurement noise is
-    kalman_lambda_weight times the number of blocks. Further keywords are RLEKF's: covariance_dtype, process_noise, ...
+    The same blocks (strategy "deepmd"), the same order of the weights (the dimensions of each tensor reversed), the
+    same numbers up to rounding. The positional arguments are those of DeePMD-kit 3.2, PWMLFF 2024.5 and MatPL 2025.3.
+    P starts as p0_weight I, or as I for None. The others are keywords: those of RLEKF (covariance_dtype, process_noise,
+    ...), and those of PWMLFF's branch dev_nep_reg. Of these, `kalman_lambda_weight` makes the measurement noise that
+    many times the number of blocks.
 
-    `param_groups[0]["lr"]` is 1 and scales the weight increment (LKF's 0.1 has no effect). `state_dict()` holds P and
-    λ, and `load_state_dict` restores them. Parameters that need no gradient are not in P.
+    `param_groups[0]["lr"]` is 1 and scales the weight increment (LKF's 0.1 has no effect). Parameters that need no
+    gradient are not in P.
 
-    Raises ValueError for PWMLFF's `q0` and `qmin`; otherwise as RLEKF.
+    Raises OptionError (a ValueError) for `q0` and `qmin` of that branch; otherwise as RLEKF.
     """
 
     def __init__(
@@ -35,14 +67,15 @@ class LKFOptimizer(RLEKF):
         kalman_lambda: float = FilterOptions.memory_factor,
         kalman_nue: float = FilterOptions.forgetting_rate,
         block_size: int = BlockOptions.block_size,
+        p0_weight: float | None = None,
+        *,
         q0: float | None = None,
         qmin: float | None = None,
-        p0_weight: float | None = None,
         kalman_lambda_weight: float | None = None,
         **settings: Any,
     ):
         if q0 is not None or qmin is not None:
-            raise ValueError(
+            raise OptionError(
                 f"q0 and qmin should be None but are {q0} and {qmin}: pass process_noise, which stays constant."
             )
         super().__init__(
@@ -56,7 +89,7 @@ class LKFOptimizer(RLEKF):
         if kalman_lambda_weight is not None:
             noise = kalman_lambda_weight * self.filter.plan.num_blocks
             if not noise > 0:
-                raise ValueError(f"kalman_lambda_weight should be above 0 but is {kalman_lambda_weight}.")
+                raise OptionError(f"kalman_lambda_weight should be above 0 but is {kalman_lambda_weight}.")
             self.filter.covariance.set(measurement_noise=noise)
         self._grad_prefactor = 1.0
 
@@ -65,36 +98,77 @@ class LKFOptimizer(RLEKF):
         self._grad_prefactor = grad_prefactor
 
     def step(self, error: Any, iters: Any = None, cur_iter: Any = None) -> None:  # type: ignore[override]
-        """One update; `.grad` holds +H times the prefactor, `error` is ε. `iters` and `cur_iter`, which PWMLFF passes
-        for its process noise, are not used."""
+        """One update; `.grad` holds +H times the prefactor, `error` is ε. `iters` and `cur_iter`, which dev_nep_reg
+        passes for its process noise, are not used."""
         self.update(self.jacobian() / self._grad_prefactor, error)
+
+    def cal_kpu(self) -> Tensor:
+        """HᵀPH, (1, 1) float64, with H as `step` takes it: the variance of the quantity whose gradient H is, where the
+        measurement noise is 1 per block of P. Changes nothing. Raises RuntimeError if no parameter has a gradient."""
+        return self.variance(self.jacobian() / self._grad_prefactor).reshape(1, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of RLEKF, and in the state of parameter 0 what trainers read of LKF's: "P", a sequence of dense blocks,
+        and "kalman_lambda". With a process group, that of RLEKF alone. Waits for the device."""
+        saved = super().state_dict()
+        own = saved["state"][0]
+        if own["tiles"] is not self.filter.covariance.tiles:  # spread over the processes
+            return saved
+        return {**saved, "state": {0: {**own, "P": Blocks(own), "kalman_lambda": self.filter.memory_factor}}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where an LKFOptimizer was: this one exactly, or one of the other packages by its P, λ and ν.
+
+        Raises ValueError, and changes nothing, for blocks of other sizes and for another optimizer's state.
+        """
+        state = state_dict["state"].get(0, {})
+        if "P" in state and "tiles" not in state:
+            self._replace(from_lkf(state_dict))
+        else:
+            super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def set_kalman_P(self, P: Sequence[Tensor], kalman_lambda: float = 0.999999999999872) -> None:  # noqa: N802, N803
-        """Take over the dense blocks of P (n_l, n_l) of an LKFOptimizer, and its λ.
+        """Take over λ and P: the dense blocks (n_l, n_l) of any LKFOptimizer, or `state_dict()["state"][0]["P"]`.
 
-        Raises ValueError for blocks of other sizes.
+        Raises ValueError, and changes nothing, for blocks of other sizes.
         """
         p = self.filter.covariance
-        sizes = [len(block) for block in P]
-        if sizes != list(p.plan.sizes):
-            raise ValueError(
-                f"P should have blocks of sizes {list(p.plan.sizes)} but has {sizes}; use the block_size "
-                "that it was made with."
+        if isinstance(P, Blocks):
+            self.filter.load_state_dict(P.saved)
+            if kalman_lambda != self.filter.memory_factor:  # 1 - λ would round what the state holds
+                self.filter.covariance.set(forgetting=1 - float(kalman_lambda))
+            return
+        state = {"P": P, "kalman_lambda": kalman_lambda, "params_packed_index": [len(block) for block in P]}
+        self._replace(from_lkf({"state": {0: state}, "param_groups": [{"kalman_nue": p.scalars().forgetting_rate}]}))
+
+    def _replace(self, new: Covariance) -> None:
+        """Take over P, λ and ν, but not the noise, which LKF does not keep."""
+        p = self.filter.covariance
+        if new.plan != p.plan:
+            raise InputError(
+                f"P should have blocks of sizes {abridged(p.plan.sizes)} but has {abridged(new.plan.sizes)}; use the "
+                "block_size and the parameters that it was made with."
             )
-        state = {"P": P, "kalman_lambda": kalman_lambda, "params_packed_index": sizes}
-        rate = p.scalars().forgetting_rate
-        new = from_lkf({"state": {0: state}, "param_groups": [{"kalman_nue": rate}]})
-        p.tiles.copy_(new.tiles)
+        p.tiles.copy_(new.tiles[p.own_tiles.start : p.own_tiles.stop])
         now = new.scalars()
-        p.set(num_pending=now.num_pending, scale=now.scale, shift=now.shift, forgetting=now.forgetting)
+        kept = ("num_pending", "scale", "shift", "forgetting", "forgetting_rate")
+        p.set(**{name: getattr(now, name) for name in kept})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_grad_prefactor": self._grad_prefactor}
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        return tensor.permute(tuple(reversed(range(tensor.dim())))) if self._transpose else tensor
 
 
 def from_lkf(saved: dict[str, Any]) -> Covariance:
-    """The covariance of DeePMD-kit's LKF from its optimizer's state dict, `torch.load(file)["optimizer"]`.
+    """The covariance of an LKF (DeePMD-kit's, PWMLFF's, MatPL's) from its optimizer's state dict,
+    `torch.load(file)["optimizer"]`.
 
     LKF keeps dense blocks of P (n_l, n_l), in the dtype of its first parameter, and λ. Its blocks are those of the
-    strategy "deepmd", its weights are in the order of `transpose=True`. P is symmetrised, and stored in float64 on
+    strategy "deepmd". Its weights are in the order of LKFOptimizer, which is that of RLEKF with `transpose=True` unless
+    a tensor has more than two dimensions. P is symmetrised, and stored in float64 on
     its device; λ and ν carry over, and the measurement noise is the number of blocks, as in LKF. An optimizer of the
     same parameters takes it over with `optimizer.take_over(from_lkf(saved))`.
 
