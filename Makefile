@@ -82,8 +82,14 @@ soak: setup  ## the long tests (30 minutes): fuzzing, 200 kills, drift over 20 0
 	$(BIN)/python benchmarks/bench_storage.py
 	$(BIN)/python benchmarks/plot_step.py
 
-docs: setup  ## docs/options.md from the table of options
+# No --quiet: mkdocs then counts no warnings, and --strict stops at none.
+docs: .venv/.docs  ## docs/options.md from the table of options, then the site in build/site
 	$(BIN)/python -c 'from rlekf_ext.options import page; print(page(), end="")' > docs/options.md
+	$(BIN)/mkdocs build --strict
+
+.venv/.docs: .venv/.built requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
 
 check: lint test  ## what CI runs first: ruff, mypy, clang-format, tests
 

@@ -1,7 +1,6 @@
 """The table of options, and what is made from it; the options of each call in the input file are in potential/."""
 
 import inspect
-import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -46,20 +45,6 @@ def test_defaults_are_those_of_the_paper_and_a_preset_is_what_it_changes():
 
 def test_page_is_up_to_date():
     assert (ROOT / "docs/options.md").read_text() == page(), "run `make docs`"
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/updates.md"])
-def test_python_in_the_documents_runs(name):
-    """Each block as it is; blocks that need the reader's own model are not run."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
-    complete = [block for block in blocks if "import torch" in block]
-    assert complete
-    for block in complete:
-        exec(compile(block, name, "exec"), {"__name__": "reader"})
-
-
-def test_public_names_are_there():
-    assert all(getattr(rlekf_ext, name) for name in rlekf_ext.__all__)
 
 
 def test_dtypes_may_be_torchs():

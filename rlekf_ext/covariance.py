@@ -72,6 +72,7 @@ class Covariance:
 
     @property
     def num_bytes(self) -> int:
+        """The size of all its tensors; tiles of other processes do not count."""
         return sum(tensor.nbytes for tensor in (self.tiles, self.pending, self.state, self.layout))
 
     @property

@@ -62,6 +62,7 @@ class KalmanFilter:
 
     @property
     def plan(self) -> BlockPlan:
+        """The blocks of P."""
         return self.covariance.plan
 
     @property

@@ -26,11 +26,13 @@ class BlockPlan:
 
     @property
     def num_blocks(self) -> int:
-        return len(self.sizes)  # L in the paper
+        """L in the paper."""
+        return len(self.sizes)
 
     @property
     def num_weights(self) -> int:
-        return sum(self.sizes)  # N
+        """N."""
+        return sum(self.sizes)
 
     @property
     def offsets(self) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ class FrameUpdater:
             update(batch)
         trained = update.result
 
-    `preset` and the options below control everything, including memory factor, warm start and averaging. The optimizer,
+    `preset` and the options control everything, including memory factor, warm start and averaging. The optimizer,
     an RLEKF of model.named_parameters(), is made from them; a given `optimizer` must have been made with the same ones.
     `transpose`: see RLEKF. With a `process_group` of torch.distributed each process passes its own frames of a batch; ε
     and H are those of the whole batch, P is spread, and every process makes the same updates. `say` is called with

@@ -1,6 +1,9 @@
 """Deep Potential: data, model, training, and exchange with DeePMD-kit and ASE."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlekf_ext.potential.calculator import Calculator as Calculator
 
 
 def __getattr__(name: str) -> Any:
