@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from rows import MACHINE, append, machine
 
-from rlekf_ext.potential.data import System, frames, load_systems
+from rlekf_ext.potential.data import System, frames
 from rlekf_ext.potential.evaluate import Comparison, compare
 from rlekf_ext.potential.input import Config, TrainingData, read_input
+from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import build_optimizer

@@ -30,8 +30,9 @@ from rows import MACHINE, append, machine
 
 from rlekf_ext import RLEKF
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
-from rlekf_ext.potential.data import System, frames, load_systems
+from rlekf_ext.potential.data import System, frames
 from rlekf_ext.potential.input import read_input
+from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.plot import plot_uncertainty

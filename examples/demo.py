@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
-from rlekf_ext.potential.data import frames, load_systems, split
+from rlekf_ext.potential.data import frames, split
 from rlekf_ext.potential.evaluate import compare
 from rlekf_ext.potential.input import Config, read_input
+from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.plot import plot_epochs, plot_parity
 from rlekf_ext.potential.train import train
 

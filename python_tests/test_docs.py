@@ -24,8 +24,9 @@ import rlekf_ext
 from rlekf_ext import RLEKF, cli
 from rlekf_ext.integrations import lkf
 from rlekf_ext.potential import Calculator
-from rlekf_ext.potential.data import frames, load_systems
+from rlekf_ext.potential.data import frames
 from rlekf_ext.potential.input import read_input
+from rlekf_ext.potential.load import load_systems
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [

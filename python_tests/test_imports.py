@@ -25,7 +25,7 @@ ORDER = [
 ]
 OPTIONAL = {
     "vesin": "potential/neighbors.py",
-    "dpdata": "potential/data.py",
+    "dpdata": "potential/load.py",
     "matplotlib": "potential/plot.py",
     "h5py": "potential/deepmd_format.py",
     "ase": "potential/calculator.py",

@@ -89,8 +89,9 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def run_test(arguments: argparse.Namespace) -> int:
     from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
-    from rlekf_ext.potential.data import frames, load_systems
+    from rlekf_ext.potential.data import frames
     from rlekf_ext.potential.evaluate import compare
+    from rlekf_ext.potential.load import load_systems
     from rlekf_ext.potential.uncertainty import filter_of, uncertainty
 
     checkpoint = load_checkpoint(arguments.model, model_only=not arguments.uncertainty)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from rlekf_ext.covariance import STATE
-from rlekf_ext.potential.data import frames, load_systems
+from rlekf_ext.potential.data import frames
+from rlekf_ext.potential.load import load_systems
 
 pytestmark = pytest.mark.deepmd
 

@@ -22,8 +22,9 @@ from test_data import arrays
 from test_input import RLEKF, SMALL, WATER, changed
 
 from rlekf_ext.errors import DataError, InputError
-from rlekf_ext.potential.data import frames, load_systems
+from rlekf_ext.potential.data import frames
 from rlekf_ext.potential.input import Config, read_input
+from rlekf_ext.potential.load import load_systems
 
 quick = settings(max_examples=400, derandomize=True, deadline=None)
 long = settings(max_examples=30_000, deadline=None)

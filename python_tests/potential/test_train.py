@@ -22,9 +22,10 @@ from rlekf_ext.errors import DataError, InputError, OptionError, StoppedError
 from rlekf_ext.options import Options, resolve
 from rlekf_ext.potential import train as trainer
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, save_checkpoint
-from rlekf_ext.potential.data import frames, load_systems
+from rlekf_ext.potential.data import frames
 from rlekf_ext.potential.evaluate import compare
 from rlekf_ext.potential.input import TrainingData, read_input
+from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.neighbors import make_frame
 from rlekf_ext.potential.optimizers import build_optimizer
 from rlekf_ext.potential.train import Batches, build_model, interruption, load_frames, train

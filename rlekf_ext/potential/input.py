@@ -18,8 +18,8 @@ from typing import Any
 from rlekf_ext.errors import InputError
 from rlekf_ext.options import Options, part, resolve
 from rlekf_ext.potential.architecture import Architecture, DescriptorArchitecture, FittingArchitecture
-from rlekf_ext.potential.data import split_format
 from rlekf_ext.potential.deepmd_keys import IGNORED, LACKING
+from rlekf_ext.potential.load import split_format
 from rlekf_ext.schema import check_choice, join, json_object, option, read, shown, unknown
 
 PRECISIONS = ("default", "float64", "float32")

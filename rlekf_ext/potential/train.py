@@ -18,10 +18,11 @@ from rlekf_ext.environment import this_machine
 from rlekf_ext.errors import InputError, StoppedError
 from rlekf_ext.potential.architecture import differences
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, run_of, save_checkpoint
-from rlekf_ext.potential.data import System, auto_sel, frames, load_systems, split
+from rlekf_ext.potential.data import System, auto_sel, frames, split
 from rlekf_ext.potential.evaluate import rmse
 from rlekf_ext.potential.files import check_writable, reading, write_atomically, writing
 from rlekf_ext.potential.input import Config, TrainingData
+from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import build_optimizer, prefactors

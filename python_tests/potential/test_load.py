@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from rlekf_ext.errors import DataError, OptionError, RlekfError
-from rlekf_ext.potential import data
-from rlekf_ext.potential.data import System, auto_sel, frames, load_systems, split, split_format
+from rlekf_ext.potential import load
+from rlekf_ext.potential.data import System, auto_sel, frames, split
+from rlekf_ext.potential.load import load_systems, split_format
 from rlekf_ext.potential.neighbors import Frame
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -338,7 +339,7 @@ def test_atoms_without_neighbors_have_no_sel(tmp_path):
 @pytest.mark.parametrize("function", ["_folder_types", "_checked", "make_frame"])
 def test_a_fault_of_our_own_is_not_the_users(tmp_path, monkeypatch, function):
     folder = write(tmp_path, [arrays(2)])
-    monkeypatch.setattr(data, function, lambda *_, **__: list(zip([1], [1, 2], strict=True)))
+    monkeypatch.setattr(load, function, lambda *_, **__: list(zip([1], [1, 2], strict=True)))
     with pytest.raises(ValueError, match="zip") as caught:
         frames(load_systems(folder, TYPE_MAP), cutoff=3.0, num_types=2)
     assert not isinstance(caught.value, RlekfError)
@@ -347,7 +348,7 @@ def test_a_fault_of_our_own_is_not_the_users(tmp_path, monkeypatch, function):
 def test_a_fault_of_our_own_after_dpdata_is_not_the_users(tmp_path, monkeypatch):
     pytest.importorskip("dpdata", reason="dpdata is not installed")
     (tmp_path / "MOVEMENT").write_text(MOVEMENT)
-    monkeypatch.setattr(data, "_from_dpdata", lambda *_: list(zip([1], [1, 2], strict=True)))
+    monkeypatch.setattr(load, "_from_dpdata", lambda *_: list(zip([1], [1, 2], strict=True)))
     with pytest.raises(ValueError, match="zip") as caught:
         load_systems(tmp_path / "MOVEMENT", TYPE_MAP)
     assert not isinstance(caught.value, RlekfError)
