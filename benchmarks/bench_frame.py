@@ -34,7 +34,7 @@ def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callabl
     """The number of weights, and every part as a function."""
     frames = load(system, data, 8)["train"]
     config = config_of(system, network, method_of("RLEKF"), seed=1)
-    model, frame = build_model(config, frames, None), frames[0]
+    model, frame = build_model(config, frames), frames[0]
     parameters = list(model.parameters())
     groups = force_groups(len(frame.types), 6, 4, torch.Generator().manual_seed(1))
 
@@ -53,7 +53,7 @@ def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callabl
         found[f"filter, N_b = {size}"] = lambda o=optimizer: o.update(jacobian, 0.0)  # type: ignore[misc]
     for label in ("paper's settings", "RLEKF", "Adam 2e-3"):
         other = config_of(system, network, method_of(label), seed=1)
-        steps = build_optimizer(other, build_model(other, frames, None), 10**6)
+        steps = build_optimizer(other, build_model(other, frames), 10**6)
         steps.start(frames)
         name = "Adam: an iteration" if label.startswith("Adam") else f"{label}: a frame, N_b = 1024"
         found[name] = lambda s=steps: s([frame], 0)  # type: ignore[misc]

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from rows import MACHINE, append, machine
 
+from rlekf_ext.potential.batches import load_frames
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.train import Batches, build_model, load_frames
+from rlekf_ext.potential.train import build_model
 from rlekf_ext.updates import UPDATES_PER_GUARD
 
 HERE = Path(__file__).resolve().parent
@@ -38,9 +39,8 @@ def main() -> None:
     options = {"type": "RLEKF", "block_size": 1024, "preset": "paper", "covariance_dtype": "float32"}
     config = read_input({**given, "optimizer": options})
     training, _ = load_frames(config, quiet=True)
-    everything = [frame for system in training for frame in system]
-    model = build_model(config, everything, None)
-    batches = Batches(training, config.training.training_data, config.training.seed or 0)
+    model = build_model(config, training.all())
+    batches = training.batches(config.training.seed or 0)
     optimize = build_optimizer(config, model, 1, say=lambda _: None)
     done, shown = 0, 0
     while done < arguments.updates:

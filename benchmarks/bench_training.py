@@ -24,14 +24,15 @@ import numpy as np
 import torch
 from rows import MACHINE, append, machine
 
+from rlekf_ext.potential.batches import Batches
 from rlekf_ext.potential.data import System, frames
 from rlekf_ext.potential.evaluate import Comparison, compare
-from rlekf_ext.potential.input import Config, TrainingData, read_input
+from rlekf_ext.potential.input import Config, read_input
 from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.train import Batches, build_model
+from rlekf_ext.potential.train import build_model
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -133,12 +134,13 @@ def curve(
 
     `skip`: μ and σ of the skip connections' factors.
     """
-    training, data = parts["train"], config.training.training_data
-    model = build_model(config, training, None)
+    training = parts["train"]
+    model = build_model(config, training)
     seed = config.training.seed or 0
     if skip:
         draw_skip_connections(model, *skip, seed)
-    batches = Batches(by_composition(training), TrainingData(data.systems, data.batch_size), seed)
+    groups = by_composition(training)
+    batches = Batches(groups, [config.training.training_data.batch_size] * len(groups), seed)
     steps = round(epochs * len(batches))
     optimize = build_optimizer(config, model, steps)
     optimize.start(training)

@@ -277,7 +277,7 @@ def test_restart_with_another_network_or_optimizer(in_trained, capsys):
     assert "model/fitting_net/neuron = [6, 6] but the input file asks for [7, 7]; start without --restart" in said
     write_input(in_trained, GIVEN, {"optimizer": {"type": "Adam"}})
     said = complaint(capsys, ["train", "input.json", "--restart"])
-    assert "model.ckpt.pt is not of the optimizer Adam" in said
+    assert "model.ckpt.pt is of RLEKF or LKF but the input file asks for the optimizer Adam" in said
 
 
 def test_test_needs_a_checkpoint_and_data(in_trained, capsys):
@@ -318,7 +318,7 @@ def test_an_imported_model_is_no_place_to_restart_from(in_trained, capsys):
     assert main(["export"]) == 0
     assert main(["import", "model.dp", "-o", "model.ckpt.pt"]) == 0
     said = complaint(capsys, ["train", "input.json", "--restart"])
-    assert "model.ckpt.pt is not of the optimizer RLEKF that the input file asks for; start without --restart" in said
+    assert "model.ckpt.pt is of a model without training state (`rlekf import` writes such) but the input" in said
 
 
 def test_plot_needs_a_curve(folder, capsys):
@@ -348,6 +348,6 @@ def test_an_absent_package_names_its_extra(folder, capsys, monkeypatch):
 
 
 def test_a_fault_of_our_own_shows_its_traceback(folder, monkeypatch):
-    monkeypatch.setattr("rlekf_ext.potential.train.frames", lambda *_: list(zip([1], [1, 2], strict=True)))
+    monkeypatch.setattr("rlekf_ext.potential.batches.frames", lambda *_: list(zip([1], [1, 2], strict=True)))
     with pytest.raises(ValueError, match="zip"):
         main(["train", "input.json"])

@@ -35,7 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     test = commands.add_parser("test", help="RMSE of a trained model on labelled data")
     test.add_argument("-m", "--model", default="model.ckpt.pt", help="checkpoint of `rlekf train` (%(default)s)")
     test.add_argument("-s", "--system", required=True, nargs="+", help="folders or files, as in training_data/systems")
-    test.add_argument("-d", "--detail", metavar="PREFIX", help="write PREFIX.e_peratom.out, PREFIX.f.out, PREFIX.png")
+    test.add_argument(
+        "-d",
+        "--detail",
+        metavar="PREFIX",
+        help="write PREFIX.e_peratom.out, PREFIX.f.out, PREFIX.v_peratom.out (if there are such labels), PREFIX.png",
+    )
     test.add_argument(
         "-u",
         "--uncertainty",
@@ -101,9 +106,10 @@ def run_test(arguments: argparse.Namespace) -> int:
     rcut = model.architecture.descriptor.rcut
     labelled = frames(systems, rcut, len(model.type_map), model.dtype)
     comparison = compare(model, labelled)
-    print(f"frames       {len(comparison.energy)}")
-    print(f"energy RMSE  {1e3 * comparison.energy_rmse:.4g} meV/atom")
-    print(f"force RMSE   {1e3 * comparison.force_rmse:.4g} meV/Å")
+    print(f"frames       {len(labelled)}")
+    for kind, unit in (("energy", "meV/atom"), ("force", "meV/Å"), ("virial", "meV/atom")):
+        if len(getattr(comparison, kind)):
+            print(f"{f'{kind} RMSE':<13}{1e3 * getattr(comparison, f'{kind}_rmse'):.4g} {unit}")
     if arguments.detail:
         from rlekf_ext.potential.plot import plot_parity
 

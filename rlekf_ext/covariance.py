@@ -269,18 +269,22 @@ def identity(
     own = range(num_tiles(plan)) if tiles is None else tiles
     needed = required_bytes(plan, dtype=dtype, max_pending=max_pending, num_own=len(own))
     available = available_bytes(device)
+    smaller = "" if dtype == torch.float32 else ", or covariance_dtype=torch.float32, which halves it"
+    too_large = (
+        f"The covariance needs {needed / 1e9:.2f} GB but {device} has {available / 1e9:.2f} GB: lower block_size "
+        f"(the largest block is {max(plan.sizes)}){smaller}"
+    )
     if needed > available:
-        smaller = "" if dtype == torch.float32 else ", or covariance_dtype=torch.float32, which halves it"
-        raise NotEnoughMemoryError(
-            f"The covariance needs {needed / 1e9:.2f} GB but {device} has {available / 1e9:.2f} GB: lower block_size "
-            f"(the largest block is {max(plan.sizes)}){smaller}."
-        )
-    s = torch.empty(len(own), TILE, TILE, dtype=dtype, device=device)
+        raise NotEnoughMemoryError(f"{too_large}.")
+    try:
+        s = torch.empty(len(own), TILE, TILE, dtype=dtype, device=device)
+        pending = torch.zeros(max_pending, plan.num_weights, dtype=torch.float64, device=device)
+    except RuntimeError as error:  # what torch makes of memory that it does not get
+        raise NotEnoughMemoryError(f"{too_large}.") from error
     if device.type == "cpu":
         _C.advise_huge_pages(s.data_ptr(), s.nbytes)  # before the first touch: a step then has fewer TLB misses
     s.zero_()
     s.view(-1)[diagonal_places(plan, own)[1].to(device)] = 1.0
-    pending = torch.zeros(max_pending, plan.num_weights, dtype=torch.float64, device=device)
     new = Covariance(plan, s, pending, _initial_state(device), layout_of(plan, device=device), own.start)
     new.set(scale=initial_covariance)  # so that the scale is a bound on P: see LEAST_VARIANCE
     return new

@@ -8,7 +8,7 @@ paper's; a preset holds only what it changes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -148,6 +148,13 @@ def resolve(given: Mapping[str, Any], path: str = "") -> Options:
     found = values(Options, named_dtypes(given), path)
     preset = found.get("preset", "robust")
     return Options(**{**PRESETS[preset], **found, "preset": preset})
+
+
+def order_of(order: Sequence[str], kinds: Iterable[str]) -> tuple[str, ...]:
+    """`order` with virials before each energy unless it has them, and of that the updates of these kinds alone."""
+    if "virial" not in order:
+        order = [new for kind in order for new in (("virial", kind) if kind == "energy" else (kind,))]
+    return tuple(kind for kind in order if kind in kinds)
 
 
 def part(section: type, options: Any) -> dict[str, Any]:

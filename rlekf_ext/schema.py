@@ -114,6 +114,7 @@ WORDS = {
     float: "a number",
     bool: "true or false",
     str: "a string",
+    tuple[float, ...]: "a list of numbers, not empty,",
     tuple[int, ...]: "a list of whole numbers, not empty,",
     tuple[str, ...]: "a list of strings, not empty,",
 }

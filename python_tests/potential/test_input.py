@@ -5,10 +5,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlekf_ext.errors import InputError
 from rlekf_ext.options import resolve
+from rlekf_ext.potential.data import System
 from rlekf_ext.potential.deepmd_keys import IGNORED, LACKING
 from rlekf_ext.potential.input import LKF, Adam, Config, read_input
 
@@ -127,10 +129,21 @@ def test_defaults_are_the_papers_network():
     assert isinstance(config, Config)
 
 
-@pytest.mark.parametrize(("batch_size", "counts"), [(3, (3, 3)), ("auto", (4, 1)), ("auto:100", (13, 1))])
+@pytest.mark.parametrize(
+    ("batch_size", "counts"),
+    [
+        (3, [3, 3]),
+        ("auto", [4, 1]),
+        ("auto:100", [13, 1]),
+        ("max:100", [12, 1]),
+        ("filter:100", [12, 1]),
+        ([5, 2], [5, 2]),
+    ],
+)
 def test_batch_sizes(batch_size, counts):
     data = read_input(changed("training/training_data/batch_size", batch_size)).training.training_data
-    assert (data.frames_per_batch(8), data.frames_per_batch(192)) == counts
+    systems = [System(str(n), np.zeros(n), np.zeros((1, n, 3)), None, number=i) for i, n in enumerate((8, 192))]
+    assert data.batch_sizes(systems) == counts
 
 
 @pytest.mark.parametrize(
@@ -250,8 +263,12 @@ def test_the_examples(name, kind):
         ("model/fitting_net/seed", "x", 'model/fitting_net/seed must be a whole number but is: "x".'),
         ("training/seed", True, "training/seed must be a whole number but is: true."),
         ("training/training_data/systems", [], "systems must be a path or a list of paths but is: []."),
-        ("training/training_data/batch_size", "mixed:2", 'whole number, "auto" or "auto:N" (rlekf_ext has no other)'),
-        ("training/training_data/batch_size", [1, 2], "rlekf_ext has no other) but is: [1, 2]."),
+        (
+            "training/training_data/batch_size",
+            "mixed:2",
+            'whole number, one for each system, "auto", "auto:N", "max:N"',
+        ),
+        ("training/training_data/batch_size", [1, 0], "training/training_data/batch_size[1] must be >= 1 but is: 0."),
         ("optimizer/order", "energy", 'optimizer/order must be a list of strings, not empty, but is: "energy".'),
         ("optimizer/warm_start", 1, "optimizer/warm_start must be true or false but is: 1."),
         # ranges
@@ -276,7 +293,8 @@ def test_the_examples(name, kind):
         ("optimizer/strategy", "ekf", '"ekf" is not supported; supported: "rlekf", "deepmd", "lekf", "sekf", "gekf".'),
         ("optimizer/preset", "fast", '"fast" is not supported; supported: "paper", "robust", "lkf".'),
         ("optimizer/order", ["energy", "dipole"], 'optimizer/order[1] = "dipole" is not supported'),
-        ("training/training_data/auto_prob", "prob_uniform", '"prob_uniform" is not supported; supported: "prob_s'),
+        ("training/training_data/auto_prob", "prob_sys_size;0:1", 'must be "prob_uniform", "prob_sys_size" or'),
+        ("training/training_data/set_prefix", "train", '"train" is not supported; supported: "set"'),
         # two keys at once
         ("model/type_map", ["Na", "Na"], 'model/type_map must name each element once but is: ["Na", "Na"].'),
         ("model/descriptor/sel", [40], 'a number for each of the 2 elements of model/type_map but is: [40]; "auto"'),
@@ -320,8 +338,8 @@ def test_what_is_lacking_is_named_unless_it_is_off(path):
 
 
 def test_validation_data_lacks_what_training_data_lacks():
-    given = changed("training/validation_data", {"systems": "b", "sys_probs": [1.0]})
-    with pytest.raises(InputError, match="training/validation_data/sys_probs is not supported"):
+    given = changed("training/validation_data", {"systems": "b", "set_prefix": "other"})
+    with pytest.raises(InputError, match='training/validation_data/set_prefix = "other" is not supported'):
         read_input(given)
 
 

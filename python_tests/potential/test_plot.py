@@ -77,10 +77,22 @@ def test_lcurve(tmp_path, shown, text):
 def test_lcurve_without_validation_and_without_energies(tmp_path, shown):
     (tmp_path / "lcurve.out").write_text(NO_VALIDATION)
     check_picture(plot_lcurve(tmp_path / "lcurve.out", tmp_path / "curve.png"), shown[0])
-    energy, force = lines_of(shown[0])
+    (force,) = lines_of(shown[0])
     assert list(force) == ["training batch"]
     np.testing.assert_allclose(force["training batch"][:, 1], [184, 20.8])
-    assert np.isnan(energy["training batch"][:, 1]).all()
+
+
+def test_lcurve_cut_off_by_a_kill(tmp_path, shown):
+    (tmp_path / "lcurve.out").write_text(OURS[:-3])
+    plot_lcurve(tmp_path / "lcurve.out", tmp_path / "curve.png")
+    assert len(lines_of(shown[0])[0]["held out"]) == len(OURS.splitlines()) - 2
+
+
+def test_lcurve_with_virials(tmp_path, shown):
+    (tmp_path / "lcurve.out").write_text("# step rmse_e_trn rmse_f_trn rmse_v_trn lr\n 1 1e-3 2e-3 3e-3 1\n")
+    plot_lcurve(tmp_path / "lcurve.out", tmp_path / "curve.png")
+    assert [axes.get_ylabel() for axes in shown[0].axes][2] == "virial RMSE (meV/atom)"
+    np.testing.assert_allclose(lines_of(shown[0])[2]["training batch"], [[1, 3]])
 
 
 def test_lcurve_of_a_run_that_has_just_begun(tmp_path):
@@ -103,12 +115,8 @@ def test_read_curve_of_the_trainers_json(tmp_path):
     [
         ("empty.out", "", "is not an lcurve.out"),
         ("text.out", "Dear diary,\ntoday\n", "is not an lcurve.out"),
-        ("cut.out", OURS[:-30], "is not an lcurve.out"),
-        (
-            "no_forces.out",
-            "# step rmse_trn rmse_e_trn lr\n 1 2 3 4\n",
-            "has no columns step, rmse_e_trn and rmse_f_trn",
-        ),
+        ("cut.out", OURS.replace("7.95e-02", ""), "is not an lcurve.out"),
+        ("total.out", "# step rmse_trn lr\n 1 2 4\n", "has no columns step and rmse_e_trn or rmse_f_trn"),
         ("lcurve.json", json.dumps({"epochs": EPOCHS}), "has no columns step"),
         ("input.json", json.dumps({"model": {}}), "has no columns step"),
         ("words.out", OURS.replace("7.95e-02", "seven"), "is not an lcurve.out"),
@@ -142,7 +150,7 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
 
 def test_a_fault_of_our_own_is_not_the_users(tmp_path, monkeypatch):
     (tmp_path / "lcurve.out").write_text(OURS)
-    monkeypatch.setattr(plot, "_two_panels", lambda *_: list(zip([1], [1, 2], strict=True)))
+    monkeypatch.setattr(plot, "_panels", lambda *_: list(zip([1], [1, 2], strict=True)))
     with pytest.raises(ValueError, match="zip") as caught:
         plot_lcurve(tmp_path / "lcurve.out", tmp_path / "curve.png")
     assert not isinstance(caught.value, RlekfError)
@@ -161,13 +169,20 @@ def test_epochs_of_several_runs(tmp_path, shown):
 
 def test_parity(tmp_path, shown):
     random = np.random.default_rng(0)
-    energy, force = random.normal(size=(20, 1)), random.normal(size=(60, 1))
-    comparison = Comparison(np.hstack([energy, energy + 0.002]), np.hstack([force, force - 0.03]))
+    energy, force, virial = (random.normal(size=(n, 1)) for n in (20, 60, 9))
+    comparison = Comparison(
+        np.hstack([energy, energy + 0.002]), np.hstack([force, force - 0.03]), np.hstack([virial, virial + 0.1])
+    )
     check_picture(plot_parity({"model": comparison}, tmp_path / "parity.png"), shown[0])
-    left, right = shown[0].axes
+    left, right, last = shown[0].axes
     points = left.collections[0].get_offsets()
     np.testing.assert_allclose(points[:, 0], 1e3 * (energy[:, 0] - energy.mean()), atol=1e-9)
     np.testing.assert_allclose(points[:, 1] - points[:, 0], 2, atol=1e-9)  # meV/atom above the diagonal
     np.testing.assert_array_equal(right.collections[0].get_offsets(), comparison.force)
     assert left.get_legend().texts[0].get_text() == "model: 2 meV/atom"
     assert right.get_legend().texts[0].get_text() == "model: 30 meV/Å"
+    np.testing.assert_array_equal(last.collections[0].get_offsets(), comparison.virial)
+    assert last.get_legend().texts[0].get_text() == "model: 100 meV/atom"
+    energies = Comparison(comparison.energy, np.empty((0, 2)), np.empty((0, 2)))
+    plot_parity({"model": energies}, tmp_path / "energies.png")
+    assert [axes.get_xlabel() for axes in shown[1].axes] == ["DFT energy − mean (meV/atom)"]

@@ -1,6 +1,5 @@
 """The trainer on a few frames of NaCl: what it writes, how it stops and goes on, and what it refuses."""
 
-import copy
 import json
 import os
 import signal
@@ -21,14 +20,14 @@ from rlekf_ext.covariance import STATE
 from rlekf_ext.errors import DataError, InputError, OptionError, StoppedError
 from rlekf_ext.options import Options, resolve
 from rlekf_ext.potential import train as trainer
+from rlekf_ext.potential.batches import Batches, load_frames
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, save_checkpoint
 from rlekf_ext.potential.data import frames
 from rlekf_ext.potential.evaluate import compare
-from rlekf_ext.potential.input import TrainingData, read_input
+from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.load import load_systems
-from rlekf_ext.potential.neighbors import make_frame
 from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.train import Batches, build_model, interruption, load_frames, train
+from rlekf_ext.potential.train import build_model, interruption, train
 
 
 def same(one, other):
@@ -100,8 +99,8 @@ def test_a_run_writes_curve_summary_and_checkpoint(tmp_path, capsys):
 @pytest.mark.parametrize("optimizer", [None, {"type": "RLEKF", "preset": "paper"}, {"type": "LKF"}, {"type": "Adam"}])
 def test_training_lowers_the_errors(tmp_path, optimizer):
     config = read_input(input_of(tmp_path, optimizer, numb_steps=30))
-    (training,), _ = load_frames(config, quiet=True)
-    before = compare(build_model(config, training, None), training)
+    training = load_frames(config, quiet=True)[0].all()
+    before = compare(build_model(config, training), training)
     train(config, quiet=True)
     after = compare(restored_model(checkpoint_of(tmp_path)), training)
     assert after.force_rmse < 0.6 * before.force_rmse
@@ -195,9 +194,9 @@ def test_precision_and_statistics_reach_the_model(tmp_path):
     given["model"]["descriptor"]["set_davg_zero"] = True
     config = read_input(given)
     training, held_out = load_frames(config, quiet=True)
-    assert [[len(system) for system in part] for part in (training, held_out)] == [[3], [1]]
-    model = build_model(config, training[0], None)
-    assert {p.dtype for p in model.parameters()} == {training[0][0].edges.dtype} == {torch.float32}
+    assert [[len(system) for system in part.frames] for part in (training, held_out)] == [[3], [1]]
+    model = build_model(config, training.all())
+    assert {p.dtype for p in model.parameters()} == {training.all()[0].edges.dtype} == {torch.float32}
     assert not model.descriptor.davg.any()
     assert (model.descriptor.dstd != 1).all()
     assert model.architecture.descriptor.sel == (8, 8)  # of 6 neighbours at most, times 1.1, to a multiple of 4
@@ -205,55 +204,14 @@ def test_precision_and_statistics_reach_the_model(tmp_path):
 
 def test_warm_start_leaves_no_mean_energy_error(tmp_path):
     config = read_input(input_of(tmp_path))
-    (training,), _ = load_frames(config, quiet=True)
-    model = build_model(config, training, None)
+    training = load_frames(config, quiet=True)[0].all()
+    model = build_model(config, training)
     errors = compare(model, training).energy
     before = float((errors[:, 1] - errors[:, 0]).mean())
     build_optimizer(config, model, 9).start(training)
     errors = compare(model, training).energy
     assert abs(before) > 1e-3
     assert abs(float((errors[:, 1] - errors[:, 0]).mean())) < 1e-12
-
-
-def numbered(count, num_atoms, first):
-    """Frames whose energies are their numbers."""
-    points = np.arange(3.0 * num_atoms).reshape(-1, 3)
-    return [make_frame(points, None, [0] * num_atoms, 2.0, 1, energy=first + k) for k in range(count)]
-
-
-def numbers(batch):
-    return tuple(int(frame.energy) for frame in batch)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "sizes"),
-    [(1, [1] * 12), (2, [1, 1, 2, 2, 2, 2, 2]), (100, [5, 7]), ("auto:12", [1, 1, 2, 2, 3, 3]), ("auto", [5, 7])],
-)
-def test_every_frame_is_in_one_batch_an_epoch(batch_size, sizes):
-    systems = [numbered(5, 6, 0), numbered(7, 4, 100)]  # five frames of 6 atoms, seven of 4
-    batches = Batches(systems, TrainingData(("a",), batch_size), seed=0)
-    epochs = [[numbers(next(batches)) for _ in range(len(batches))] for _ in range(3)]
-    for epoch in epochs:
-        assert sorted(len(batch) for batch in epoch) == sizes
-        assert sorted(number for batch in epoch for number in batch) == [*range(5), *range(100, 107)]
-        assert all(len({number // 100 for number in batch}) == 1 for batch in epoch)  # of one system
-    assert epochs[0] != epochs[1] != epochs[2]
-    systems_in_turn = [batch[0] // 100 for batch in epochs[0]]
-    assert len(sizes) < 7 or systems_in_turn not in (sorted(systems_in_turn), sorted(systems_in_turn, reverse=True))
-    again = Batches(systems, TrainingData(("a",), batch_size), seed=0)
-    assert [numbers(next(again)) for _ in range(len(again))] == epochs[0]
-
-
-def test_batches_go_on_from_the_middle_of_an_epoch():
-    systems = [numbered(5, 2, 0), numbered(7, 3, 100)]
-    data = TrainingData(("a",), 1)
-    batches = Batches(systems, data, seed=0)
-    for place in range(26):  # beyond two epochs, and at each of their ends
-        resumed = Batches(systems, data, seed=9)
-        resumed.load_state_dict(copy.deepcopy(batches.state_dict()))
-        ahead = copy.deepcopy(batches)
-        assert [numbers(next(resumed)) for _ in range(20)] == [numbers(next(ahead)) for _ in range(20)], place
-        next(batches)
 
 
 # Stopping and going on
@@ -513,7 +471,7 @@ def test_restart_with_another_network(finished, name):
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        ({"type": "Adam"}, r"model\.ckpt\.pt is not of the optimizer Adam .*; start without --restart"),
+        ({"type": "Adam"}, r"model\.ckpt\.pt is of RLEKF or LKF but .* the optimizer Adam; start without --restart"),
         ({"type": "RLEKF", "block_size": 50}, r"The saved covariance has \d+ blocks .* this filter has \d+ blocks"),
         (
             {"type": "RLEKF", "block_size": 40, "covariance_dtype": "float32"},
@@ -530,10 +488,10 @@ def test_restart_with_another_optimizer(finished, optimizer, message):
 
 def test_restart_of_adam_with_rlekf_and_of_a_model_alone(tmp_path):
     run(input_of(tmp_path, {"type": "Adam"}, numb_steps=1))
-    with pytest.raises(InputError, match="is not of the optimizer RLEKF"):
+    with pytest.raises(InputError, match="is of Adam but the input file asks for the optimizer RLEKF"):
         run(input_of(tmp_path), restart=True)
     save_checkpoint(tmp_path / "out" / "model.ckpt.pt", restored_model(checkpoint_of(tmp_path)))
-    with pytest.raises(InputError, match="is not of the optimizer RLEKF"):
+    with pytest.raises(InputError, match="is of a model without training state"):
         run(input_of(tmp_path), restart=True)
 
 
@@ -560,19 +518,25 @@ def test_nothing_is_written_when_the_data_are_wrong(tmp_path):
 def test_a_sel_that_is_too_small_is_named(tmp_path):
     given = input_of(tmp_path)
     given["model"]["descriptor"]["sel"] = [5, 12]
-    with pytest.raises(ValueError, match=r"An atom has 6 neighbours of element Na within 3\.5 Å, more than sel = 5"):
+    with pytest.raises(
+        ValueError, match=r"data, frame 0, atom 4 has 6 neighbours of element Na within 3\.5 Å, more than sel = 5"
+    ):
         run(given)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_held_out_frame_with_more_neighbours_than_sel_is_found_before_training(tmp_path):
+def test_sel_auto_has_room_for_held_out_frames(tmp_path):
     write_data(tmp_path / "data", stretch=1.3)
     given = input_of(tmp_path)
     del given["training"]["validation_fraction"]
     given["training"]["validation_data"] = {"systems": write_data(tmp_path / "dense")}
-    with pytest.raises(ValueError, match="more than sel"):
+    run(given)
+    assert checkpoint_of(tmp_path)["model"]["descriptor"]["sel"] == [8, 8]
+    given["model"]["descriptor"]["sel"] = [4, 4]
+    with pytest.raises(
+        ValueError, match=r"dense, frame 0, atom \d has 6 neighbours of element Na .* more than sel = 4"
+    ):
         run(given)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("key", ["disp_file", "save_ckpt"])
@@ -593,7 +557,7 @@ def test_without_held_out_frames_the_errors_are_those_of_training(tmp_path, caps
 
 
 def test_virial_updates_alone_need_virials(tmp_path):
-    with pytest.raises(DataError, match="needs labels for some of virial but has none"):
+    with pytest.raises(DataError, match=r"No training frame has a label that is used: .*; virial: no frame has it"):
         run(input_of(tmp_path, {"type": "RLEKF", "block_size": 40, "order": ["virial"]}, numb_steps=1))
 
 

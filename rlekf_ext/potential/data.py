@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from rlekf_ext.errors import DataError, OptionError
-from rlekf_ext.potential.neighbors import Frame, make_frame
+from rlekf_ext.potential.neighbors import Frame, make_frame, shortest_distance
+
+MANY_NEIGHBORS = 1000  # some ten times what usual cutoffs give
+LABELS = ("energies", "forces", "virials")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,15 +29,25 @@ class System:
     virials: np.ndarray | None = None  # (F, 3, 3), eV
     entry: int = 0  # place of the path that it was found at, in the list of paths
     number: int = 0  # place among the systems of all paths, as DeePMD-kit counts them: a folder or file is one
+    places: np.ndarray | None = None  # (F,), the number of each frame in the folder or file; None: 0, 1, ...
 
     def __len__(self) -> int:
         return len(self.coordinates)
 
     def __getitem__(self, frames: slice | Sequence[int] | np.ndarray) -> System:
         """The frames of a slice or of an index array, as a system."""
-        names = ("coordinates", "boxes", "energies", "forces", "virials")
-        arrays = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if a is None else a[frames] for name, a in arrays.items()})
+        places = np.arange(len(self)) if self.places is None else self.places
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("coordinates", "boxes", *LABELS)}
+        chosen = {name: array[frames] for name, array in own.items() if array is not None}
+        return replace(self, places=places[frames], **chosen)
+
+    def has_label(self, kind: str) -> bool:
+        """Whether the frames have labels of a kind: energy, force or virial."""
+        return {"energy": self.energies, "force": self.forces, "virial": self.virials}[kind] is not None
+
+    def frame_name(self, i: int) -> str:
+        """Frame i, as a message names it."""
+        return f"{self.name}, frame {i if self.places is None else self.places[i]}"
 
 
 def split(systems: Iterable[System], fraction: float = 0.8) -> tuple[list[System], list[System]]:
@@ -61,31 +75,49 @@ def frames(systems: Iterable[System], cutoff: float, num_types: int, dtype: torc
 
 
 def auto_sel(frames: Iterable[Frame], factor: float = 1.1) -> tuple[int, ...]:
-    """DeePMD-kit's sel = "auto:factor": the most neighbours of each element, times factor, to a multiple of 4.
-
-    Raises DataError if no atom has a neighbour.
-    """
-    frames = list(frames)
+    """DeePMD-kit's sel = "auto:factor": the most neighbours of each element, times factor, to a multiple of 4."""
     most = np.max([frame.slots for frame in frames], axis=0)
-    if not most.any():
-        raise DataError(
-            f"No atom has a neighbour within {frames[0].cutoff} Å: check the coordinates, their units and rcut."
-        )
     return tuple(4 * ((int(n * factor) + 3) // 4) for n in most)  # cut to an integer first, as DeePMD-kit does
 
 
+def check_neighbors(systems: Sequence[System], frames: Sequence[Frame]) -> str:
+    """A sentence if the cutoff looks wrong for some of the frames, which are those of the systems; else "".
+
+    Raises DataError if no atom of any frame has a neighbour.
+    """
+    cutoff = frames[0].cutoff
+    lonely = [frame for frame in frames if not any(frame.slots)]
+    if len(lonely) == len(frames):
+        first = systems[0]
+        nearest = shortest_distance(first.coordinates[0], None if first.boxes is None else first.boxes[0])
+        raise DataError(
+            f"No atom has a neighbour within rcut = {cutoff} Å: in {first.frame_name(0)} the nearest "
+            f"atoms are {nearest} apart. Check rcut and the units of coordinates and boxes: all are in Å."
+        )
+    most = max(sum(frame.slots) for frame in frames)
+    if most > MANY_NEIGHBORS:
+        return f"An atom has {most} neighbours within rcut = {cutoff} Å, which makes training slow: is rcut in Å?"
+    if lonely:
+        return f"{len(lonely)} frames have no atom with a neighbour within {cutoff} Å, the first is {lonely[0].name}."
+    return ""
+
+
 def _frame(system: System, i: int, cutoff: float, num_types: int, dtype: torch.dtype) -> Frame:
+    name = system.frame_name(i)
+    own = {label: getattr(system, label) for label in ("boxes", *LABELS)}
+    box, energy, forces, virial = (None if array is None else array[i] for array in own.values())
     try:
         return make_frame(
             system.coordinates[i],
-            None if system.boxes is None else system.boxes[i],
+            box,
             system.types,
             cutoff,
             num_types,
-            energy=None if system.energies is None else system.energies[i],
-            forces=None if system.forces is None else system.forces[i],
-            virial=None if system.virials is None else system.virials[i],
+            energy=energy,
+            forces=forces,
+            virial=virial,
             dtype=dtype,
+            name=name,
         )
     except DataError as error:
-        raise DataError(f"{system.name}, frame {i}: {error}") from error
+        raise DataError(f"{name}: {error}") from error

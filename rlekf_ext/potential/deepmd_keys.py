@@ -12,6 +12,7 @@ LACKING = {
         ("", "validating", "validation is training/validation_data"),
         ("", "nvnmd", "there is no NVNMD hardware model"),
         ("model", "model_dict shared_dict", "one model is trained at a time"),
+        ("model", "bridging_method", "there is no bridging to a short-range potential"),
         ("model", "use_srtab", "there is no tabulated short-range energy"),
         ("model", "pair_exclude_types", "every pair of elements within rcut interacts"),
         ("model", "atom_exclude_types", "every atom has an energy"),
@@ -41,11 +42,6 @@ LACKING = {
         ),
         ("loss", "relative_f use_huber f_use_norm", "the loss is a mean squared error"),
         ("loss", "intensive_ener_virial", "squared energy errors are divided by the number of atoms once"),
-        ("training/training_data", "rglob_patterns", "every folder with a type.raw below systems is read"),
-        ("training/training_data", "sys_probs sys_weights", "every frame is drawn as often as any other"),
-        ("training/training_data", "min_pair_dist", "no frame is left out"),
-        ("training/training_data", "set_prefix", "sets are named set.*"),
-        ("training", "systems set_prefix batch_size", "the data are in training/training_data"),
         ("training", "data_dict model_prob num_epoch_dict", "one model is trained at a time"),
         ("training", "mixed_precision", "the precision is model/descriptor/precision"),
         ("training", "save_dir", "checkpoints go to save_ckpt, which may hold a folder"),
@@ -67,10 +63,12 @@ IGNORED = {
     for section, names in (
         ("model", "data_stat_nbatch data_stat_protect data_bias_nsample info model_branch_alias"),
         ("model", "smin_alpha sw_rmin sw_rmax srtab_add_bias"),  # without effect if use_srtab is absent
+        ("model", "bridging_r_inner bridging_r_outer"),  # without effect if there is no bridging_method
         ("model/fitting_net", "rcond"),
         ("learning_rate", "scale_by_worker warmup_start_factor"),
         ("loss", "huber_delta"),  # without effect if use_huber is off
         ("training", "stat_file stat_file_mode numb_test disp_avg acc_freq neighbor_graph_method warmup_start_factor"),
+        ("training", "enable_tf32"),  # of GPUs
         ("training", "max_ckpt_keep ckpt_keep_ratio ema_decay ema_ckpt_keep"),
         ("training", "profiling_file tensorboard_log_dir tensorboard_freq"),
     )

@@ -240,11 +240,17 @@ class SeE2A(nn.Module):
             raise DataError(f"The network has {self.num_types} elements, but the frame has {len(frame.slots)}.")
         if frame.cutoff is not None and frame.cutoff != rcut:
             raise DataError(f"The network's cutoff is {rcut} Å, but the frame was made with {frame.cutoff} Å.")
-        for name, count, sel in zip(self.type_map, frame.slots, self.architecture.sel, strict=True):
+        for element, (name, count, sel) in enumerate(
+            zip(self.type_map, frame.slots, self.architecture.sel, strict=True)
+        ):
             if count > sel:
+                first = sum(frame.slots[:element])
+                near = frame.edges[:, first : first + count].norm(dim=-1) < rcut
+                atom = int(near.sum(1).argmax())
+                where = f"{frame.name}, atom {atom}" if frame.name else f"Atom {atom}"
                 raise DataError(
-                    f"An atom has {count} neighbours of element {name} within {rcut} Å, more than sel = {sel}: "
-                    'raise sel, or set "sel": "auto", or "auto:1.5" for more room.'
+                    f"{where} has {count} neighbours of element {name} within {rcut} Å, more than sel = {sel}: train "
+                    'with a larger sel, or with "sel": "auto", or "auto:1.5" for more room.'
                 )
 
     def _environment(self, frame: Frame) -> Environment:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlekf_ext.potential.files import write_atomically
 from rlekf_ext.potential.model import DeepPotential
@@ -20,59 +21,97 @@ ATOMS_AT_ONCE = 512  # frames are evaluated together up to this many atoms: enou
 
 @dataclass(frozen=True)
 class Comparison:
-    """Labels and predictions, frame after frame; energies in eV/atom, force components in eV/Å."""
+    """Labels and predictions, frame after frame, of the frames that have the label; energies and virials in eV/atom,
+    force components in eV/Å."""
 
     energy: np.ndarray  # (frames, 2): label, prediction
     force: np.ndarray  # (3 atoms, 2)
+    virial: np.ndarray  # (9 frames, 2)
 
     @property
     def energy_rmse(self) -> float:
-        """eV/atom."""
+        """eV/atom; NaN without labels."""
         return _rmse(self.energy)
 
     @property
     def force_rmse(self) -> float:
-        """eV/Å, over all components."""
+        """eV/Å, over all components; NaN without labels."""
         return _rmse(self.force)
 
+    @property
+    def virial_rmse(self) -> float:
+        """eV/atom, over all components; NaN without labels."""
+        return _rmse(self.virial)
+
     def save(self, prefix: str | Path) -> list[Path]:
-        """Write PREFIX.e_peratom.out and PREFIX.f.out, labels before predictions, as `dp test -d` does.
+        """Write PREFIX.e_peratom.out, PREFIX.f.out and PREFIX.v_peratom.out, as far as there are labels, which come
+        before predictions, as `dp test -d` does.
 
         Raises InputError if a file cannot be written.
         """
-        paths = [Path(f"{prefix}.e_peratom.out"), Path(f"{prefix}.f.out")]
-        vectors = self.force.reshape(-1, 3, 2).transpose(0, 2, 1).reshape(-1, 6)
-        names = "data_fx data_fy data_fz pred_fx pred_fy pred_fz (eV/Å)"
-        write_atomically(paths[0], lambda path: np.savetxt(path, self.energy, header="data_e pred_e (eV/atom)"))
-        write_atomically(paths[1], lambda path: np.savetxt(path, vectors, header=names, encoding="utf-8"))
+        axes = "xyz"
+        vectors, tensors = [f"f{i}" for i in axes], [f"v{i}{j}" for i in axes for j in axes]
+        tables = (
+            ("e_peratom", self.energy, ["e"], "eV/atom"),
+            ("f", self.force, vectors, "eV/Å"),
+            ("v_peratom", self.virial, tensors, "eV/atom"),
+        )
+        paths = []
+        for name, pairs, columns, unit in tables:
+            if len(pairs):
+                paths.append(Path(f"{prefix}.{name}.out"))
+                rows = pairs.reshape(-1, len(columns), 2).transpose(0, 2, 1).reshape(-1, 2 * len(columns))
+                header = (
+                    " ".join(f"{whose}_{column}" for whose in ("data", "pred") for column in columns) + f" ({unit})"
+                )
+                _save_table(paths[-1], rows, header)
         return paths
+
+
+def _save_table(path: Path, rows: np.ndarray, header: str) -> None:
+    write_atomically(path, lambda temporary: np.savetxt(temporary, rows, header=header, encoding="utf-8"))
 
 
 @torch.no_grad()
 def compare(model: DeepPotential, frames: Sequence[Frame]) -> Comparison:
-    """Evaluate labelled frames, several at once."""
-    energy, force, waiting = [], [], []
+    """Evaluate labelled frames, several at once. Raises DataError for a frame that does not fit the network."""
+    found: dict[str, list[Tensor]] = {"energy": [], "force": [], "virial": []}
+    waiting: list[Frame] = []
     for i, frame in enumerate(frames):
+        model.descriptor.check(frame)
         waiting.append(frame)
-        if i + 1 == len(frames) or sum(len(f.types) for f in [*waiting, frames[i + 1]]) > ATOMS_AT_ONCE:
+        following = frames[i + 1] if i + 1 < len(frames) else None
+        if (
+            following is None
+            or _labels(following) != _labels(frame)
+            or sum(len(f.types) for f in [*waiting, following]) > ATOMS_AT_ONCE
+        ):
             batch = collate(waiting)
             prediction = model(batch)
-            assert batch.energy is not None  # for mypy: frames here have labels
-            assert batch.forces is not None
-            energy.append(torch.stack([batch.energy, prediction.energy], 1) / batch.num_atoms[:, None])
-            force.append(torch.stack([batch.forces.flatten(), prediction.forces.flatten()], 1))
+            if batch.energy is not None:
+                found["energy"].append(torch.stack([batch.energy, prediction.energy], 1) / batch.num_atoms[:, None])
+            if batch.forces is not None:
+                found["force"].append(torch.stack([batch.forces.flatten(), prediction.forces.flatten()], 1))
+            if batch.virial is not None:
+                pairs = torch.stack([batch.virial, prediction.virial], -1) / batch.num_atoms[:, None, None, None]
+                found["virial"].append(pairs.flatten(0, 2))
             waiting = []
-    return Comparison(torch.cat(energy).cpu().numpy(), torch.cat(force).cpu().numpy())
+    return Comparison(**{kind: torch.cat([torch.empty(0, 2), *parts]).cpu().numpy() for kind, parts in found.items()})
 
 
-def rmse(model: DeepPotential, frames: Sequence[Frame], processes: Processes) -> tuple[float, float]:
-    """RMSE of energies (eV/atom) and force components (eV/Å); each process evaluates some of the frames."""
-    sums = torch.zeros(4, dtype=torch.float64)
+def rmse(model: DeepPotential, frames: Sequence[Frame], processes: Processes) -> dict[str, float]:
+    """RMSE of energies and virials (eV/atom) and force components (eV/Å), NaN without labels; each process evaluates
+    some of the frames."""
+    kinds = ("energy", "force", "virial")
+    sums = torch.zeros(len(kinds), 2, dtype=torch.float64)
     if own := frames[processes.rank :: processes.size]:
         found = compare(model, own)
-        sums = torch.tensor([*_squares(found.energy), *_squares(found.force)], dtype=torch.float64)
-    energy, num_energies, force, num_forces = processes.sum(sums).tolist()
-    return math.sqrt(energy / num_energies), math.sqrt(force / num_forces)
+        sums = torch.tensor([_squares(getattr(found, kind)) for kind in kinds], dtype=torch.float64)
+    return {kind: _root_mean(*row) for kind, row in zip(kinds, processes.sum(sums).tolist(), strict=True)}
+
+
+def _labels(frame: Frame) -> tuple[bool, ...]:
+    return tuple(label is not None for label in (frame.energy, frame.forces, frame.virial))
 
 
 def _squares(pairs: np.ndarray) -> tuple[float, int]:
@@ -80,6 +119,9 @@ def _squares(pairs: np.ndarray) -> tuple[float, int]:
     return float(np.square(pairs[:, 0] - pairs[:, 1]).sum()), len(pairs)
 
 
+def _root_mean(total: float, count: float) -> float:
+    return math.sqrt(total / count) if count else math.nan
+
+
 def _rmse(pairs: np.ndarray) -> float:
-    total, count = _squares(pairs)
-    return math.sqrt(total / count)
+    return _root_mean(*_squares(pairs))

@@ -15,9 +15,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlekf_ext.errors import InputError
-from rlekf_ext.options import Options, part, resolve
+from rlekf_ext.options import KINDS, Options, order_of, part, resolve
 from rlekf_ext.potential.architecture import Architecture, DescriptorArchitecture, FittingArchitecture
+from rlekf_ext.potential.data import System
 from rlekf_ext.potential.deepmd_keys import IGNORED, LACKING
 from rlekf_ext.potential.load import split_format
 from rlekf_ext.schema import check_choice, join, json_object, option, read, shown, unknown
@@ -99,7 +102,10 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class Loss:
-    """loss: the prefactors of Adam's mean squared error, at the first step and in the limit of many steps."""
+    """loss: the prefactors of Adam's mean squared error, at the first step and in the limit of many steps.
+
+    RLEKF and LKF use the labels whose prefactor is above 0 at either end.
+    """
 
     type: str = option("ener", choices=("ener",))
     start_pref_e: float = option(0.02, low=0)
@@ -110,25 +116,98 @@ class Loss:
     limit_pref_v: float = option(0.0, low=0)
     loss_func: str = option("mse", choices=("mse",))
 
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of label that count."""
+        ends = {kind: (f"start_pref_{kind[0]}", f"limit_pref_{kind[0]}") for kind in KINDS}
+        return tuple(kind for kind, names in ends.items() if any(getattr(self, name) > 0 for name in names))
+
 
 @dataclass(frozen=True)
 class TrainingData:
     """training/training_data: where the data are, and how many frames make a batch."""
 
     systems: tuple[str, ...] = option(single=True, form="a path or a list of paths")
-    batch_size: int | str = option(
+    rglob_patterns: tuple[str, ...] | None = None
+    batch_size: int | str | tuple[int, ...] = option(
         "auto",
         low=1,
-        pattern=r"auto(:[1-9]\d{0,17})?",
-        form='a whole number, "auto" or "auto:N" (rlekf_ext has no other)',
+        pattern=r"auto|(auto|max|filter|mix):[1-9]\d{0,17}",
+        form='a whole number, one for each system, "auto", "auto:N", "max:N", "filter:N" or "mix:N"',
     )
-    auto_prob: str = option("prob_sys_size", choices=("prob_sys_size",), also=("auto_prob_style",))
+    auto_prob: str = option(
+        "prob_sys_size",
+        pattern=r"prob_uniform|prob_sys_size(;\d+:\d+:\d+(\.\d*)?(e-?\d+)?)*",
+        form='"prob_uniform", "prob_sys_size" or "prob_sys_size;FIRST:END:WEIGHT;..."',
+        also=("auto_prob_style",),
+    )
+    sys_probs: tuple[float, ...] | None = option(None, high=1, also=("sys_weights",))
+    min_pair_dist: float = option(0.0, low=0)
+    set_prefix: str = option("set", choices=("set",))
 
-    def frames_per_batch(self, num_atoms: int) -> int:
-        """Frames of a system of `num_atoms` atoms in a batch; "auto:N" is the least with N atoms ("auto": 32)."""
+    @property
+    def most_atoms(self) -> float:
+        """Larger structures are left out: N of batch_size = "filter:N"."""
+        rule, _, number = str(self.batch_size).partition(":")
+        return int(number) if rule == "filter" else math.inf
+
+    def batch_sizes(self, systems: Sequence[System]) -> list[int]:
+        """Frames in a batch of each system. Raises InputError for a list of another length."""
+        if isinstance(self.batch_size, tuple):
+            return self._of_each(self.batch_size, systems, "batch_size")
         if isinstance(self.batch_size, int):
-            return self.batch_size
-        return math.ceil(int(self.batch_size.partition(":")[2] or 32) / num_atoms)
+            return [self.batch_size] * len(systems)
+        rule, _, number = self.batch_size.partition(":")
+        limit = int(number or 32)
+        atoms = [len(system.types) for system in systems]
+        return [math.ceil(limit / n) if rule == "auto" else max(1, limit // n) for n in atoms]
+
+    def probabilities(self, systems: Sequence[System], num_batches: Sequence[int]) -> list[float] | None:
+        """How likely each system is when a batch is drawn; None: each batch once per epoch (prob_sys_size). Raises
+        InputError for probabilities that do not fit the systems."""
+        if self.sys_probs is None and self.auto_prob == "prob_sys_size":
+            return None
+        counts = np.array(num_batches, dtype=float)
+        numbers = [system.number for system in systems]
+        if self.sys_probs is not None:
+            given = np.array(self._of_each(self.sys_probs, systems, "sys_probs"))
+            groups = [system.number if len(self.sys_probs) != len(self.systems) else system.entry for system in systems]
+            left = given < 0  # those share the rest
+            shares = given / np.array([counts[np.equal(groups, group)].sum() for group in groups])
+            probabilities = np.where(left, 0.0, shares * counts)
+            rest = 1 - probabilities.sum()
+            if rest < -1e-8 or (rest > 1e-8 and not left.any()):
+                raise InputError(f"The sum of sys_probs must be 1 but is: {1 - rest:g}.")
+            if left.any():
+                probabilities += np.where(left, counts, 0.0) * max(rest, 0.0) / counts[left].sum()
+            return probabilities.tolist()
+        if self.auto_prob == "prob_uniform":
+            blocks = [(number, number + 1, 1.0) for number in sorted(set(numbers))]
+        else:
+            fields_of = [block.split(":") for block in self.auto_prob.split(";")[1:]]
+            blocks = [(int(first), int(end), float(weight)) for first, end, weight in fields_of]
+        probabilities = np.zeros(len(systems))
+        for first, end, weight in blocks:
+            inside = np.array([first <= number < end for number in numbers])
+            if not inside.any():
+                raise InputError(
+                    f"The block {first}:{end} of auto_prob must hold a system, but there are {max(numbers) + 1}."
+                )
+            probabilities[inside] += weight * counts[inside] / counts[inside].sum()
+        if not probabilities.sum() > 0:
+            raise InputError(f"The weights in auto_prob must not all be 0, but are in: {self.auto_prob}.")
+        return (probabilities / probabilities.sum()).tolist()
+
+    def _of_each(self, values: tuple, systems: Sequence[System], name: str) -> list:
+        """The value of each system, of a list with one for each path in `systems`, or for each system found."""
+        if len(values) == len(self.systems):
+            return [values[system.entry] for system in systems]
+        count = max(system.number for system in systems) + 1
+        if len(values) != count:
+            raise InputError(
+                f"{name} must have a value for each of the {len(self.systems)} paths in systems, or of the {count} "
+                f"systems found there, but has {len(values)}."
+            )
+        return [values[system.number] for system in systems]
 
 
 @dataclass(frozen=True)
@@ -167,6 +246,13 @@ class LKF:
     kf_start_pref_f: float = option(1.0, above=0)
     kf_limit_pref_f: float = option(1.0, above=0)
 
+    def options(self, kinds: Sequence[str]) -> dict[str, Any]:
+        """Those of FrameUpdater. LKF has no virial updates."""
+        order = [kind for kind in Options.order if kind in kinds]
+        if not order:
+            raise InputError("optimizer/type LKF uses energies and forces, but both have prefactors of 0 in loss.")
+        return {"preset": "lkf", "block_size": self.kf_blocksize, "order": order}
+
     def prefactors(self, progress: float) -> dict[str, float]:
         """What the scales are multiplied by when this part of the run is done: they change geometrically."""
         ends = {
@@ -191,6 +277,7 @@ class Optimizer:
 
     type: str = "RLEKF"
     options: Options | LKF | Adam = field(default_factory=lambda: resolve({}))
+    has_order: bool = False  # whether the file itself gives `order`, which then holds whatever the loss says
 
 
 @dataclass(frozen=True)
@@ -231,7 +318,7 @@ def read_input(source: str | Path | dict[str, Any]) -> Config:
 
 
 def _read_config(given: dict[str, Any], folder: Path) -> Config:
-    given, optimizer = _optimizer_apart(given)
+    given, optimizer = _optimizer_apart(_converted(given))
     config: Config = read(Config, given, other=_other_key)
     training = config.training
     training = replace(training, training_data=_found(training.training_data, folder))
@@ -239,9 +326,30 @@ def _read_config(given: dict[str, Any], folder: Path) -> Config:
         training = replace(training, validation_data=_found(training.validation_data, folder))
         if "validation_fraction" in given["training"]:
             raise InputError("training/validation_fraction and training/validation_data exclude each other; keep one.")
+    if isinstance(optimizer.options, Options) and not optimizer.has_order:
+        order = order_of(optimizer.options.order, config.loss.kinds())
+        optimizer = replace(optimizer, options=replace(optimizer.options, order=order))
     config = replace(config, training=training, optimizer=optimizer)
     _check_together(config)
     return config
+
+
+def _converted(given: dict[str, Any]) -> dict[str, Any]:
+    """The file with the keys of DeePMD-kit 1.x in their places of today, as DeePMD-kit itself moves them."""
+    training = given.get("training")
+    if not isinstance(training, Mapping):
+        return given
+    old = {name: training[name] for name in V1 if name in training}
+    if not old:
+        return given
+    if training.get("training_data") is not None:
+        raise InputError(
+            f"training/{next(iter(old))} (of DeePMD-kit 1.x) and training/training_data exclude each other; keep the "
+            "latter."
+        )
+    rest = {name: value for name, value in training.items() if name not in old and name != "training_data"}
+    data = {"sys_probs" if name == "sys_prob" else name: value for name, value in old.items()}
+    return {**given, "training": {**rest, "training_data": data}}
 
 
 def _found(data, folder: Path):
@@ -257,6 +365,8 @@ def _found(data, folder: Path):
     return replace(data, systems=tuple(find(text) for text in data.systems))
 
 
+# Keys of training_data that stood in "training" in DeePMD-kit 1.x.
+V1 = ("systems", "set_prefix", "batch_size", "auto_prob", "auto_prob_style", "sys_prob", "sys_probs", "sys_weights")
 # DeePMD-kit 3.2 has a section "optimizer"; up to 3.1 these keys stood in "training".
 LEGACY = ("opt_type", *(f.name for f in fields(LKF)), "weight_decay", "adam_beta1", "adam_beta2")
 TYPES = ("RLEKF", "LKF", "Adam")
@@ -281,7 +391,7 @@ def _optimizer_apart(given: dict[str, Any]) -> tuple[dict[str, Any], Optimizer]:
     kind = section.pop(name, default)
     check_choice(kind, TYPES, f"{path}/{name}")
     if kind == "RLEKF":
-        return rest, Optimizer(kind, resolve(section, path))
+        return rest, Optimizer(kind, resolve(section, path), "order" in section)
     return rest, Optimizer(kind, read({"LKF": LKF, "Adam": Adam}[kind], section, path, other=_other_key))
 
 
@@ -304,6 +414,15 @@ def _check_together(config: Config) -> None:
             descriptor.precision.replace("default", "float64") == fitting.precision.replace("default", "float64"),
             f"model/fitting_net/precision must be that of model/descriptor/precision, {descriptor.precision}, "
             f"but is: {fitting.precision}.",
+        ),
+        (
+            config.loss.kinds(),
+            "loss: a prefactor of energy, force or virial must be above 0, but all are 0; raise one.",
+        ),
+        (
+            training.training_data.min_pair_dist < descriptor.rcut,
+            f"training/training_data/min_pair_dist must be below rcut, {descriptor.rcut} Å, but is: "
+            f"{training.training_data.min_pair_dist} Å.",
         ),
         (not both, "training/numb_steps and training/num_epochs exclude each other; keep one."),
         (not neither, "training/numb_steps or training/num_epochs is missing; give one of them."),
@@ -328,4 +447,4 @@ def _is_on(value: Any) -> bool:
     if isinstance(value, Mapping):
         switches = [value[name] for name in ("full_validation", "enable") if name in value]
         return any(switches or value)
-    return bool(value)
+    return bool(value) and value != "None"

@@ -14,7 +14,9 @@ from rlekf_ext.errors import DataError
 from rlekf_ext.potential.data import System
 
 
-def load_systems(paths: str | Path | Iterable[str | Path], type_map: Sequence[str]) -> list[System]:
+def load_systems(
+    paths: str | Path | Iterable[str | Path], type_map: Sequence[str], patterns: Sequence[str] = ()
+) -> list[System]:
     """Read every system at the paths; elements are numbered as in `type_map`.
 
     A path is a folder with deepmd/npy or deepmd/raw systems in it, at any depth, or a file that dpdata reads. dpdata

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlekf_ext.errors import DataError
 from rlekf_ext.potential.architecture import Architecture, plain
 from rlekf_ext.potential.descriptor import Environment, Network, SeE2A, run_networks
 from rlekf_ext.potential.neighbors import Frame
@@ -76,18 +75,20 @@ class DeepPotential(nn.Module):
         """Set the energy of each element by least squares of the energies on the element counts.
 
         `with_network` fits what the network, as it is, leaves of the energies. If the counts do not determine the
-        solution, the smallest is taken. Raises DataError if a frame has no energy.
+        solution, the smallest is taken. Frames without an energy are left out; if none has one, nothing changes.
         """
         counts, energies = [], []
         for frame in frames:
             if frame.energy is None:
-                raise DataError("The energy bias is fitted to energies, but a frame has none: leave it out.")
+                continue
             count = torch.zeros(len(frame.num_atoms), len(self.type_map), dtype=torch.float64)
             one = torch.ones(len(frame.types), dtype=torch.float64)
             count.index_put_((frame.structure.cpu(), frame.types.cpu()), one, accumulate=True)
             counts.append(count)
             network = self(frame, forces=False).energy.cpu() - count @ self.energy_bias.cpu() if with_network else 0.0
             energies.append(frame.energy.double().cpu() - network)
+        if not counts:
+            return
         # gelsd, as numpy's lstsq: the minimum norm solution, whatever the rank.
         solution = torch.linalg.lstsq(torch.cat(counts), torch.cat(energies)[:, None], driver="gelsd").solution
         self.energy_bias.copy_(solution[:, 0])

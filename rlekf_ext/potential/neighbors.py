@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,7 @@ class Frame:
     forces: Tensor | None = None  # (n, 3), eV/Å
     virial: Tensor | None = None  # (B, 3, 3), eV
     cutoff: float | None = None  # Å, r_c of the neighbour list; None if the frame was put together by hand
+    name: str = ""  # where the structure comes from, for messages
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Frame:
         """Return the frame with its real numbers in `dtype` (the energy stays float64) and every tensor on `device`."""
@@ -52,6 +54,12 @@ class Frame:
                 keep = field.name == "energy" or not value.is_floating_point()
                 moved[field.name] = value.to(device=device, dtype=None if keep else dtype)
         return replace(self, **moved)  # type: ignore[arg-type]
+
+    def shortest_edge(self) -> float:
+        """The distance of the two nearest atoms in Å, infinite if no atom has a neighbour within the cutoff."""
+        if not any(self.slots):
+            return inf
+        return float(self.edges.norm(dim=-1).min())
 
 
 def make_frame(
@@ -65,6 +73,7 @@ def make_frame(
     forces: npt.ArrayLike | None = None,
     virial: npt.ArrayLike | None = None,
     dtype: torch.dtype = torch.float64,
+    name: str = "",
 ) -> Frame:
     """Build the frame of one structure: every pair within the cutoff, all periodic images included.
 
@@ -113,7 +122,17 @@ def make_frame(
         forces=label(forces, (n, 3), "forces", dtype),
         virial=label(virial, (1, 3, 3), "virial", dtype),
         cutoff=float(cutoff),
+        name=name,
     )
+
+
+def shortest_distance(coordinates: np.ndarray, box: np.ndarray | None) -> str:
+    """The distance of the two nearest atoms or periodic images, with its unit; coordinates (n, 3) and box (3, 3) Å."""
+    for cutoff in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0):
+        _, distances, _ = _pairs(coordinates, box, cutoff)
+        if len(distances):
+            return f"{distances.min():.3g} Å"
+    return "more than 32 Å"
 
 
 def collate(frames: Sequence[Frame]) -> Frame:

@@ -26,7 +26,7 @@ class KalmanSteps:
     def __init__(self, config: Config, model: DeepPotential, num_steps: int, processes: Processes, say: Say):
         options = config.optimizer.options
         self._lkf = options if isinstance(options, LKF) else None
-        chosen = {"preset": "lkf", "block_size": self._lkf.kf_blocksize} if self._lkf else asdict(options)
+        chosen = self._lkf.options(config.loss.kinds()) if self._lkf else asdict(options)
         seed, group = config.training.seed or 0, processes.group
         self.updater = FrameUpdater(model, transpose=True, seed=seed, process_group=group, say=say, **chosen)
         self.optimizer = self.updater.optimizer
@@ -97,7 +97,8 @@ class AdamSteps:
         self.optimizer.zero_grad()
         if own := own_part(batch, self._processes):
             loss = mean_squared_loss(self._model, collate(own), prefactors(self._loss, rate / self._rate.start_lr))
-            (len(own) / len(batch) * loss).backward()  # the frames of a batch are of one system
+            if loss.requires_grad:  # else the batch has no label that counts
+                (len(own) / len(batch) * loss).backward()  # the frames of a batch are of one system
         for p in self._model.parameters():
             p.grad = self._processes.sum(torch.zeros_like(p) if p.grad is None else p.grad)
         self.optimizer.step()
@@ -149,13 +150,17 @@ def prefactors(loss: Loss, decayed: float) -> dict[str, float]:
 
 
 def mean_squared_loss(model: DeepPotential, batch: Frame, factor: dict[str, float]) -> Tensor:
-    """DeePMD-kit's `ener` loss: mean squared errors, those of energy and virial divided by the number of atoms."""
-    assert batch.energy is not None  # for mypy: training frames have labels
-    assert batch.forces is not None
+    """DeePMD-kit's `ener` loss: mean squared errors, those of energy and virial divided by the number of atoms; labels
+    that the batch does not have add nothing."""
     prediction = model(batch)
     per_atom = 1 / float(batch.num_atoms.mean())
-    loss = factor["e"] * per_atom * (prediction.energy - batch.energy).square().mean()
-    loss = loss + factor["f"] * (prediction.forces - batch.forces).square().mean()
-    if factor["v"] and batch.virial is not None:
-        loss = loss + factor["v"] * per_atom * (prediction.virial - batch.virial).square().mean()
+    terms = (
+        (factor["e"] * per_atom, prediction.energy, batch.energy),
+        (factor["f"], prediction.forces, batch.forces),
+        (factor["v"] * per_atom, prediction.virial, batch.virial),
+    )
+    loss = prediction.energy.new_zeros(())
+    for weight, predicted, label in terms:
+        if weight and label is not None:
+            loss = loss + weight * (predicted - label).square().mean()
     return loss

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from rlekf_ext.errors import InputError
+from rlekf_ext.options import KINDS
 from rlekf_ext.potential.evaluate import Comparison
 from rlekf_ext.potential.files import reading, write_atomically
 from rlekf_ext.potential.uncertainty import Uncertainty
@@ -32,7 +33,7 @@ def read_curve(path: str | Path) -> dict[str, np.ndarray]:
         text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         return _epochs(path, text)
-    header, *rows = text.splitlines() or [""]
+    header, *rows = text[: text.rfind("\n") + 1].splitlines() or [""]  # a kill may have cut the last row
     names = header.lstrip("# ").split()
     numbers = [row.split() for row in rows if not row.startswith("#")]
     if names[:1] != ["step"] or any(len(row) != len(names) for row in numbers):
@@ -65,52 +66,59 @@ def _unfit(path: Path) -> InputError:
 
 
 def plot_lcurve(path: str | Path, output: str | Path) -> Path:
-    """Energy and force RMSE of an lcurve.out against the batch number."""
+    """RMSE of energies, forces and virials of an lcurve.out against the batch number, as far as they are in it."""
     curve = read_curve(path)
     lines = {
-        label: {"x": curve["step"], "energy": curve[f"rmse_e_{part}"], "force": curve[f"rmse_f_{part}"]}
+        label: {"x": curve["step"]}
+        | {kind: curve[f"rmse_{kind[0]}_{part}"] for kind in KINDS if f"rmse_{kind[0]}_{part}" in curve}
         for label, part in (("training batch", "trn"), ("held out", "val"))
-        if {"step", f"rmse_e_{part}", f"rmse_f_{part}"} <= set(curve)  # DeePMD-kit has no val without validation data
+        if "step" in curve
     }
+    lines = {label: line for label, line in lines.items() if len(line) > 1}  # DeePMD-kit may have no val
     if not lines:
-        raise InputError(f"{path} has no columns step, rmse_e_trn and rmse_f_trn: give an lcurve.out.")
-    return _two_panels(lines, "batch", output)
+        raise InputError(f"{path} has no columns step and rmse_e_trn or rmse_f_trn: give an lcurve.out.")
+    return _panels(lines, "batch", output)
 
 
 def plot_epochs(runs: Mapping[str, Sequence[Mapping[str, Any]]], output: str | Path, against: str = "seconds") -> Path:
     """Held-out RMSE of several runs; `runs` maps a label to the trainer's rows, one per epoch."""
     lines = {
-        label: {
-            "x": np.array([row[against] for row in rows]),
-            "energy": np.array([row["energy_rmse"] for row in rows]),
-            "force": np.array([row["force_rmse"] for row in rows]),
-        }
+        label: {"x": np.array([row[against] for row in rows])}
+        | {kind: np.array([row.get(f"{kind}_rmse", np.nan) for row in rows]) for kind in KINDS}
         for label, rows in runs.items()
     }
-    return _two_panels(lines, {"seconds": "training time (s)"}.get(against, against), output)
+    return _panels(lines, {"seconds": "training time (s)"}.get(against, against), output)
 
 
 def plot_parity(comparisons: Mapping[str, Comparison], output: str | Path) -> Path:
-    """Predicted against labelled energies and forces, one colour per model."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), constrained_layout=True)
-    for order, (color, (label, comparison)) in enumerate(zip(COLORS, comparisons.items(), strict=False)):
-        center = comparison.energy[:, 0].mean()
-        energy, force = 1e3 * comparison.energy_rmse, 1e3 * comparison.force_rmse
-        left.scatter(
-            *(1e3 * (comparison.energy.T - center)),
-            s=12,
-            color=color,
-            alpha=0.7,
-            label=f"{label}: {energy:.3g} meV/atom",
-        )
-        right.scatter(
-            *comparison.force.T, s=6, color=color, alpha=0.4, zorder=9 - order, label=f"{label}: {force:.3g} meV/Å"
-        )
-    for axes, what in ((left, "energy − mean (meV/atom)"), (right, "force component (eV/Å)")):
+    """Predicted against labelled energies, forces and virials, as far as there are labels; one colour per model."""
+    shown = [kind for kind in PARITY if any(len(getattr(one, kind)) for one in comparisons.values())]
+    figure, panels = plt.subplots(
+        1, len(shown), figsize=(4.5 * len(shown), 4.2), constrained_layout=True, squeeze=False
+    )
+    for axes, kind in zip(panels[0], shown, strict=True):
+        what, factor, unit, dots = PARITY[kind]
+        for order, (color, (label, comparison)) in enumerate(zip(COLORS, comparisons.items(), strict=False)):
+            pairs = getattr(comparison, kind)
+            center = pairs[:, 0].mean() if kind == "energy" else 0.0
+            axes.scatter(
+                *(factor * (pairs.T - center)),
+                color=color,
+                zorder=9 - order,
+                label=f"{label}: {1e3 * getattr(comparison, f'{kind}_rmse'):.3g} {unit}",
+                **dots,
+            )
         axes.axline((0, 0), slope=1, color="black", linewidth=0.8, zorder=0)
         axes.set(xlabel=f"DFT {what}", ylabel=f"predicted {what}")
         axes.legend(title="RMSE", fontsize="small")
     return _save(figure, output)
+
+
+PARITY: dict[str, tuple[str, float, str, dict[str, Any]]] = {
+    "energy": ("energy − mean (meV/atom)", 1e3, "meV/atom", {"s": 12, "alpha": 0.7}),
+    "force": ("force component (eV/Å)", 1.0, "meV/Å", {"s": 6, "alpha": 0.4}),
+    "virial": ("virial component (eV/atom)", 1.0, "meV/atom", {"s": 6, "alpha": 0.4}),
+}
 
 
 def plot_uncertainty(found: Mapping[str, Uncertainty], output: str | Path) -> Path:
@@ -135,12 +143,19 @@ def plot_uncertainty(found: Mapping[str, Uncertainty], output: str | Path) -> Pa
     return _save(figure, output)
 
 
-def _two_panels(lines: Mapping[str, Mapping[str, np.ndarray]], xlabel: str, output: str | Path) -> Path:
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), constrained_layout=True)
-    for axes, kind, unit in zip(panels, ("energy", "force"), ("meV/atom", "meV/Å"), strict=True):
+def _panels(lines: Mapping[str, Mapping[str, np.ndarray]], xlabel: str, output: str | Path) -> Path:
+    """A panel for each kind of error that some line has."""
+    units = {"energy": "meV/atom", "force": "meV/Å", "virial": "meV/atom"}
+    absent = np.array(np.nan)
+    kinds = [kind for kind in units if any(np.isfinite(line.get(kind, absent)).any() for line in lines.values())]
+    kinds = kinds or ["energy", "force"]
+    size = (4.5 * len(kinds), 3.8)
+    figure, panels = plt.subplots(1, len(kinds), figsize=size, constrained_layout=True, squeeze=False)
+    for axes, kind in zip(panels[0], kinds, strict=True):
         for color, (label, line) in zip(COLORS, lines.items(), strict=False):
-            axes.plot(line["x"], 1e3 * line[kind], "o-", markersize=3, color=color, label=label)
-        axes.set(xlabel=xlabel, ylabel=f"{kind} RMSE ({unit})", yscale="log")
+            if kind in line:
+                axes.plot(line["x"], 1e3 * line[kind], "o-", markersize=3, color=color, label=label)
+        axes.set(xlabel=xlabel, ylabel=f"{kind} RMSE ({units[kind]})", yscale="log")
         axes.grid(True, which="both", alpha=0.25)
         axes.legend()
     return _save(figure, output)

@@ -6,30 +6,28 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from rlekf_ext.environment import this_machine
 from rlekf_ext.errors import InputError, StoppedError
+from rlekf_ext.options import KINDS
 from rlekf_ext.potential.architecture import differences
+from rlekf_ext.potential.batches import labels_used, load_frames
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, run_of, save_checkpoint
-from rlekf_ext.potential.data import System, auto_sel, frames, split
+from rlekf_ext.potential.data import auto_sel
 from rlekf_ext.potential.evaluate import rmse
 from rlekf_ext.potential.files import check_writable, reading, write_atomically, writing
-from rlekf_ext.potential.input import Config, TrainingData
-from rlekf_ext.potential.load import load_systems
+from rlekf_ext.potential.input import Config
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import build_optimizer, prefactors
 from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts
 from rlekf_ext.schema import shown
-
-Systems = list[list[Frame]]  # the frames of each system
 
 
 def train(
@@ -50,23 +48,23 @@ def train(
     quiet = quiet or processes.rank > 0
     restart = restart or processes.any(torchrun_restarts() and run_of(checkpoint_file) == torchrun_name())
     checkpoint = load_checkpoint(checkpoint_file, processes) if restart else None
-    training, validation = load_frames(config, quiet)
-    everything = [frame for system in training for frame in system]
-    held_out = [frame for system in validation for frame in system] or everything
+    say = (lambda *_: None) if quiet else tqdm.write
+    training, validation = load_frames(config, quiet, say)
+    everything, validating = training.all(), validation.all()
+    held_out = validating or everything
 
-    model = build_model(config, everything, checkpoint)
+    model = build_model(config, everything, validating, checkpoint)
     for frame in [*everything, *held_out]:
         model.descriptor.check(frame)  # more neighbours than sel has slots for: an error now, not hours later
-    batches = Batches(training, settings.training_data, settings.seed or 0)
+    batches = training.batches(settings.seed or 0)
     num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
-    say = (lambda *_: None) if quiet else tqdm.write
     optimize = build_optimizer(config, model, num_steps, processes, say)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
     if checkpoint:
         if set(optimize.saved_as) != set(checkpoint.get("optimizer", ())):
             raise InputError(
-                f"The checkpoint {checkpoint_file} is not of the optimizer {config.optimizer.type} that the input file "
-                "asks for; start without --restart, or restore the input file."
+                f"The checkpoint {checkpoint_file} is of {checkpoint_kind(checkpoint)} but the input file asks for the "
+                f"optimizer {config.optimizer.type}; start without --restart, or restore the input file."
             )
         optimize.load_state_dict(checkpoint["optimizer"])
         batches.load_state_dict(checkpoint["batches"])
@@ -79,10 +77,10 @@ def train(
         say(f"{processes.size} processes share P and the frames of each batch.")
         if (idle := processes.size - batches.most_frames) > 0:
             say(f"Frames in the largest batch: {batches.most_frames}; processes without any: {idle}. Raise batch_size.")
-    num_held_out = sum(map(len, validation))
-    say(f"{len(everything)} frames train, {num_held_out} are held out; {len(batches)} batches per epoch")
-    if not num_held_out:
+    say(f"{len(everything)} frames train, {len(validating)} are held out; {len(batches)} batches per epoch")
+    if not validating:
         say("No frame is held out: the errors shown are those of the training frames.")
+    say(labels_used(config, everything))
     say(repr(optimize))
 
     def save() -> None:
@@ -92,7 +90,8 @@ def train(
     if processes.rank == 0:
         for path in (curve_file, summary_file, checkpoint_file):
             check_writable(path)
-    curve = LearningCurve(curve_file, config, held_out, progress["step"], processes)
+    shown_at_once = (validation if validating else training).batch_sizes[0]
+    curve = LearningCurve(curve_file, config, held_out, shown_at_once, progress["step"], processes)
     bar = tqdm(total=num_steps, initial=progress["step"], unit="batch", disable=quiet or None, mininterval=0.5)
     with interruption() as interrupted, bar:
         while progress["step"] < num_steps and not processes.any(interrupted()):
@@ -113,7 +112,8 @@ def train(
             if progress["step"] % len(batches) == 0 or last:
                 row = end_of_epoch(progress, len(batches), optimize.result, held_out, processes)
                 progress["epochs"].append(row)
-                say(EPOCH_LINE.format(**row))
+                by_kind = {kind: row[f"{kind}_rmse"] for kind in KINDS if f"{kind}_rmse" in row}
+                say(f"epoch {row['epoch']:<5.4g} {row['seconds']:8.1f} s   {error_text(by_kind, '.3e', '   ')}")
                 if skipped := optimize.skipped():
                     say(f"skipped so far: {skipped}")
             if progress["step"] % settings.save_freq == 0:
@@ -129,28 +129,22 @@ def train(
     return summary
 
 
-EPOCH_LINE = "epoch {epoch:<5.4g} {seconds:8.1f} s   E {energy_rmse:.3e} eV/atom   F {force_rmse:.3e} eV/Å"
+def checkpoint_kind(checkpoint: dict[str, Any]) -> str:
+    """What a checkpoint can be restarted as."""
+    saved = checkpoint.get("optimizer")
+    if not saved:
+        return "a model without training state (`rlekf import` writes such)"
+    return "RLEKF or LKF" if "filter" in saved else "Adam"
 
 
-def load_frames(config: Config, quiet: bool) -> tuple[Systems, Systems]:
-    """Training and held-out frames with their neighbours, system by system."""
-    settings, network = config.training, config.model.architecture()
-    training = load_systems(settings.training_data.systems, network.type_map)
-    if settings.validation_data is not None:
-        validation = load_systems(settings.validation_data.systems, network.type_map)
-    else:
-        training, validation = split(training, 1 - settings.validation_fraction)
-
-    def with_neighbors(systems: Sequence[System]) -> Systems:
-        cutoff, num_types = network.descriptor.rcut, len(network.type_map)
-        shown = tqdm(systems, desc="neighbours", unit="system", disable=quiet or None, leave=False)
-        return [frames([system], cutoff, num_types, network.dtype) for system in shown]
-
-    return with_neighbors(training), with_neighbors(validation)
-
-
-def build_model(config: Config, training: Sequence[Frame], checkpoint: dict[str, Any] | None) -> DeepPotential:
-    """The network of the input file, with statistics of the training frames, or that of the checkpoint."""
+def build_model(
+    config: Config,
+    training: Sequence[Frame],
+    validating: Sequence[Frame] = (),
+    checkpoint: dict[str, Any] | None = None,
+) -> DeepPotential:
+    """The network of the input file, with statistics of the training frames and room for the neighbours of all frames,
+    or that of the checkpoint."""
     descriptor, fitting = config.model.descriptor, config.model.fitting_net
     factor = descriptor.sel_factor
     if checkpoint:
@@ -162,68 +156,31 @@ def build_model(config: Config, training: Sequence[Frame], checkpoint: dict[str,
                     "without --restart, or restore the input file."
                 )
         return model
-    architecture = config.model.architecture(None if factor is None else auto_sel(training, factor))
+    architecture = config.model.architecture(None if factor is None else auto_sel([*training, *validating], factor))
     seed = next((s for s in (descriptor.seed, fitting.seed, config.training.seed) if s is not None), 0)
     model = DeepPotential(architecture, seed=seed)
     model.descriptor.fit_statistics(training)
     if descriptor.set_davg_zero:
         model.descriptor.davg.zero_()
-    model.fit_energy_bias(training)
+    if "energy" in config.loss.kinds():
+        model.fit_energy_bias(training)
     return model
-
-
-class Batches:
-    """Batches of frames without end, shuffled again each epoch; each holds frames of one system."""
-
-    def __init__(self, systems: Systems, data: TrainingData, seed: int):
-        self._systems, self._data = systems, data
-        self._generator = torch.Generator().manual_seed(seed)
-        self._shuffle()
-
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        return len(self._order)
-
-    @property
-    def most_frames(self) -> int:
-        """Frames in the largest batch."""
-        return max(map(len, self._order))
-
-    def __next__(self) -> list[Frame]:
-        if self._place >= len(self._order):  # above it if a restart has fewer frames
-            self._shuffle()
-        self._place += 1
-        return self._order[self._place - 1]
-
-    def _shuffle(self) -> None:
-        self._epoch_state, self._place = self._generator.get_state(), 0
-        batches = []
-        for system in self._systems:
-            size = self._data.frames_per_batch(len(system[0].types))
-            order = torch.randperm(len(system), generator=self._generator).tolist()
-            batches += [[system[i] for i in order[first : first + size]] for first in range(0, len(system), size)]
-        self._order = [batches[i] for i in torch.randperm(len(batches), generator=self._generator).tolist()]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch_state": self._epoch_state, "place": self._place}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self._generator.set_state(saved["epoch_state"])
-        self._shuffle()
-        self._place = saved["place"]
 
 
 class LearningCurve:
     """DeePMD-kit's lcurve.out; a restart keeps the rows up to the batch that it continues from."""
 
-    COLUMNS = ("rmse_val", "rmse_trn", "rmse_e_val", "rmse_e_trn", "rmse_f_val", "rmse_f_trn")
-
-    def __init__(self, path: Path, config: Config, held_out: Sequence[Frame], step: int, processes: Processes):
+    def __init__(
+        self, path: Path, config: Config, held_out: Sequence[Frame], batch_size: int, step: int, processes: Processes
+    ):
         self._path, self._loss, self._held_out, self._processes = path, config.loss, held_out, processes
         self._start_rate = config.learning_rate.start_lr if config.optimizer.type == "Adam" else None
         data = config.training.validation_data
-        self._num_batches, self._data = (data.numb_btch, data) if data else (1, config.training.training_data)
-        rows = ["#  step" + "".join(f"{name:>12}" for name in self.COLUMNS) + f"{'lr':>9}"]
+        self._count = batch_size * (data.numb_btch if data else 1)
+        self._kinds = ["energy", "force"] + ["virial"] * ("virial" in config.loss.kinds())
+        names = ["rmse", *(f"rmse_{kind[0]}" for kind in self._kinds)]
+        columns = [f"{name}_{part}" for name in names for part in ("val", "trn")]
+        rows = ["#  step" + "".join(f"{name:>12}" for name in columns) + f"{'lr':>9}"]
         if step and path.exists():
             with reading(path):
                 old = [row for row in path.read_text(encoding="utf-8").splitlines() if not row.startswith("#")]
@@ -237,20 +194,28 @@ class LearningCurve:
 
     def write(self, step: int, model: DeepPotential, batch: Sequence[Frame], rate: float) -> str:
         """Add a row: RMSE on the batch just used and on held-out frames, taken in turn. Returns the latter as text."""
-        count = self._num_batches * self._data.frames_per_batch(len(self._held_out[0].types))
-        taken = [self._held_out[(step + i) % len(self._held_out)] for i in range(min(count, len(self._held_out)))]
+        count = min(self._count, len(self._held_out))
+        taken = [self._held_out[(step + i) % len(self._held_out)] for i in range(count)]
         factor = prefactors(self._loss, rate / self._start_rate if self._start_rate else 0.0)
-        values = []
+        found = []  # of the held-out frames, of the batch
         for part in (taken, batch):
-            energy, force = rmse(model, part, self._processes)
+            errors = rmse(model, part, self._processes)
             atoms = sum(len(frame.types) for frame in part) / len(part)
-            values.append((math.sqrt(factor["e"] * atoms * energy**2 + factor["f"] * force**2), energy, force))
-        (total, energy, force), trained = values
-        row = (total, trained[0], energy, trained[1], force, trained[2])
+            weights = {"energy": factor["e"] * atoms, "force": factor["f"], "virial": factor["v"] * atoms}
+            terms = [weights[kind] * errors[kind] ** 2 for kind in self._kinds if not math.isnan(errors[kind])]
+            found.append([math.sqrt(sum(terms)), *(errors[kind] for kind in self._kinds)])
+        row = [value for pair in zip(*found, strict=True) for value in pair]
         if self._processes.rank == 0:
             with writing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(f"{step:7d}" + "".join(f"{value:12.2e}" for value in row) + f"{rate:9.1e}\n")
-        return f"E {energy:.1e} eV/atom, F {force:.1e} eV/Å"
+        return error_text(dict(zip(self._kinds, found[0][1:], strict=True)), ".1e")
+
+
+def error_text(errors: Mapping[str, float], digits: str, between: str = ", ") -> str:
+    """Errors with their units, of the kinds that have labels."""
+    units = {"energy": "eV/atom", "force": "eV/Å", "virial": "eV/atom"}
+    shown = [(kind, value) for kind, value in errors.items() if not math.isnan(value)]
+    return between.join(f"{kind[0].upper()} {value:{digits}} {units[kind]}" for kind, value in shown)
 
 
 def end_of_epoch(
@@ -261,13 +226,12 @@ def end_of_epoch(
     processes: Processes,
 ) -> dict[str, float]:
     """A row of the summary: the progress of training, and the RMSE on all held-out frames."""
-    energy, force = rmse(model, held_out, processes)
+    errors = rmse(model, held_out, processes)
     return {
         "epoch": progress["step"] / batches_per_epoch,
         "updates": progress["updates"],
         "seconds": progress["seconds"],
-        "energy_rmse": energy,
-        "force_rmse": force,
+        **{f"{kind}_rmse": value for kind, value in errors.items() if not math.isnan(value)},
     }
 
 

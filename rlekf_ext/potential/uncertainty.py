@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlekf_ext import RLEKF
 from rlekf_ext.covariance import Covariance
-from rlekf_ext.errors import InputError
+from rlekf_ext.errors import DataError, InputError
 from rlekf_ext.packing import TILE
 from rlekf_ext.potential.files import write_atomically
 from rlekf_ext.potential.model import DeepPotential
@@ -79,10 +79,13 @@ def filter_of(checkpoint: dict[str, Any], model: DeepPotential) -> RLEKF:
 def uncertainty(optimizer: RLEKF, model: DeepPotential, frames: Iterable[Frame]) -> Uncertainty:
     """Errors and predicted deviations of labelled frames, each of one structure, with one pass over P per frame.
 
-    Raises InputError if a variance is negative or not finite: P is no covariance any more.
+    Frames without an energy or forces are left out. Raises DataError if all are, and InputError if a variance is
+    negative or not finite: P is no covariance any more.
     """
     rows = []
     for i, frame in enumerate(frames):
+        if frame.energy is None or frame.forces is None:
+            continue
         energy, forces, jacobian = measured(optimizer, model, frame)
         variance = optimizer.variance(jacobian).cpu().numpy()
         if not (variance.min() >= 0 and variance.max() < math.inf):
@@ -90,11 +93,11 @@ def uncertainty(optimizer: RLEKF, model: DeepPotential, frames: Iterable[Frame])
                 f"The variance HᵀPH of frame {i} should be at least 0 and finite but is {variance.min():.3g}: P was "
                 "spoilt by rounding. Train with covariance_dtype float64, or with a memory_factor nearer to 1."
             )
-        assert frame.energy is not None  # for mypy: frames here have labels
-        assert frame.forces is not None
         error = float(energy - frame.energy[0]) / len(frame.types)
         rmse = float((forces - frame.forces).square().mean().sqrt())
         rows.append((error, math.sqrt(variance[0]), rmse, math.sqrt(variance[1:].mean())))
+    if not rows:
+        raise DataError("The predicted uncertainty needs frames with both energy and forces, but there are none.")
     columns = np.array(rows)
     return Uncertainty(columns[:, :2], columns[:, 2:])
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rlekf_ext.integrations.lkf import from_lkf
 from rlekf_ext.optim import RLEKF
-from rlekf_ext.options import KINDS, OptimizerOptions, Options, part, resolve
+from rlekf_ext.options import KINDS, OptimizerOptions, Options, order_of, part, resolve
 from rlekf_ext.processes import Processes
 from rlekf_ext.updates import FrameUpdater
 
@@ -45,9 +45,7 @@ class Settings:
             return None
         options = resolve(given, "optimizer")
         if "order" not in given:  # virials, too, in batches that have them
-            order = list(options.order)
-            order.insert(order.index("energy"), "virial")
-            options = resolve({**given, "order": order}, "optimizer")
+            options = resolve({**given, "order": order_of(options.order, KINDS)}, "optimizer")
         return cls(options, config["training"].get("seed") or 0, prefactors)
 
     def as_lkf(self) -> dict[str, Any]:

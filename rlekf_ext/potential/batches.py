@@ -1,0 +1,171 @@
+"""Which frames train and which are held out, and the batches that they are drawn in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rlekf_ext.errors import DataError
+from rlekf_ext.options import KINDS, Options
+from rlekf_ext.potential.data import System, check_neighbors, frames, split
+from rlekf_ext.potential.input import Adam, Config, TrainingData
+from rlekf_ext.potential.load import load_systems
+from rlekf_ext.potential.neighbors import Frame
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The frames of each system, with their neighbours."""
+
+    systems: list[System]
+    frames: list[list[Frame]]
+    data: TrainingData
+
+    def all(self) -> list[Frame]:
+        """The frames of all systems."""
+        return [frame for system in self.frames for frame in system]
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Frames in a batch of each system."""
+        return self.data.batch_sizes(self.systems)
+
+    def batches(self, seed: int) -> Batches:
+        """Batches without end."""
+        counts = [math.ceil(len(some) / size) for some, size in zip(self.frames, self.batch_sizes, strict=True)]
+        return Batches(self.frames, self.batch_sizes, seed, self.data.probabilities(self.systems, counts))
+
+
+def load_frames(config: Config, quiet: bool = False, say: Callable[[str], Any] = tqdm.write) -> tuple[Frames, Frames]:
+    """Training and held-out frames with their neighbours."""
+    settings, network = config.training, config.model.architecture()
+    cutoff, num_types = network.descriptor.rcut, len(network.type_map)
+
+    def load(data: TrainingData) -> list[System]:
+        found = load_systems(data.systems, network.type_map, data.rglob_patterns or ())
+        kept = [system for system in found if len(system.types) <= data.most_atoms]
+        if len(kept) < len(found):
+            say(f"{len(found) - len(kept)} systems of more than {data.most_atoms} atoms are left out (batch_size).")
+        if not kept:
+            raise DataError(f"No system has at most {data.most_atoms} atoms, as batch_size = filter asks: raise it.")
+        if str(data.batch_size).startswith("mix:"):
+            say(f"batch_size {data.batch_size}: batches hold frames of one composition, as with max.")
+        return kept
+
+    def with_neighbors(systems: list[System], data: TrainingData) -> Frames:
+        shown = tqdm(systems, desc="neighbours", unit="system", disable=quiet or None, leave=False)
+        made = [frames([system], cutoff, num_types, network.dtype) for system in shown]
+        near = [[frame for frame in some if frame.shortest_edge() >= data.min_pair_dist] for some in made]
+        if left_out := sum(map(len, made)) - sum(map(len, near)):
+            say(f"{left_out} frames with atoms closer than min_pair_dist = {data.min_pair_dist} Å are left out.")
+        pairs = [(system, some) for system, some in zip(systems, near, strict=True) if some]
+        if systems and not pairs:
+            raise DataError(f"All frames have atoms closer than min_pair_dist = {data.min_pair_dist} Å: lower it.")
+        return Frames([system for system, _ in pairs], [some for _, some in pairs], data)
+
+    data, apart = settings.training_data, settings.validation_data
+    found = load(data)
+    labelled = [system for system in found if any(system.has_label(kind) for kind in kinds_used(config))]
+    if labelled and len(labelled) < len(found):
+        unlabelled = sum(map(len, found)) - sum(map(len, labelled))
+        say(f"{unlabelled} frames have no label that is used, and are left out.")
+    training = labelled or found
+    training, validation = (training, load(apart)) if apart else split(training, 1 - settings.validation_fraction)
+    result = with_neighbors(training, data), with_neighbors(validation, apart or data)
+    if sentence := check_neighbors(result[0].systems, result[0].all()):
+        say(sentence)
+    return result
+
+
+def kinds_used(config: Config) -> Sequence[str]:
+    """The kinds of label that train."""
+    options = config.optimizer.options
+    if isinstance(options, Options):
+        return options.order
+    return [kind for kind in config.loss.kinds() if kind != "virial" or isinstance(options, Adam)]
+
+
+def labels_used(config: Config, training: Sequence[Frame]) -> str:
+    """Which labels train, in a sentence. Raises DataError if none does."""
+    used: list[str] = []
+    other: list[str] = []
+    without = "optimizer/order leaves it out" if config.optimizer.has_order else "LKF does not take it"
+    for kind in KINDS:
+        count = sum(getattr(frame, "forces" if kind == "force" else kind) is not None for frame in training)
+        if kind in kinds_used(config):
+            (used if count else other).append(f"{kind} ({count} frames)" if count else f"{kind}: no frame has it")
+        elif count:
+            wanted = kind in config.loss.kinds()
+            other.append(f"{kind}: {without if wanted else 'its prefactors in loss are 0'}")
+    if not used:
+        raise DataError(f"No training frame has a label that is used: {'; '.join(other)}.")
+    rest = f" Not used: {'; '.join(other)}." if other else ""
+    return f"Labels used: {', '.join(used)}.{rest}"
+
+
+class Batches:
+    """Batches without end, drawn again each epoch; each holds frames of one system, at most its entry of `sizes`.
+
+    An epoch has each frame once, or, with `probabilities` of the systems, as many batches drawn by them.
+    """
+
+    def __init__(
+        self,
+        systems: Sequence[Sequence[Frame]],
+        sizes: Sequence[int],
+        seed: int,
+        probabilities: Sequence[float] | None = None,
+    ):
+        self._systems, self._sizes, self._probabilities = systems, sizes, probabilities
+        self._length = sum(math.ceil(len(some) / size) for some, size in zip(systems, sizes, strict=True))
+        self._generator = torch.Generator().manual_seed(seed)
+        self._shuffle()
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return self._length
+
+    @property
+    def most_frames(self) -> int:
+        """Frames in the largest batch."""
+        return max(min(len(some), size) for some, size in zip(self._systems, self._sizes, strict=True))
+
+    def __next__(self) -> list[Frame]:
+        if self._place >= len(self._order):  # above it if a restart has fewer frames
+            self._shuffle()
+        self._place += 1
+        return self._order[self._place - 1]
+
+    def _shuffle(self) -> None:
+        self._epoch_state, self._place = self._generator.get_state(), 0
+        batches: list[list[Frame]] = []
+        if self._probabilities is None:
+            for number in range(len(self._systems)):
+                batches += self._batches_of(number)
+        else:
+            chances = torch.tensor(self._probabilities, dtype=torch.float64)
+            drawn = torch.multinomial(chances, self._length, replacement=True, generator=self._generator)
+            for number, count in enumerate(torch.bincount(drawn, minlength=len(chances)).tolist()):
+                some: list[list[Frame]] = []
+                while len(some) < count:
+                    some += self._batches_of(number)
+                batches += some[:count]
+        self._order = [batches[i] for i in torch.randperm(len(batches), generator=self._generator).tolist()]
+
+    def _batches_of(self, number: int) -> list[list[Frame]]:
+        system, size = self._systems[number], self._sizes[number]
+        order = torch.randperm(len(system), generator=self._generator).tolist()
+        return [[system[i] for i in order[first : first + size]] for first in range(0, len(system), size)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch_state": self._epoch_state, "place": self._place}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self._generator.set_state(saved["epoch_state"])
+        self._shuffle()
+        self._place = saved["place"]
