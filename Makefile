@@ -83,8 +83,9 @@ soak: setup  ## the long tests (30 minutes): fuzzing, 200 kills, drift over 20 0
 	$(BIN)/python benchmarks/plot_step.py
 
 # No --quiet: mkdocs then counts no warnings, and --strict stops at none.
-docs: .venv/.docs  ## docs/options.md from the table of options, then the site in build/site
+docs: .venv/.docs  ## docs/options.md and docs/input.md from the tables of options, then the site in build/site
 	$(BIN)/python -c 'from rlekf_ext.options import page; print(page(), end="")' > docs/options.md
+	$(BIN)/python -c 'from rlekf_ext.potential.input import page; print(page(), end="")' > docs/input.md
 	$(BIN)/mkdocs build --strict
 
 .venv/.docs: .venv/.built requirements-docs.txt

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rlekf_ext.potential.architecture import Architecture, DescriptorArchitectur
 from rlekf_ext.potential.data import System
 from rlekf_ext.potential.deepmd_keys import IGNORED, LACKING
 from rlekf_ext.potential.load import split_format
-from rlekf_ext.schema import check_choice, join, json_object, option, read, shown, unknown
+from rlekf_ext.schema import check_choice, join, json_object, option, range_text, read, shown, unknown
 
 PRECISIONS = ("default", "float64", "float32")
 
@@ -34,9 +35,9 @@ class NetworkKeys:
 
     type: str  # first, so that another type is reported before the keys that come with it
     activation_function: str = option("tanh", choices=("tanh",))
-    precision: str = option("default", choices=PRECISIONS)
+    precision: str = option("default", "The same in both sections; `default` is float64.", choices=PRECISIONS)
     trainable: bool = option(True, choices=(True,))
-    seed: int | None = None
+    seed: int | None = option(None, "Of the initial weights: the first seed given counts, here or in `training`.")
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,13 @@ class Descriptor(DescriptorArchitecture, NetworkKeys):
 
     type: str = option("se_e2_a", choices=("se_e2_a", "se_a"))
     sel: str | tuple[int, ...] = option(  # type: ignore[assignment]
-        "auto", low=0, pattern=r"auto(:\d+(\.\d*)?)?", form='"auto", "auto:FACTOR" or a list of whole numbers'
+        "auto",
+        "Neighbour slots of each element. `auto` counts the neighbours in all frames, times 1.1 or FACTOR.",
+        low=0,
+        pattern=r"auto(:\d+(\.\d*)?)?",
+        form='"auto", "auto:FACTOR" or a list of whole numbers',
     )
-    set_davg_zero: bool = False
+    set_davg_zero: bool = option(False, "Whether the mean of the environment is taken as 0.")
 
     @property
     def sel_factor(self) -> float | None:
@@ -68,7 +73,7 @@ class FittingNet(FittingArchitecture, NetworkKeys):
 class Model:
     """model: elements, descriptor and fitting net."""
 
-    type_map: tuple[str, ...]
+    type_map: tuple[str, ...] = option(help="The elements, in the order of their numbers.")
     type: str = option("standard", choices=("standard",))
     descriptor: Descriptor = Descriptor()
     fitting_net: FittingNet = FittingNet()
@@ -96,8 +101,8 @@ class LearningRate:
     type: str = option("exp", choices=("exp",))
     start_lr: float = option(1e-3, above=0)
     stop_lr: float = option(5e-8, above=0)
-    decay_steps: int = option(5000, low=1)
-    decay_rate: float | None = option(None, above=0)
+    decay_steps: int = option(5000, "The rate changes every so many batches.", low=1)
+    decay_rate: float | None = option(None, "The factor of a change. null: the one that leads to `stop_lr`.", above=0)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,9 @@ class Loss:
     """
 
     type: str = option("ener", choices=("ener",))
-    start_pref_e: float = option(0.02, low=0)
+    start_pref_e: float = option(
+        0.02, "Of energies, at the first step; RLEKF uses labels of which one is above 0.", low=0
+    )
     limit_pref_e: float = option(1.0, low=0)
     start_pref_f: float = option(1000.0, low=0)
     limit_pref_f: float = option(1.0, low=0)
@@ -126,22 +133,29 @@ class Loss:
 class TrainingData:
     """training/training_data: where the data are, and how many frames make a batch."""
 
-    systems: tuple[str, ...] = option(single=True, form="a path or a list of paths")
-    rglob_patterns: tuple[str, ...] | None = None
+    systems: tuple[str, ...] = option(
+        help="[Where the data are](training_data.md).", single=True, form="a path or a list of paths"
+    )
+    rglob_patterns: tuple[str, ...] | None = option(None, "Only folders that match one of these are read.")
     batch_size: int | str | tuple[int, ...] = option(
         "auto",
+        "Frames in a batch. `auto:N`: the least with N atoms (`auto`: 32); `max:N`: the most with N atoms; `filter:N`: "
+        "the same without larger structures; `mix:N`: as `max:N`; a list: for each path or each system.",
         low=1,
         pattern=r"auto|(auto|max|filter|mix):[1-9]\d{0,17}",
         form='a whole number, one for each system, "auto", "auto:N", "max:N", "filter:N" or "mix:N"',
     )
     auto_prob: str = option(
         "prob_sys_size",
+        "How often each system is drawn. `prob_sys_size`: every frame once per epoch.",
         pattern=r"prob_uniform|prob_sys_size(;\d+:\d+:\d+(\.\d*)?(e-?\d+)?)*",
         form='"prob_uniform", "prob_sys_size" or "prob_sys_size;FIRST:END:WEIGHT;..."',
         also=("auto_prob_style",),
     )
-    sys_probs: tuple[float, ...] | None = option(None, high=1, also=("sys_weights",))
-    min_pair_dist: float = option(0.0, low=0)
+    sys_probs: tuple[float, ...] | None = option(
+        None, "The probability of each path or system; those below 0 share the rest.", high=1, also=("sys_weights",)
+    )
+    min_pair_dist: float = option(0.0, "Frames with atoms nearer than this, in Å, are left out.", low=0)
     set_prefix: str = option("set", choices=("set",))
 
     @property
@@ -214,7 +228,7 @@ class TrainingData:
 class ValidationData(TrainingData):
     """training/validation_data: as training_data, and the number of batches of one validation."""
 
-    numb_btch: int = option(1, low=1, also=("numb_batch",))
+    numb_btch: int = option(1, "Batches of one validation.", low=1, also=("numb_batch",))
 
 
 @dataclass(frozen=True)
@@ -224,14 +238,23 @@ class Training:
 
     training_data: TrainingData
     validation_data: ValidationData | None = None
-    validation_fraction: float = option(0.2, low=0, below=1)
-    numb_steps: int | None = option(None, low=1, also=("stop_batch", "num_step", "num_steps", "numb_step"))
-    num_epochs: float | None = option(None, above=0, also=("numb_epoch", "num_epoch", "numb_epochs"))
-    seed: int | None = None
-    disp_file: str = "lcurve.out"
-    disp_freq: int = option(1000, low=1)
-    save_freq: int = option(1000, low=1)
-    save_ckpt: str = "model.ckpt"
+    validation_fraction: float = option(
+        0.2, "Without `validation_data`, this part at the end of each system validates.", low=0, below=1
+    )
+    numb_steps: int | None = option(
+        None,
+        "Length in batches; give this or `num_epochs`.",
+        low=1,
+        also=("stop_batch", "num_step", "num_steps", "numb_step"),
+    )
+    num_epochs: float | None = option(
+        None, "Length in epochs.", above=0, also=("numb_epoch", "num_epoch", "numb_epochs")
+    )
+    seed: int | None = option(None, "Of the order of frames and of the atoms in force groups.")
+    disp_file: str = option("lcurve.out", "The learning curve; a summary goes to the same name with `.json`.")
+    disp_freq: int = option(1000, "Batches per row of `disp_file`.", low=1)
+    save_freq: int = option(1000, "Batches per checkpoint.", low=1)
+    save_ckpt: str = option("model.ckpt", "The checkpoint is this with `.pt`.")
     disp_training: bool = True
     time_training: bool = True
 
@@ -448,3 +471,60 @@ def _is_on(value: Any) -> bool:
         switches = [value[name] for name in ("full_validation", "enable") if name in value]
         return any(switches or value)
     return bool(value) and value != "None"
+
+
+# docs/input.md
+
+PAGE = """\
+# The input file
+
+<!-- written by `make docs` -->
+
+`rlekf train` reads DeePMD-kit's `input.json`, of its versions 1 to 3, also with all defaults written out (`out.json`).
+Names and meanings are [DeePMD-kit's](https://docs.deepmodeling.com/projects/deepmd/en/stable/train/train-input.html).
+Defaults are too, except that `model` without further keys is the network of the RLEKF paper, that RLEKF is the
+optimizer if the file has no section `optimizer`, and that `validation_fraction` is ours. Keys that begin with `_` are
+comments. A key that is unknown or out of range is an error that names it.
+"""
+SECTIONS: dict[str, type] = {
+    "model": Model,
+    "model/descriptor": Descriptor,
+    "model/fitting_net": FittingNet,
+    "training": Training,
+    "training/training_data": TrainingData,
+    "loss": Loss,
+    "learning_rate (of Adam)": LearningRate,
+    "optimizer, type LKF": LKF,
+    "optimizer, type Adam": Adam,
+}
+
+
+def page() -> str:
+    """docs/input.md."""
+    parts = [PAGE]
+    for title, section in SECTIONS.items():
+        rows = [["key", "default", "allowed", "what it does"], ["---"] * 4]
+        for f in fields(section):
+            if is_dataclass(f.default) or f.name in SUBSECTIONS:
+                continue
+            default = "required" if f.default is MISSING else f"`{shown(f.default)}`"
+            allowed = f.metadata.get("form") or range_text(f.metadata)
+            also = "".join(f", `{name}`" for name in f.metadata.get("also", ()))
+            rows.append([f"`{f.name}`{also}", default, allowed, f.metadata.get("help", "")])
+        if section is TrainingData:
+            title += " and training/validation_data, which also has `numb_btch`, the batches of one validation"
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+        parts.append(f"\n## {title}\n\n{table}\n")
+    parts.append("\n## optimizer, type RLEKF\n\nThe default: see [options](options.md).\n")
+    parts.append(
+        "\n## Not supported\n\nThese keys are accepted while they are off.\n\n| key | instead |\n| --- | --- |\n"
+    )
+    for instead in dict.fromkeys(LACKING.values()):
+        names = ", ".join(f"`{name}`" for name, other in LACKING.items() if other == instead)
+        parts.append(f"| {names} | {instead} |\n")
+    without = f"Accepted without effect: {', '.join(f'`{name}`' for name in sorted(IGNORED))}."
+    parts.append(f"\n{textwrap.fill(without, 120)}\n")
+    return "".join(parts)
+
+
+SUBSECTIONS = ("training_data", "validation_data")
