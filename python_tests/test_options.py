@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import rlekf_ext
-from rlekf_ext import RLEKF, FrameUpdater, KalmanFilter
+from rlekf_ext import RLEKF, FrameUpdater, KalmanFilter, options
 from rlekf_ext.errors import InputError, OptionError
-from rlekf_ext.options import PRESETS, FilterOptions, OptimizerOptions, Options, page, resolve
+from rlekf_ext.options import PRESETS, FilterOptions, OptimizerOptions, Options, resolve
+from rlekf_ext.potential import input as input_file
 from rlekf_ext.schema import option, range_text, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,8 +44,9 @@ def test_defaults_are_those_of_the_paper_and_a_preset_is_what_it_changes():
     assert resolve({"memory_factor": 0.9}).memory_factor == 0.9
 
 
-def test_page_is_up_to_date():
-    assert (ROOT / "docs/options.md").read_text() == page(), "run `make docs`"
+def test_pages_are_up_to_date():
+    for name, page in (("options", options.page), ("input", input_file.page)):
+        assert (ROOT / f"docs/{name}.md").read_text() == page(), "run `make docs`"
 
 
 def test_dtypes_may_be_torchs():
