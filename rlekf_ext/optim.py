@@ -25,7 +25,7 @@ class RLEKF(torch.optim.Optimizer):
 
     `params` are tensors, named tensors or groups, as for any torch optimizer; those that need no gradient are left
     out of P. Each is flattened as it is stored: pass `transpose=True` for models that store matrices [in, out], so
-    that the weights of a neuron stay adjacent. With named parameters the strategy "lekf" treats the tensors of one
+    that the weights of a neuron stay adjacent (it reverses the dimensions of every tensor). With named parameters the strategy "lekf" treats the tensors of one
     module as a layer. `lr` scales the weight increment; it is 1 in the paper, and exists for schedulers. `backend` and
     `process_group` are those of `KalmanFilter`.
 
@@ -195,7 +195,7 @@ class RLEKF(torch.optim.Optimizer):
         )
 
     def _stored(self, tensor: Tensor) -> Tensor:
-        return tensor.T if self._transpose and tensor.dim() == 2 else tensor
+        return tensor.permute(tuple(reversed(range(tensor.dim())))) if self._transpose else tensor
 
     def _layers(self) -> list[int] | None:
         """A layer id per parameter, from the names (a.weight and a.bias are one layer), or None without names."""

@@ -158,19 +158,15 @@ class LKFOptimizer(RLEKF):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_grad_prefactor": self._grad_prefactor}
 
-    def _stored(self, tensor: Tensor) -> Tensor:
-        return tensor.permute(tuple(reversed(range(tensor.dim())))) if self._transpose else tensor
-
 
 def from_lkf(saved: dict[str, Any]) -> Covariance:
     """The covariance of an LKF (DeePMD-kit's, PWMLFF's, MatPL's) from its optimizer's state dict,
     `torch.load(file)["optimizer"]`.
 
     LKF keeps dense blocks of P (n_l, n_l), in the dtype of its first parameter, and λ. Its blocks are those of the
-    strategy "deepmd". Its weights are in the order of LKFOptimizer, which is that of RLEKF with `transpose=True` unless
-    a tensor has more than two dimensions. P is symmetrised, and stored in float64 on
-    its device; λ and ν carry over, and the measurement noise is the number of blocks, as in LKF. An optimizer of the
-    same parameters takes it over with `optimizer.take_over(from_lkf(saved))`.
+    strategy "deepmd", its weights in the order of `transpose=True`. P is symmetrised, and stored in float64 on its
+    device; λ and ν carry over, and the measurement noise is the number of blocks, as in LKF. An optimizer of the same
+    parameters takes it over with `optimizer.take_over(from_lkf(saved))`.
 
     Besides both forms of P, needs memory for four times the largest block.
 
