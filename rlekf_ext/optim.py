@@ -24,10 +24,10 @@ class RLEKF(torch.optim.Optimizer):
     """Reorganized layer extended Kalman filtering (Hu et al., AAAI 2023, Algorithm 2).
 
     `params` are tensors, named tensors or groups, as for any torch optimizer; those that need no gradient are left
-    out of P. Each is flattened as it is stored: pass `transpose=True` for models that store matrices [in, out], so
-    that the weights of a neuron stay adjacent (it reverses the dimensions of every tensor). With named parameters the strategy "lekf" treats the tensors of one
-    module as a layer. `lr` scales the weight increment; it is 1 in the paper, and exists for schedulers. `backend` and
-    `process_group` are those of `KalmanFilter`.
+    out of P. Each is flattened as it is stored. `transpose=True` reverses the dimensions first: for models that store
+    matrices [in, out], so that the weights of a neuron stay adjacent. With named parameters the strategy "lekf" treats
+    the tensors of one module as a layer. `lr` scales the weight increment; it is 1 in the paper, and exists for
+    schedulers. `backend` and `process_group` are those of `KalmanFilter`.
 
         optimizer = RLEKF(model.parameters(), block_size=1024)
 
