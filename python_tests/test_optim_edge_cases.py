@@ -352,7 +352,7 @@ def test_oracle_on_any_model(
     def stored(tensors):
         """As one vector, in the order in which the network computes."""
         return torch.cat(
-            [(t.permute(*range(t.dim())[::-1]) if transpose else t).reshape(-1).to(DOUBLE) for t in tensors]
+            [(t.permute(tuple(range(t.dim())[::-1])) if transpose else t).reshape(-1).to(DOUBLE) for t in tensors]
         )
 
     with torch.no_grad():
