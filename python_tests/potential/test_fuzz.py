@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import arrays
 from test_input import RLEKF, SMALL, WATER, changed
+from test_load import arrays
 
 from rlekf_ext.errors import DataError, InputError
 from rlekf_ext.potential.data import frames

@@ -1,0 +1,176 @@
+"""Where systems in DeePMD-kit's layout lie: folders, and groups of HDF5 files. Both classes have the same methods."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from rlekf_ext.errors import DataError
+
+
+class Folder:
+    """A folder of the file system; links in it are followed."""
+
+    kind = "folder"
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __contains__(self, name: str) -> bool:
+        return os.path.lexists(self.path / name)  # a link to nowhere is an error when it is read, not an absent file
+
+    def file(self, name: str) -> str:
+        """What messages call a file in it."""
+        return str(self.path / name)
+
+    def identity(self) -> Any:
+        """Equal for all ways to the same folder."""
+        return os.path.realpath(self.path)
+
+    def folders(self) -> dict[str, Folder]:
+        """The folders in it, sorted by name; also a set that is a link to nowhere."""
+        with os.scandir(self.path) as entries:
+            names = sorted(e.name for e in entries if e.is_dir() or (e.name.startswith("set.") and not e.is_file()))
+        return {name: Folder(self.path / name) for name in names}
+
+    def words(self, name: str) -> list[str]:
+        try:
+            return (self.path / name).read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.file(name)} is not readable text: {error}.") from error
+
+    def array(self, name: str) -> np.ndarray:
+        """The numbers of a text or .npy file as float64."""
+        file = self.path / name
+        try:
+            if file.suffix != ".npy":
+                return np.loadtxt(file, ndmin=1 if file.stem == "type" else 2)
+            # Mapped, so that a shape larger than the file is an error before memory is asked for; never unpickled.
+            array = np.lib.format.open_memmap(file, mode="r")
+            if array.dtype.kind in "cmMV":
+                raise ValueError(f"its numbers are {array.dtype}")
+            return array.astype(np.float64)
+        except Exception as error:  # numpy's reader of headers raises whatever it stumbles over
+            raise DataError(f"{file} is not a readable array: {error}.") from error
+
+
+class Group:
+    """A group of an open HDF5 file."""
+
+    kind = "group"
+
+    def __init__(self, path: Path, group: Any):
+        self.path, self.group = path, group
+
+    def __str__(self) -> str:
+        return f"{self.path}#{self.group.name}"
+
+    def __contains__(self, name: str) -> bool:
+        return self.group.get(name, getlink=True) is not None  # `in` would leave out links to nowhere
+
+    def file(self, name: str) -> str:
+        return f"{self.path}#{posixpath.join(self.group.name, name)}"
+
+    def identity(self) -> Any:
+        return self.group  # compares equal by the address in the file
+
+    def folders(self) -> dict[str, Group]:
+        found = {}
+        try:
+            for name in sorted(self.group):
+                child = self.group.get(name)
+                if isinstance(child, Mapping):
+                    found[name] = Group(self.path, child)
+                elif child is None and name.startswith("set."):
+                    raise ValueError(f"{name} is a link to nowhere")
+        except Exception as error:  # h5py raises whatever the HDF5 library stumbles over
+            raise DataError(f"{self} is not a readable group: {error}.") from error
+        return found
+
+    def words(self, name: str) -> list[str]:
+        try:
+            words = np.ravel(self._values(name, kinds="OSU"))
+            return " ".join(word.decode() if isinstance(word, bytes) else word for word in words).split()
+        except Exception as error:
+            raise DataError(f"{self.file(name)} is not readable text: {error}.") from error
+
+    def array(self, name: str) -> np.ndarray:
+        try:
+            return self._values(name, kinds="biuf").astype(np.float64)
+        except Exception as error:
+            raise DataError(f"{self.file(name)} is not a readable array: {error}.") from error
+
+    def _values(self, name: str, kinds: str) -> np.ndarray:
+        data = self.group[name]
+        if isinstance(data, Mapping):
+            raise ValueError("it is a group")
+        if data.dtype.kind not in kinds:
+            raise ValueError(f"its values are {data.dtype}")
+        stored = data.id.get_storage_size()
+        if data.nbytes > max(2**24, 1100 * stored):  # 1100: more than gzip ever saves. HDF5 fills up what is missing.
+            raise ValueError(f"its shape is {data.shape}, but only {stored} bytes of it are in the file")
+        return np.asarray(data[()])
+
+
+Store: TypeAlias = Folder | Group
+
+
+@contextmanager
+def open_hdf5(path: Path, inside: str) -> Iterator[Group]:
+    """The group `inside` (or "") of an HDF5 file."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise DataError(f"{path} is read by h5py, which is not installed: pip install h5py.") from error
+    try:
+        file = h5py.File(path, "r")
+    except Exception as error:
+        raise DataError(f"{path} is not a readable HDF5 file: {error}.") from error
+    with file:
+        try:
+            group = file[inside or "/"]
+        except Exception as error:
+            raise DataError(f"{path} has no readable group {inside}: {error}.") from error
+        if not isinstance(group, Mapping):
+            raise DataError(f"{path} has no group {inside}: it is an array.")
+        yield Group(path, group)
+
+
+def find_systems(root: Store, patterns: Sequence[str]) -> Iterator[Store]:
+    """The folders with a type.raw at any depth, in order, `root` first; with patterns, only those that one matches.
+
+    A link is followed unless it leads back to a folder that holds it. What several links share is searched once.
+    """
+    wanted = [("**", *PurePosixPath(pattern).parts) for pattern in patterns]
+    searched = set()
+    stack: list[tuple[Store, tuple[str, ...], frozenset]] = [(root, (), frozenset())]
+    while stack:
+        folder, names, above = stack.pop()
+        identity = folder.identity()
+        if identity in above:
+            continue
+        if "type.raw" in folder and (not wanted or any(_match(names, pattern) for pattern in wanted)):
+            yield folder
+        if identity not in searched:
+            searched.add(identity)
+            children: Mapping[str, Store] = folder.folders()
+            stack += [(children[name], (*names, name), above | {identity}) for name in reversed(list(children))]
+
+
+def _match(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the names of a path match the parts of a pattern, of which "**" stands for any number of names."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return any(_match(names[i:], pattern[1:]) for i in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], pattern[0]) and _match(names[1:], pattern[1:])
