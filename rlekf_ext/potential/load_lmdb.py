@@ -50,11 +50,15 @@ def read_lmdb(path: Path) -> list[dict[str, Any]]:
 
 
 def _frame(packed: dict[Any, Any]) -> dict[str, Any]:
-    values = {key: _array(value) for key, value in packed.items()}
-    values = {NAMES.get(key, key): value for key, value in values.items()}
+    values = {NAMES.get(key, key): _array(value) for key, value in packed.items()}
+    for key in ("coord", "atype"):
+        if key not in values:
+            raise ValueError(f"it has no {key}")
     frame = {key: values[key][None] for key in WANTED if key in values and values.get(f"find_{key}", 1.0) != 0}
     if not np.any(frame.get("box", 0)):
         frame.pop("box", None)  # DeePMD-kit: a box of zeros is none
+    if any(array.dtype.kind not in "biuf" for array in (*frame.values(), values["atype"])):
+        raise ValueError("it has arrays that are no numbers")
     return frame | {"types": values["atype"].reshape(1, -1)}
 
 

@@ -33,9 +33,10 @@ class Folder:
         """What messages call a file in it."""
         return str(self.path / name)
 
-    def identity(self) -> Any:
-        """Equal for all ways to the same folder."""
-        return os.path.realpath(self.path)
+    def chain(self) -> list[Any]:
+        """What identifies it, whatever the way to it, and then each folder that holds it."""
+        path = Path(os.path.realpath(self.path))
+        return [path, *path.parents]
 
     def folders(self) -> dict[str, Folder]:
         """The folders in it, sorted by name; also a set that is a link to nowhere."""
@@ -81,8 +82,11 @@ class Group:
     def file(self, name: str) -> str:
         return f"{self.path}#{posixpath.join(self.group.name, name)}"
 
-    def identity(self) -> Any:
-        return self.group  # compares equal by the address in the file
+    def chain(self) -> list[Any]:
+        groups = [self.group]  # these compare by their address in the file
+        while groups[-1].name != "/":
+            groups.append(groups[-1].parent)
+        return groups
 
     def folders(self) -> dict[str, Group]:
         found = {}
@@ -156,15 +160,15 @@ def find_systems(root: Store, patterns: Sequence[str]) -> Iterator[Store]:
     stack: list[tuple[Store, tuple[str, ...], frozenset]] = [(root, (), frozenset())]
     while stack:
         folder, names, above = stack.pop()
-        identity = folder.identity()
-        if identity in above:
+        chain = folder.chain()
+        if chain[0] in above:
             continue
         if "type.raw" in folder and (not wanted or any(_match(names, pattern) for pattern in wanted)):
             yield folder
-        if identity not in searched:
-            searched.add(identity)
+        if chain[0] not in searched:
+            searched.add(chain[0])
             children: Mapping[str, Store] = folder.folders()
-            stack += [(children[name], (*names, name), above | {identity}) for name in reversed(list(children))]
+            stack += [(children[name], (*names, name), above.union(chain)) for name in reversed(list(children))]
 
 
 def _match(names: Sequence[str], pattern: Sequence[str]) -> bool:
