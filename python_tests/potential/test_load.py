@@ -469,9 +469,9 @@ def test_flaws_of_a_system(tmp_path, kind, types, sets, message):
 def test_flaws_of_an_hdf5_file(tmp_path):
     h5py = pytest.importorskip("h5py", reason="h5py is not installed")
     file = pack(write(tmp_path / "a", [arrays()]), tmp_path / "a.hdf5")
-    with pytest.raises(DataError, match=r"a.hdf5 has no readable group /b: .*doesn't exist"):
+    with pytest.raises(DataError, match=r"a.hdf5#/b is not a readable group: .*doesn't exist"):
         load_systems(f"{file}#/b", TYPE_MAP)
-    with pytest.raises(DataError, match=r"a.hdf5 has no group /type.raw: it is an array"):
+    with pytest.raises(DataError, match=r"a.hdf5#/type.raw is no group but an array"):
         load_systems(f"{file}#/type.raw", TYPE_MAP)
     with pytest.raises(DataError, match=r"a.hdf5#/set.000 holds no system: neither it nor a group in it"):
         load_systems(f"{file}#/set.000", TYPE_MAP)
@@ -497,6 +497,11 @@ def test_flaws_of_an_hdf5_file(tmp_path):
     with h5py.File(file, "a") as hdf5:
         hdf5["set.001"] = h5py.SoftLink("/nowhere")
     with pytest.raises(DataError, match=r"a.hdf5#/ is not a readable group: set.001 is a link to nowhere"):
+        load_systems(file, TYPE_MAP)
+    with h5py.File(file, "a") as hdf5:
+        del hdf5["set.001"], hdf5["set.000/force.npy"]
+        hdf5["set.000/force.npy"] = h5py.SoftLink("/nowhere")
+    with pytest.raises(DataError, match=r"force.npy is not a readable array: .*component not found"):
         load_systems(file, TYPE_MAP)
     whole = file.read_bytes()
     for spoilt in (whole[:1000], whole[: len(whole) - 100], b"text"):

@@ -15,6 +15,16 @@ import numpy as np
 from rlekf_ext.errors import DataError
 
 
+@contextmanager
+def _readable(place: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # numpy's reader of headers and the HDF5 library raise whatever they stumble over
+        raise DataError(f"{place} is not {what}: {error}.") from error
+
+
 class Folder:
     """A folder of the file system; links in it are followed."""
 
@@ -45,15 +55,13 @@ class Folder:
         return {name: Folder(self.path / name) for name in names}
 
     def words(self, name: str) -> list[str]:
-        try:
+        with _readable(self.file(name), "readable text"):
             return (self.path / name).read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{self.file(name)} is not readable text: {error}.") from error
 
     def array(self, name: str) -> np.ndarray:
         """The numbers of a text or .npy file as float64."""
         file = self.path / name
-        try:
+        with _readable(str(file), "a readable array"):
             if file.suffix != ".npy":
                 return np.loadtxt(file, ndmin=1 if file.stem == "type" else 2)
             # Mapped, so that a shape larger than the file is an error before memory is asked for; never unpickled.
@@ -61,8 +69,6 @@ class Folder:
             if array.dtype.kind in "cmMV":
                 raise ValueError(f"its numbers are {array.dtype}")
             return array.astype(np.float64)
-        except Exception as error:  # numpy's reader of headers raises whatever it stumbles over
-            raise DataError(f"{file} is not a readable array: {error}.") from error
 
 
 class Group:
@@ -72,47 +78,44 @@ class Group:
 
     def __init__(self, path: Path, group: Any):
         self.path, self.group = path, group
+        with _readable(str(path), "a readable HDF5 file"):
+            self.name, self.names = str(group.name), sorted(group)
 
     def __str__(self) -> str:
-        return f"{self.path}#{self.group.name}"
+        return f"{self.path}#{self.name}"
 
     def __contains__(self, name: str) -> bool:
-        return self.group.get(name, getlink=True) is not None  # `in` would leave out links to nowhere
+        return name in self.names
 
     def file(self, name: str) -> str:
-        return f"{self.path}#{posixpath.join(self.group.name, name)}"
+        return f"{self.path}#{posixpath.join(self.name, name)}"
 
     def chain(self) -> list[Any]:
-        groups = [self.group]  # these compare by their address in the file
-        while groups[-1].name != "/":
-            groups.append(groups[-1].parent)
-        return groups
+        with _readable(str(self), "a readable group"):
+            groups = [self.group]  # these compare by their address in the file
+            while groups[-1].name != "/":
+                groups.append(groups[-1].parent)
+            return groups
 
     def folders(self) -> dict[str, Group]:
         found = {}
-        try:
-            for name in sorted(self.group):
+        with _readable(str(self), "a readable group"):
+            for name in self.names:
                 child = self.group.get(name)
                 if isinstance(child, Mapping):
                     found[name] = Group(self.path, child)
                 elif child is None and name.startswith("set."):
                     raise ValueError(f"{name} is a link to nowhere")
-        except Exception as error:  # h5py raises whatever the HDF5 library stumbles over
-            raise DataError(f"{self} is not a readable group: {error}.") from error
         return found
 
     def words(self, name: str) -> list[str]:
-        try:
+        with _readable(self.file(name), "readable text"):
             words = np.ravel(self._values(name, kinds="OSU"))
             return " ".join(word.decode() if isinstance(word, bytes) else word for word in words).split()
-        except Exception as error:
-            raise DataError(f"{self.file(name)} is not readable text: {error}.") from error
 
     def array(self, name: str) -> np.ndarray:
-        try:
+        with _readable(self.file(name), "a readable array"):
             return self._values(name, kinds="biuf").astype(np.float64)
-        except Exception as error:
-            raise DataError(f"{self.file(name)} is not a readable array: {error}.") from error
 
     def _values(self, name: str, kinds: str) -> np.ndarray:
         data = self.group[name]
@@ -136,17 +139,13 @@ def open_hdf5(path: Path, inside: str) -> Iterator[Group]:
         import h5py
     except ImportError as error:
         raise DataError(f"{path} is read by h5py, which is not installed: pip install h5py.") from error
-    try:
+    with _readable(str(path), "a readable HDF5 file"):
         file = h5py.File(path, "r")
-    except Exception as error:
-        raise DataError(f"{path} is not a readable HDF5 file: {error}.") from error
     with file:
-        try:
+        with _readable(f"{path}#{inside}", "a readable group"):
             group = file[inside or "/"]
-        except Exception as error:
-            raise DataError(f"{path} has no readable group {inside}: {error}.") from error
         if not isinstance(group, Mapping):
-            raise DataError(f"{path} has no group {inside}: it is an array.")
+            raise DataError(f"{path}#{inside} is no group but an array.")
         yield Group(path, group)
 
 
