@@ -469,7 +469,7 @@ def spoilt_hdf5(draw):
             groups[name] = np.full(draw(st.sampled_from(SHAPES)), number)
         elif accident == "kind":
             groups[name] = draw(st.sampled_from(NOT_NUMBERS))
-        elif isinstance(groups[name], np.ndarray) and groups[name].dtype.kind == "f":
+        elif isinstance(groups[name], np.ndarray) and groups[name].dtype.kind == "f" and groups[name].size:
             groups[name] = groups[name].copy()
             groups[name].flat[draw(st.integers(0, groups[name].size - 1))] = number
     file = io.BytesIO()

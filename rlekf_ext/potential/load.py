@@ -94,8 +94,8 @@ def _load_blocks(path: Path, blocks: list[dict[str, Any]], type_map: list[str]) 
     parts: list[Part] = []
     start = 0
     for block in blocks:
-        if block["coord"].size:
-            types = _types(block["types"], block["names"] or type_map, type_map, str(path), lowest=-1)
+        if len(block["coord"]):
+            types = _types(block["types"], block["names"] or type_map, type_map, str(path), str(path), lowest=-1)
             parts += _parts(block | {"types": types}, lambda label: f"{label} in {path}", start)
             start += len(block["coord"])
     if not parts:
@@ -122,7 +122,7 @@ def _load_stores(root: Store, form: str | None, type_map: list[str], patterns: S
 
 def _load_store(store: Store, form: str | None, type_map: list[str]) -> list[System]:
     names = store.words("type_map.raw") if "type_map.raw" in store else type_map
-    types = _types(store.array("type.raw").reshape(-1), names, type_map, store.file("type.raw"))
+    types = _types(store.array("type.raw").reshape(-1), names, type_map, str(store), store.file("type.raw"))
     sets = [child for name, child in store.folders().items() if name.startswith("set.")]
     if not sets and "coord.raw" not in store:
         raise DataError(f"{store} has a type.raw but no frames: neither {store.kind}s set.* nor a coord.raw.")
@@ -135,8 +135,8 @@ def _load_store(store: Store, form: str | None, type_map: list[str]) -> list[Sys
     parts: list[Part] = []
     for part in sets:
         block = _read_set(part, suffix, "nopbc" not in store)
-        if not block["coord"].size:
-            continue  # as in DeePMD-kit
+        if 0 in block["coord"].shape[:1]:
+            continue  # an empty set counts for nothing, as in DeePMD-kit
         block["types"] = types
         if any(mixed):
             block["types"] = _real_types(part, len(types), names, type_map)
@@ -162,13 +162,15 @@ def _real_types(part: Store, num_atoms: int, names: list[str], type_map: list[st
     array = part.array("real_atom_types.npy")
     if array.size % num_atoms:
         raise DataError(f"{file} has shape {array.shape}, but type.raw has {num_atoms} atoms.")
-    return _types(array.reshape(-1, num_atoms), names, type_map, file, lowest=-1)
+    return _types(array.reshape(-1, num_atoms), names, type_map, str(part), file, lowest=-1)
 
 
 # Checks
 
 
-def _types(numbers: np.ndarray, names: Sequence[str], type_map: list[str], where: str, lowest: int = 0) -> np.ndarray:
+def _types(
+    numbers: np.ndarray, names: Sequence[str], type_map: list[str], name: str, file: str, lowest: int = 0
+) -> np.ndarray:
     """Indices into `names` as indices into `type_map`; -1 stays."""
     whole = (numbers >= lowest) & (numbers < len(names)) & (numbers == np.round(numbers))
     if not whole.all() or not numbers.size:
@@ -177,13 +179,13 @@ def _types(numbers: np.ndarray, names: Sequence[str], type_map: list[str], where
             *frame, atom = first = tuple(np.argwhere(~whole)[0])
             got = f"{f'frame {frame[0]}, ' if frame else ''}atom {atom} has {numbers[first]:g}"
         raise DataError(
-            f"{where} must number the {len(names)} elements {list(names)} from 0 to {len(names) - 1}"
+            f"{file} must number the {len(names)} elements {list(names)} from 0 to {len(names) - 1}"
             f"{', or -1 for no atom' * (lowest < 0)}, but {got}."
         )
     numbers = numbers.astype(np.int64)
     for i, element in enumerate(names):
         if element not in type_map and (numbers == i).any():
-            raise DataError(f"{where} has the element {element}, which is not in type_map {type_map}; add it there.")
+            raise DataError(f"{name} has the element {element}, which is not in type_map {type_map}; add it there.")
     table = [type_map.index(element) if element in type_map else -1 for element in names]
     return np.array([*table, -1], dtype=np.int64)[numbers]
 
@@ -204,7 +206,7 @@ def _parts(block: dict[str, Any], place: Callable[[str], str], start: int = 0) -
     }
     if not any(label in arrays for label in LABELS):
         energy, force, virial = map(place, LABELS)
-        raise DataError(f"No label at frame {start}: neither {energy}, {force} nor {virial} exists.")
+        raise DataError(f"No label{f' at frame {start}' * (start > 0)}: neither {energy}, {force} nor {virial} exists.")
     if types.ndim == 1:
         return [(types, arrays)]
     if len(types) != num_frames:

@@ -37,7 +37,7 @@ def read_lmdb(path: Path) -> list[dict[str, Any]]:
             frames = []
             with store.begin() as transaction:
                 about = msgpack.unpackb(transaction.get(b"__metadata__"))
-                names = about.get("type_map")
+                names = about.get("type_map") and [str(name) for name in about["type_map"]]
                 for i in range(about["nframes"]):
                     place = f"{path}, frame {i}"
                     packed = transaction.get(format(i, about.get("frame_idx_fmt", "012d")).encode())
