@@ -95,7 +95,7 @@ def _load_blocks(path: Path, blocks: list[dict[str, Any]], type_map: list[str]) 
     start = 0
     for block in blocks:
         if len(block["coord"]):
-            types = _types(block["types"], block["names"] or type_map, type_map, str(path), str(path), lowest=-1)
+            types = _types(block["types"], block["names"] or type_map, type_map, str(path), str(path), start)
             parts += _parts(block | {"types": types}, lambda label: f"{label} in {path}", start)
             start += len(block["coord"])
     if not parts:
@@ -162,25 +162,29 @@ def _real_types(part: Store, num_atoms: int, names: list[str], type_map: list[st
     array = part.array("real_atom_types.npy")
     if array.size % num_atoms:
         raise DataError(f"{file} has shape {array.shape}, but type.raw has {num_atoms} atoms.")
-    return _types(array.reshape(-1, num_atoms), names, type_map, str(part), file, lowest=-1)
+    return _types(array.reshape(-1, num_atoms), names, type_map, str(part), file)
 
 
 # Checks
 
 
 def _types(
-    numbers: np.ndarray, names: Sequence[str], type_map: list[str], name: str, file: str, lowest: int = 0
+    numbers: np.ndarray, names: Sequence[str], type_map: list[str], name: str, file: str, start: int = 0
 ) -> np.ndarray:
-    """Indices into `names` as indices into `type_map`; -1 stays."""
-    whole = (numbers >= lowest) & (numbers < len(names)) & (numbers == np.round(numbers))
+    """Indices into `names` as indices into `type_map`: of the atoms, (n,), or of each frame's, (F, n), where -1 stays.
+
+    Messages count frames from `start`.
+    """
+    padded = numbers.ndim > 1
+    whole = (numbers >= -int(padded)) & (numbers < len(names)) & (numbers == np.round(numbers))
     if not whole.all() or not numbers.size:
         got = "it has no atom"
         if numbers.size:
             *frame, atom = first = tuple(np.argwhere(~whole)[0])
-            got = f"{f'frame {frame[0]}, ' if frame else ''}atom {atom} has {numbers[first]:g}"
+            got = f"{f'frame {start + frame[0]}, ' if frame else ''}atom {atom} has {numbers[first]:g}"
         raise DataError(
             f"{file} must number the {len(names)} elements {list(names)} from 0 to {len(names) - 1}"
-            f"{', or -1 for no atom' * (lowest < 0)}, but {got}."
+            f"{', or -1 for no atom' * padded}, but {got}."
         )
     numbers = numbers.astype(np.int64)
     for i, element in enumerate(names):

@@ -152,7 +152,8 @@ def open_hdf5(path: Path, inside: str) -> Iterator[Group]:
 def find_systems(root: Store, patterns: Sequence[str]) -> Iterator[Store]:
     """The folders with a type.raw at any depth, in order, `root` first; with patterns, only those that one matches.
 
-    A link is followed unless it leads back to a folder that holds it. What several links share is searched once.
+    A link is followed unless it leads back to a folder that holds it. Two links to a system are two systems, as in
+    DeePMD-kit, but what is below a folder is searched once.
     """
     wanted = [("**", *PurePosixPath(pattern).parts) for pattern in patterns]
     searched = set()
