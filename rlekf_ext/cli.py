@@ -19,7 +19,7 @@ from rlekf_ext.ops import backends
 from rlekf_ext.processes import Processes, torchrun_group
 
 INTERRUPTED = 130
-EXTRAS = {"matplotlib": "plot", "vesin": "potential", "dpdata": "potential", "tqdm": "potential", "h5py": "potential"}
+EXTRAS = {"matplotlib": "plot", **dict.fromkeys(("vesin", "dpdata", "tqdm", "h5py", "lmdb", "msgpack"), "potential")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

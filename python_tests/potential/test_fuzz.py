@@ -287,7 +287,7 @@ TEXTS = [
     ),
 ]
 LINKS = ["..", ".", "nowhere", "../type.raw"]
-ADDED = ["nopbc", "set.002", "set.x/coord.npy", "set.000/real_atom_types.npy", "coord.raw", "energy.raw"]
+ADDED = ["nopbc", "set.002", "set.x/coord.npy", *(f"set.00{i}/real_atom_types.npy" for i in "01"), "coord.raw"]
 COPIES = ["b/type.raw", "set.000/type.raw", "ﬀ\udcff\n/type.raw", "type.raw/type.raw"]
 
 
@@ -338,7 +338,8 @@ def spoilt_folders(draw):
         elif accident == "link":
             folder[name] = Path(draw(st.sampled_from([Path(name).name, *LINKS])))
         elif accident == "add":
-            folder[draw(st.sampled_from(ADDED))] = draw(st.sampled_from([None, b"", Path("."), Path("..")]))
+            added = [None, b"", Path("."), Path(".."), npy(np.array([[0, 1], [1, -1]])), npy(np.array([0, 1]))]
+            folder[draw(st.sampled_from(ADDED))] = draw(st.sampled_from(added))
         elif accident == "copy":
             folder[draw(st.sampled_from(COPIES))] = FOLDER["type.raw"]
         elif isinstance(folder[name], bytes):
@@ -372,8 +373,10 @@ def assert_systems_or_sentence(path, type_map):
         else:
             assert len(made) == sum(map(len, systems)) >= 1
             for system in systems:
-                assert system.forces.shape == system.coordinates.shape == (len(system), len(system.types), 3)
-                assert all(np.isfinite(array).all() for array in (system.coordinates, system.forces, system.energies))
+                labels = [a for a in (system.energies, system.forces, system.virials) if a is not None]
+                assert labels
+                assert all(len(a) == len(system) and np.isfinite(a).all() for a in (system.coordinates, *labels))
+                assert system.forces is None or system.forces.shape == system.coordinates.shape
     assert not EXPLODED
 
 
@@ -425,6 +428,93 @@ def test_paths_that_are_no_data(path, tmp_path, monkeypatch):
     with bounds(), pytest.raises(DataError) as caught:
         load_systems(path, ["Na"])
     assert_readable(caught.value)
+
+
+# The same in HDF5 files: arrays that are spoilt, links, and bytes of the file.
+
+GROUPS = {
+    "type.raw": np.array([0, 1]),
+    "type_map.raw": np.array([b"Na", b"Cl"]),
+    **{f"set.{i:03d}/{label}.npy": array for i in range(2) for label, array in PART.items()},
+}
+NOT_NUMBERS = [
+    np.array(["Na", "K"], dtype=object),
+    np.array(b"Na Cl"),
+    np.array([b"\xff"]),
+    np.array([1 + 2j]),
+    TOO_LARGE,
+]
+
+
+@st.composite
+def spoilt_hdf5(draw):
+    """The bytes of an HDF5 file after a few accidents."""
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    groups = dict(GROUPS)
+    for _ in range(draw(st.integers(0, 3))):
+        name = draw(st.sampled_from(sorted(groups)))
+        accident = draw(st.sampled_from(["drop", "group", "link", "add", "shape", "kind", "number", "number"]))
+        number = draw(st.sampled_from(NUMBERS))
+        if accident == "drop":
+            del groups[name]
+        elif accident == "group":
+            groups[name] = None
+        elif accident == "link":
+            target = draw(st.sampled_from(["/", "/type.raw", "/set.000", "/nowhere", ".", ""]))
+            link = h5py.SoftLink(target) if target else h5py.ExternalLink("nowhere.hdf5", "/")
+            groups[draw(st.sampled_from([name, "set.002", "b", "set.000/b"]))] = link
+        elif accident == "add":
+            groups[draw(st.sampled_from(ADDED + COPIES[:2]))] = draw(st.sampled_from([None, [0, 1], [[0, 1], [1, -1]]]))
+        elif accident == "shape":
+            groups[name] = np.full(draw(st.sampled_from(SHAPES)), number)
+        elif accident == "kind":
+            groups[name] = draw(st.sampled_from(NOT_NUMBERS))
+        elif isinstance(groups[name], np.ndarray) and groups[name].dtype.kind == "f" and groups[name].size:
+            groups[name] = groups[name].copy()
+            groups[name].flat[draw(st.integers(0, groups[name].size - 1))] = number
+    file = io.BytesIO()
+    with h5py.File(file, "w") as hdf5:
+        for name, content in groups.items():
+            parents = [str(parent) for parent in Path(name).parents][:-1]
+            if name in hdf5 or any(
+                isinstance(groups.get(p), np.ndarray | h5py.SoftLink | h5py.ExternalLink) for p in parents
+            ):
+                continue  # another accident took its place
+            if content is None:
+                hdf5.require_group(name)
+            elif content is TOO_LARGE:
+                hdf5.create_dataset(name, shape=(10**12,), dtype="f8", chunks=(1000,))
+            elif isinstance(content, np.ndarray) and content.dtype.kind == "O":
+                hdf5.create_dataset(name, data=content, dtype=h5py.string_dtype())
+            else:
+                hdf5[name] = content
+    data = bytearray(file.getvalue())
+    for _ in range(draw(st.sampled_from([0, 0, 1, 5, 50]))):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    return bytes(data[: draw(st.none() | st.integers(0, len(data)))])
+
+
+def assert_hdf5_is_read_or_named(data, inside, type_map):
+    with tempfile.TemporaryDirectory() as root:
+        file = Path(root) / "a.hdf5"
+        file.write_bytes(data)
+        assert_systems_or_sentence(f"{file}{inside}", type_map)
+
+
+INSIDE = st.sampled_from(["", "", "", "#/", "#b", "#/set.000", "#/type.raw", "#/nowhere", "#"])
+
+
+@settings(quick, max_examples=100)
+@given(spoilt_hdf5(), INSIDE, TYPE_MAPS)
+def test_a_spoilt_hdf5_file_is_read_or_named(data, inside, type_map):
+    assert_hdf5_is_read_or_named(data, inside, type_map)
+
+
+@pytest.mark.soak
+@long
+@given(spoilt_hdf5(), INSIDE, TYPE_MAPS)
+def test_many_spoilt_hdf5_files(data, inside, type_map):
+    assert_hdf5_is_read_or_named(data, inside, type_map)
 
 
 HUGE_BOX = 1.7e308 * np.array([1, 1, 1, -1, 1, 1, -1, -1, 1])

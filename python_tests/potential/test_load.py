@@ -5,16 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from rlekf_ext.errors import DataError, OptionError, RlekfError
-from rlekf_ext.potential import load
-from rlekf_ext.potential.data import System, auto_sel, frames, split
+from rlekf_ext.errors import DataError, RlekfError
+from rlekf_ext.potential import data, load
+from rlekf_ext.potential.data import System, frames
 from rlekf_ext.potential.load import load_systems, split_format
-from rlekf_ext.potential.neighbors import Frame
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "nacl" / "gpaw_pbe_8"
 TYPE_MAP = ["Cl", "Na"]  # not the order of the files
 
 
@@ -30,8 +27,10 @@ def arrays(num_frames=4, seed=0):
 
 
 def write(folder, parts, types="0 1", names="Na Cl"):
-    """A deepmd/npy folder with one set for each dict of arrays."""
+    """A deepmd/npy folder with one set for each dict of arrays; without boxes, it has a file nopbc."""
     folder.mkdir(parents=True, exist_ok=True)
+    if parts and not any("box" in part for part in parts):
+        (folder / "nopbc").touch()
     (folder / "type.raw").write_text(types.replace(" ", "\n"))
     if names:
         (folder / "type_map.raw").write_text(names.replace(" ", "\n"))
@@ -42,18 +41,168 @@ def write(folder, parts, types="0 1", names="Na Cl"):
     return folder
 
 
+def pack(folder, file):
+    """The same files as groups and arrays of an HDF5 file, as DeePMD-kit has them there."""
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    with h5py.File(file, "a") as hdf5:
+        for path in sorted(folder.rglob("*")):
+            name = str(path.relative_to(folder))
+            if path.suffix == ".npy":
+                hdf5[name] = np.load(path)
+            elif path.name == "type.raw":
+                hdf5[name] = np.loadtxt(path, ndmin=1).astype(int)
+            elif path.name == "type_map.raw":
+                hdf5[name] = np.array(path.read_text().split(), dtype="S")
+            elif path.name == "nopbc":
+                hdf5[name] = True
+    return file
+
+
+def write_lmdb(path, frames, type_map=("Na", "Cl")):
+    """A store as DeePMD-kit reads it: a table for each frame, with arrays as bytes."""
+    lmdb = pytest.importorskip("lmdb", reason="lmdb is not installed")
+    msgpack = pytest.importorskip("msgpack", reason="msgpack is not installed")
+
+    def packed(value):
+        value = np.asarray(value)
+        return {"type": str(value.dtype), "shape": list(value.shape), "data": value.tobytes()}
+
+    about = {"nframes": len(frames), "frame_idx_fmt": "012d", "type_map": list(type_map)}
+    with lmdb.open(str(path), map_size=2**22) as store, store.begin(write=True) as transaction:
+        transaction.put(b"__metadata__", msgpack.packb(about))
+        for i, frame in enumerate(frames):
+            table = {key: packed(value) for key, value in frame.items()}
+            transaction.put(f"{i:012d}".encode(), msgpack.packb(table))
+    return path
+
+
+def lmdb_frames(part, types=(0, 1)):
+    names = {"coord": "coords", "box": "cells", "energy": "energies", "force": "forces", "virial": "virials"}
+    shapes = {"coord": (-1, 3), "box": (3, 3), "energy": (), "force": (-1, 3), "virial": (3, 3)}
+    return [
+        {names[label]: array[i].reshape(shapes[label]) for label, array in part.items() if label in names}
+        | {"atom_types": np.array(types, dtype=np.int32)}
+        for i in range(len(part["coord"]))
+    ]
+
+
+def mixed(part):
+    """Of Cl and Na, as Cl, nothing, Na in the first frame and Na, Cl, nothing in the others."""
+    types = np.tile([0, 1, -1], (len(part["coord"]), 1))
+    types[0] = [1, -1, 0]
+    spread = {label: np.zeros((len(types), 3, 3)) for label in ("coord", "force") if label in part}
+    for label, array in spread.items():
+        array[:, :2] = part[label].reshape(-1, 2, 3)
+        array[0] = array[0, [1, 2, 0]]
+        spread[label] = array.reshape(len(types), 9)
+    return part | spread | {"real_atom_types": types}
+
+
+def ase_atoms(part, formulas=("NaCl",)):
+    ase = pytest.importorskip("ase", reason="ase is not installed")
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    for i in range(len(part["coord"])):
+        box = part["box"][i].reshape(3, 3)
+        atoms = ase.Atoms(formulas[i % len(formulas)], part["coord"][i].reshape(2, 3), cell=box, pbc=True)
+        results = {"energy": part["energy"][i], "forces": part["force"][i].reshape(2, 3)}
+        if "virial" in part:
+            results["stress"] = -part["virial"][i].reshape(3, 3) / atoms.get_volume()
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        yield atoms
+
+
 def same(one: System, other: System) -> bool:
     """Equal, whatever the order of the atoms."""
     a, b = np.argsort(one.types), np.argsort(other.types)
     pairs = [
         (one.types[a], other.types[b]),
         (one.coordinates[:, a], other.coordinates[:, b]),
-        (one.forces[:, a], other.forces[:, b]),
         (one.energies, other.energies),
         (one.boxes, other.boxes),
         (one.virials, other.virials),
     ]
-    return all(np.allclose(x, y, atol=1e-6) for x, y in pairs)
+    if one.forces is not None and other.forces is not None:
+        pairs.append((one.forces[:, a], other.forces[:, b]))
+    else:
+        pairs.append((one.forces, other.forces))
+    if any((x is None) != (y is None) for x, y in pairs):
+        return False
+    return all(np.allclose(x, y, atol=1e-6) for x, y in pairs if x is not None)
+
+
+def as_raw(root, part):
+    folder = write(root / "a", [part])
+    for label, array in part.items():
+        np.savetxt(folder / f"{label}.raw", array)
+    return f"deepmd/raw:{folder}"
+
+
+def as_hdf5(root, part):
+    return pack(write(root / "a", [part]), root / "a.hdf5")
+
+
+def as_hdf5_group(root, part):
+    write(root / "a" / "deep" / "b", [part])
+    write(root / "a" / "other", [arrays(1)])
+    return f"{pack(root / 'a', root / 'data')}#/deep"
+
+
+def as_mixed_hdf5(root, part):
+    return pack(write(root / "a", [mixed(part)], types="0 0 0"), root / "a.h5")
+
+
+def as_extxyz(root, part):
+    import ase.io
+
+    atoms = list(ase_atoms(part))
+    for i in range(len(atoms)):
+        del atoms[i].calc.results["stress"]
+        atoms[i].info["virial"] = part["virial"][i].reshape(3, 3)
+    ase.io.write(root / "a.xyz", atoms, format="extxyz")
+    return root / "a.xyz"
+
+
+def as_traj(root, part):
+    import ase.io
+
+    ase.io.write(root / "a.traj", list(ase_atoms(part)))
+    return f"ase/traj:{root / 'a.traj'}"
+
+
+OUR_FORMS = {
+    "raw": as_raw,
+    "npy without a type map": lambda root, part: write(root / "a", [part], types="1 0", names=None),
+    "npy of two sets": lambda root, part: write(
+        root / "a", [{k: v[:3] for k, v in part.items()}, {k: v[3:] for k, v in part.items()}]
+    ),
+    "npy in float32": lambda root, part: write(root / "a", [{k: v.astype("f4") for k, v in part.items()}]),
+    "hdf5": as_hdf5,
+    "deepmd/hdf5:": lambda root, part: f"deepmd/hdf5:{as_hdf5(root, part)}",
+    "hdf5#group": as_hdf5_group,
+    "deepmd/hdf5:hdf5#group": lambda root, part: f"deepmd/hdf5:{as_hdf5_group(root, part)}/b",
+    "mixed": lambda root, part: write(root / "a", [mixed(part)], types="0 0 0"),
+    "deepmd/npy/mixed:": lambda root, part: f"deepmd/npy/mixed:{write(root / 'a', [mixed(part)], types='0 0 0')}",
+    "mixed hdf5": as_mixed_hdf5,
+    "lmdb": lambda root, part: write_lmdb(root / "a.lmdb", lmdb_frames(part)),
+    "deepmd/lmdb:": lambda root, part: f"deepmd/lmdb:{write_lmdb(root / 'a', lmdb_frames(part))}",
+    "lmdb by its file": lambda root, part: write_lmdb(root / "a", lmdb_frames(part)),
+}
+
+
+@pytest.mark.parametrize("missing", [(), ("energy",), ("force",), ("virial",), ("energy", "virial"), ("box",)], ids=str)
+@pytest.mark.parametrize("form", OUR_FORMS)
+def test_every_form_equals_the_folder(tmp_path, form, missing):
+    part = {label: array for label, array in arrays().items() if label not in missing}
+    (tmp_path / "form").mkdir()
+    folder = write(tmp_path / "folder", [part])
+    path = OUR_FORMS[form](tmp_path / "form", part)
+    expected, got = load_systems([folder, path], TYPE_MAP)
+    assert same(expected, got)
+    assert (got.energies is None, got.forces is None, got.virials is None, got.boxes is None) == tuple(
+        label in missing for label in ("energy", "force", "virial", "box")
+    )
+    assert (expected.entry, expected.number, got.entry, got.number) == (0, 0, 1, 1)
 
 
 def test_npy_folder_of_two_sets(tmp_path):
@@ -84,7 +233,6 @@ def test_nopbc_no_virial_and_no_type_map_file(tmp_path):
     part = arrays()
     del part["virial"], part["box"]
     folder = write(tmp_path / "a", [part], names=None)
-    (folder / "nopbc").touch()
     (system,) = load_systems(str(folder), TYPE_MAP)
     assert system.boxes is None
     assert system.virials is None
@@ -111,23 +259,39 @@ def test_a_folder_gives_all_systems_below_it(tmp_path):
     assert [len(system) for system in load_systems([tmp_path / "b", tmp_path], TYPE_MAP)] == [4, 2, 4]
 
 
-def test_dpdata_formats_equal_the_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["extxyz", "ase/traj"])
+def test_files_of_frames_equal_the_folder(tmp_path, form):
+    pytest.importorskip("dpdata", reason="dpdata is not installed")
+    pytest.importorskip("ase", reason="ase is not installed")
+    part = arrays()
+    part["virial"] += part["virial"].reshape(4, 3, 3).transpose(0, 2, 1).reshape(4, 9)  # these formats have half of it
+    path = {"extxyz": as_extxyz, "ase/traj": as_traj}[form](tmp_path, part)
+    expected, got = load_systems([write(tmp_path / "a", [part]), path], TYPE_MAP)
+    assert same(expected, got)
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("extxyz", {}),
+        ("deepmd/raw", {}),
+        ("deepmd/npy", {"set_size": 3}),
+        ("deepmd/hdf5", {}),
+        ("deepmd/npy/mixed", {"atom_numb_pad": 4}),
+        ("deepmd/hdf5/mixed", {"atom_numb_pad": 4}),
+        ("deepmd/lmdb", {}),
+    ],
+)
+def test_what_dpdata_writes_is_read(tmp_path, form, options):
     dpdata = pytest.importorskip("dpdata", reason="dpdata is not installed")
-    folder = write(tmp_path / "a", [arrays()])
-    theirs = dpdata.LabeledSystem(str(folder), fmt="deepmd/npy")
-    theirs.to("extxyz", str(tmp_path / "a.xyz"))
-    multi = dpdata.MultiSystems(theirs)
-    multi.to("deepmd/npy/mixed", str(tmp_path / "mixed"))
-    (mixed,) = (tmp_path / "mixed").iterdir()
-    monkeypatch.chdir(tmp_path)
-    ours, xyz, mix = load_systems(["a", "extxyz:a.xyz", f"deepmd/npy/mixed:{mixed}"], TYPE_MAP)
-    assert same(ours, xyz)
-    assert same(ours, mix)
-    with pytest.raises(DataError, match=r"set.000 is a mixed-type set .* \"deepmd/npy/mixed:mixed/"):
-        load_systems(mixed.relative_to(tmp_path), TYPE_MAP)
-    next(mixed.glob("set.*/force.npy")).unlink()
-    with pytest.raises(DataError, match="has no forces; training needs energies and forces"):
-        load_systems(f"deepmd/npy/mixed:{mixed}", TYPE_MAP)
+    pair = write(tmp_path / "pair", [arrays()])
+    triple = arrays(2) | {label: np.random.default_rng(1).normal(size=(2, 9)) for label in ("coord", "force")}
+    triple = write(tmp_path / "triple", [triple], types="1 0 1")
+    both = [dpdata.LabeledSystem(str(folder), fmt="deepmd/npy") for folder in (pair, triple)]
+    dpdata.MultiSystems(*both).to(form, str(tmp_path / "there"), **options)
+    expected = load_systems([pair, triple], TYPE_MAP)
+    found = sorted(load_systems(f"{form}:{tmp_path / 'there'}", TYPE_MAP), key=len, reverse=True)
+    assert [same(*systems) for systems in zip(expected, found, strict=True)] == [True, True]
 
 
 MOVEMENT = """ 2 atoms,Iteration (fs) =    0.0, Etot,Ep,Ek (eV) =   -9.0  -10.0   1.0, SCF =  10
@@ -208,13 +372,16 @@ def cut(label):
     return spoil
 
 
+@pytest.mark.parametrize("kind", ["folder", "hdf5"])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (drop("coord"), r"set.000/coord.npy is missing"),
-        (drop("energy"), r"set.000/energy.npy is missing\."),
-        (drop("force"), r"set.000/force.npy is missing"),
         (drop("box"), r"set.000/box.npy is missing; .* an empty file nopbc"),
+        (
+            lambda part: [part.pop(label) for label in ("energy", "force", "virial")],
+            r"neither \S+set.000/energy.npy, \S+set.000/force.npy nor \S+set.000/virial.npy exists",
+        ),
         (cut("coord"), r"coord.npy has shape \(4, 5\), but 4 frames of 2 atoms want \(4, 6\) or \(4, 2, 3\)"),
         (cut("force"), r"force.npy has shape \(4, 5\), .* want \(4, 6\)"),
         (cut("energy"), r"energy.npy has shape \(3,\), .* want \(4, 1\) or \(4,\)"),
@@ -225,13 +392,31 @@ def cut(label):
         (flaw("virial", (0, 0), np.nan), r"virial.npy: frame 0 has the value nan"),
         (flaw("box", 2, 0.0), r"box.npy: the box of frame 2 has volume 0 Å\^3"),
         (lambda part: part.update(coord=np.zeros((0, 6))), r"coord.npy holds no frames"),
+        (
+            lambda part: part.update(real_atom_types=np.full((4, 2), 2)),
+            r"real_atom_types.npy must number .* from 0 to 1, or -1 for no atom, but frame 0, atom 0 has 2",
+        ),
+        (
+            lambda part: part.update(real_atom_types=np.zeros((3, 2))),
+            r"coord.npy has 4 frames, but there are elements for 3",
+        ),
+        (
+            lambda part: part.update(real_atom_types=np.zeros(3)),
+            r"types.npy has shape \(3,\), but type.raw has 2 atoms",
+        ),
+        (lambda part: part.update(real_atom_types=np.full((4, 2), -1)), r"coord.npy: frame 0 has no atom"),
     ],
 )
-def test_flaws_of_a_set_name_the_file(tmp_path, spoil, message):
+def test_flaws_of_a_set_name_the_file(tmp_path, spoil, message, kind):
     part = arrays()
     spoil(part)
+    path = write(tmp_path / "a", [part])
+    (path / "nopbc").unlink(missing_ok=True)
+    if kind == "hdf5":
+        path = pack(path, tmp_path / "a.hdf5")
+        message = message.replace("set.000", "hdf5#/set.000")
     with pytest.raises(DataError, match=message) as error:
-        load_systems(write(tmp_path, [part]), TYPE_MAP)
+        load_systems(path, TYPE_MAP)
     assert "\n" not in str(error.value)
 
 
@@ -243,33 +428,258 @@ def test_flaws_of_a_folder(tmp_path):
         load_systems([], TYPE_MAP)
     with pytest.raises(DataError, match=r"has the element Na, which is not in type_map \['Cl'\]; add it there"):
         load_systems(good, ["Cl"])
-    with pytest.raises(DataError, match=r"type.raw must number the 2 elements .* but atom 1 has 2"):
-        load_systems(write(tmp_path / "types", [arrays()], types="0 2"), TYPE_MAP)
-    with pytest.raises(DataError, match=r"type.raw .* but atom 1 has 0.5"):
-        load_systems(write(tmp_path / "half", [arrays()], types="0 0.5"), TYPE_MAP)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"none holds no system: .* a folder in it has a type.raw"):
+        load_systems(tmp_path / "none", TYPE_MAP)
     with pytest.raises(DataError, match=r"type.raw is not a readable array"):
         load_systems(write(tmp_path / "words", [arrays()], types="Na Cl"), TYPE_MAP)
-    (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match=r"none holds no system: .* type.raw"):
-        load_systems(tmp_path / "none", TYPE_MAP)
     (good / "set.000" / "force.npy").write_text("not an array")
     with pytest.raises(DataError, match=r"force.npy is not a readable array"):
         load_systems(good, TYPE_MAP)
     np.save(good / "set.000" / "force.npy", np.array(["a", "b"]))
     with pytest.raises(DataError, match=r"force.npy is not a readable array: could not convert string"):
         load_systems(good, TYPE_MAP)
-    with pytest.raises(DataError, match=r"empty has a type.raw but no frames: neither folders set.\* nor a coord.raw"):
-        load_systems(write(tmp_path / "empty", []), TYPE_MAP)
-    part = arrays()
-    del part["virial"]
-    with pytest.raises(DataError, match="virial file in some of its sets but not in all"):
-        load_systems(write(tmp_path / "some", [arrays(), part]), TYPE_MAP)
+    (good / "set.000" / "force.npy").unlink()
+    (good / "set.000" / "force.npy").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"force.npy is not a readable array: .*No such file"):
+        load_systems(good, TYPE_MAP)
+    (good / "set.000" / "force.npy").unlink()
+    (good / "set.001").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"set.001/coord.npy is missing"):
+        load_systems(good, TYPE_MAP)
+    with pytest.raises(DataError, match=r"mixed/set.001/real_atom_types.npy is missing; other sets have one"):
+        load_systems(write(tmp_path / "mixed", [mixed(arrays()), arrays()], types="0 0 0"), TYPE_MAP)
+
+
+@pytest.mark.parametrize("kind", ["folder", "hdf5"])
+@pytest.mark.parametrize(
+    ("types", "sets", "message"),
+    [
+        ("0 2", 1, r"type.raw must number the 2 elements .* but atom 1 has 2"),
+        ("0 -1", 1, r"type.raw must number .* but atom 1 has -1"),
+        ("0 1", 0, r"has a type.raw but no frames: neither (folder|group)s set.\* nor a coord.raw"),
+    ],
+)
+def test_flaws_of_a_system(tmp_path, kind, types, sets, message):
+    path = write(tmp_path / "a", [arrays()] * sets, types=types)
+    with pytest.raises(DataError, match=message):
+        load_systems(path if kind == "folder" else pack(path, tmp_path / "a.hdf5"), TYPE_MAP)
+
+
+def test_flaws_of_an_hdf5_file(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    file = pack(write(tmp_path / "a", [arrays()]), tmp_path / "a.hdf5")
+    with pytest.raises(DataError, match=r"a.hdf5#/b is not a readable group: .*doesn't exist"):
+        load_systems(f"{file}#/b", TYPE_MAP)
+    with pytest.raises(DataError, match=r"a.hdf5#/type.raw is no group but an array"):
+        load_systems(f"{file}#/type.raw", TYPE_MAP)
+    with pytest.raises(DataError, match=r"a.hdf5#/set.000 holds no system: neither it nor a group in it"):
+        load_systems(f"{file}#/set.000", TYPE_MAP)
+    with pytest.raises(DataError, match=r"a#/set.000 does not exist"):
+        load_systems(f"{tmp_path / 'a'}#/set.000", TYPE_MAP)
+    for values, message in [
+        (["x", "y"], r"a.hdf5#/set.000/force.npy is not a readable array: its values are object"),
+        (np.array([1, 2j]), r"force.npy is not a readable array: its values are complex128"),
+        (None, r"force.npy is not a readable array: it is a group"),
+    ]:
+        with h5py.File(file, "a") as hdf5:
+            del hdf5["set.000/force.npy"]
+            hdf5.create_group("set.000/force.npy") if values is None else hdf5.create_dataset(
+                "set.000/force.npy", data=values
+            )
+        with pytest.raises(DataError, match=message):
+            load_systems(file, TYPE_MAP)
+    with h5py.File(file, "a") as hdf5:
+        del hdf5["set.000/force.npy"]
+        hdf5.create_dataset("set.000/force.npy", shape=(10**12, 6), dtype="f8")
+    with pytest.raises(DataError, match=r"its shape is \(1000000000000, 6\), but only 0 bytes of it are in the file"):
+        load_systems(file, TYPE_MAP)
+    with h5py.File(file, "a") as hdf5:
+        hdf5["set.001"] = h5py.SoftLink("/nowhere")
+    with pytest.raises(DataError, match=r"a.hdf5#/ is not a readable group: set.001 is a link to nowhere"):
+        load_systems(file, TYPE_MAP)
+    with h5py.File(file, "a") as hdf5:
+        del hdf5["set.001"], hdf5["set.000/force.npy"]
+        hdf5["set.000/force.npy"] = h5py.SoftLink("/nowhere")
+    with pytest.raises(DataError, match=r"force.npy is not a readable array: .*component not found"):
+        load_systems(file, TYPE_MAP)
+    whole = file.read_bytes()
+    for spoilt in (whole[:1000], whole[: len(whole) - 100], b"text"):
+        file.write_bytes(spoilt)
+        with pytest.raises(DataError, match=r"a.hdf5 is not a readable HDF5 file: "):
+            load_systems(file, TYPE_MAP)
+
+
+def test_hdf5_groups_at_any_depth_and_links_between_them(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    write(tmp_path / "a" / "b" / "c", [arrays(1)])
+    write(tmp_path / "a" / "d", [arrays(2)])
+    file = pack(tmp_path / "a", tmp_path / "a.hdf5")
+    with h5py.File(file, "a") as hdf5:
+        hdf5["b/up"] = h5py.SoftLink("/")
+        hdf5["d/again"] = hdf5["d"]
+        hdf5["e"] = h5py.SoftLink("/d")
+        hdf5["f"] = h5py.SoftLink("/nowhere")
+        hdf5["g"] = h5py.ExternalLink("nowhere.hdf5", "/")
+    systems = load_systems([file, f"{file}#/b", f"{file}#d"], TYPE_MAP)
+    assert [system.name for system in systems[:3]] == [f"{file}#/b/c", f"{file}#/d", f"{file}#/e"]
+    assert [(len(system), system.entry, system.number) for system in systems] == [
+        *((1, 0, 0), (2, 0, 1), (2, 0, 2), (1, 1, 3), (2, 2, 4))
+    ]
+
+
+def test_links_in_folders_are_followed(tmp_path):
+    write(tmp_path / "elsewhere" / "one", [arrays(1)])
+    write(tmp_path / "elsewhere" / "deep" / "two", [arrays(2)])
+    write(tmp_path / "data" / "own", [arrays(3)])
+    (tmp_path / "data" / "a").symlink_to("../elsewhere/one")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere" / "deep")
+    for name, target in {"itself": ".", "up": "../..", "gone": "nowhere", "file": "own/type.raw"}.items():
+        (tmp_path / "data" / "own" / name).symlink_to(target)
+    (tmp_path / "elsewhere" / "deep" / "round").symlink_to("../../data")
+    (tmp_path / "elsewhere" / "deep" / "up").symlink_to("..")
+    names = [str(Path(system.name).relative_to(tmp_path)) for system in load_systems(tmp_path / "data", TYPE_MAP)]
+    assert names == ["data/a", "data/b/two", "data/own"]
+    (tmp_path / "data" / "c").symlink_to("a")
+    (tmp_path / "data" / "d").symlink_to("b")
+    names = [str(Path(system.name).relative_to(tmp_path)) for system in load_systems(tmp_path / "data", TYPE_MAP)]
+    assert names == ["data/a", "data/b/two", "data/c", "data/own"]  # each link to a system is one, as in DeePMD-kit
+    twice = load_systems([tmp_path / "data" / "a", tmp_path / "elsewhere" / "one"], TYPE_MAP)
+    assert [system.number for system in twice] == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["folder", "hdf5"])
+@pytest.mark.parametrize(
+    ("patterns", "found"),
+    [
+        ([], "a a/x b/c/x b/y"),
+        (["*"], "a a/x b/c/x b/y"),
+        (["x"], "a/x b/c/x"),
+        (["b/**"], "b/c/x b/y"),
+        (["b/*"], "b/y"),
+        (["[ab]", "c/x"], "a b/c/x"),
+        (["b/**/x", "b"], "b/c/x"),
+    ],
+)
+def test_patterns_are_those_of_rglob(tmp_path, kind, patterns, found):
+    root = tmp_path / "data"
+    for name in ("a", "a/x", "b/c/x", "b/y"):
+        write(root / name, [arrays(1)])
+    expected = {str(path.relative_to(root)) for p in patterns for path in root.rglob(p) if (path / "type.raw").exists()}
+    assert not patterns or expected == set(found.split())
+    path = root if kind == "folder" else pack(root, tmp_path / "a.hdf5")
+    systems = load_systems(path, TYPE_MAP, patterns)
+    assert [system.name.removeprefix(str(path)).lstrip("/#") for system in systems] == found.split()
+    with pytest.raises(DataError, match=r"holds no system, a \w+ with a type.raw, that one of \['z\*'\] matches"):
+        load_systems(path, TYPE_MAP, ["z*"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "hdf5"])
+def test_sets_with_other_labels_are_systems_of_their_own(tmp_path, kind):
+    whole = arrays(4)
+    sets = [{label: array[i : i + 1] for label, array in whole.items()} for i in range(4)]
+    del sets[1]["virial"], sets[2]["force"], sets[2]["virial"], sets[3]["virial"]
+    path = write(tmp_path / "a", sets)
+    write(tmp_path / "b", [arrays(1)])
+    path = tmp_path if kind == "folder" else pack(tmp_path, tmp_path / "c.hdf5")
+    full, plain, energy, other = load_systems(path, TYPE_MAP)
+    assert [len(system) for system in (full, plain, energy, other)] == [1, 2, 1, 1]
+    assert full.name == plain.name == energy.name
+    assert [(s.entry, s.number) for s in (full, plain, energy, other)] == [(0, 0), (0, 0), (0, 0), (0, 1)]
+    np.testing.assert_array_equal(plain.energies, whole["energy"][[1, 3]])
+    np.testing.assert_array_equal(full.virials, whole["virial"][:1].reshape(1, 3, 3))
+    assert plain.virials is None
+    assert energy.forces is None
+
+
+def test_empty_sets_are_passed_over(tmp_path):
+    empty = {label: array[:0] for label, array in arrays().items()}
+    (system,) = load_systems(write(tmp_path / "a", [empty, arrays(), empty]), TYPE_MAP)
+    assert len(system) == 4
+    with pytest.raises(DataError, match=r"b/set.000/coord.npy holds no frames nor do its like"):
+        load_systems(write(tmp_path / "b", [empty, empty]), TYPE_MAP)
+
+
+@pytest.mark.parametrize("kind", ["folder", "hdf5", "lmdb"])
+def test_compositions_are_systems_of_their_own(tmp_path, kind):
+    part = mixed(arrays(6))
+    part["real_atom_types"][2] = [1, 1, 0]
+    part["real_atom_types"][4] = [1, 0, 1]
+    path = write(tmp_path / "a", [part], types="0 0 0")
+    if kind == "hdf5":
+        path = pack(path, tmp_path / "a.hdf5")
+    if kind == "lmdb":
+        frames = [lmdb_frames(part, types)[i] for i, types in enumerate(part["real_atom_types"])]
+        path = write_lmdb(tmp_path / "lmdb", frames)
+    pair, triple = load_systems([path], TYPE_MAP)
+    assert (pair.number, triple.number) == (0, 0)
+    assert pair.name.endswith("(Cl1Na1)")
+    assert triple.name.endswith("(Cl2Na1)")
+    assert triple.types.tolist() == [0, 0, 1]
+    np.testing.assert_array_equal(pair.energies, part["energy"][[0, 1, 3, 5]])
+    np.testing.assert_array_equal(triple.energies, part["energy"][[2, 4]])
+    np.testing.assert_array_equal(triple.forces[1].ravel(), part["force"][4][[0, 1, 2, 6, 7, 8, 3, 4, 5]])
+    np.testing.assert_array_equal(triple.coordinates[0].ravel(), part["coord"][2])
+    np.testing.assert_array_equal(triple.boxes[1].ravel(), part["box"][4])
+
+
+def test_lmdb_frames_may_lack_labels_and_boxes(tmp_path):
+    frames = lmdb_frames(arrays(5))
+    del frames[1]["forces"]
+    frames[2]["find_force"] = 0.0
+    frames[3]["cells"][:] = 0
+    frames[4] = {"atype" if k == "atom_types" else k[:-1] if k == "coords" else k: v for k, v in frames[4].items()}
+    whole, no_force, molecule = load_systems(write_lmdb(tmp_path / "a.lmdb", frames), TYPE_MAP)
+    assert [len(system) for system in (whole, no_force, molecule)] == [2, 2, 1]
+    assert no_force.forces is None
+    assert molecule.boxes is None
+    assert whole.types.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda frame: frame.pop("atom_types"), "a.lmdb, frame 1 is not readable as LMDB of DeePMD-kit: .*no atype"),
+        (lambda frame: frame.pop("coords"), "a.lmdb, frame 1 is not readable as LMDB of DeePMD-kit: .*no coord"),
+        (
+            lambda frame: frame.update(atom_types=np.array([0, 7])),
+            r"a.lmdb must number the 2 elements .*frame 1, atom 1 has 7",
+        ),
+        (lambda frame: frame.update(atom_types=np.array(["a", "O"])), "a.lmdb, frame 1 is not readable as LMDB"),
+        (lambda frame: frame["forces"].fill(np.nan), "force in .*a.lmdb: frame 1, atom 0 has the value nan"),
+        (lambda frame: frame.update(virials=np.ones(6)), r"virial in .*a.lmdb, frame 1, has shape \(1, 6\)"),
+        (lambda frame: frame.update(forces=np.array("x" * 9)), "frame 1 is not readable as LMDB"),
+        (
+            lambda frame: [frame.pop(key) for key in ("energies", "forces", "virials")],
+            "No label at frame 1: neither energy in .*a.lmdb, force in",
+        ),
+    ],
+)
+def test_flaws_of_an_lmdb_store(tmp_path, spoil, message):
+    frames = lmdb_frames(arrays(2))
+    spoil(frames[1])
+    path = write_lmdb(tmp_path / "a.lmdb", frames)
+    with pytest.raises(DataError, match=message):
+        load_systems(path, TYPE_MAP)
+
+
+def test_an_lmdb_store_that_is_cut_off(tmp_path):
+    path = write_lmdb(tmp_path / "a.lmdb", lmdb_frames(arrays(200)))
+    data = (path / "data.mdb").read_bytes()
+    (path / "data.mdb").write_bytes(data[: len(data) // 2])
+    with pytest.raises(
+        DataError, match=r"a.lmdb is not readable as LMDB of DeePMD-kit: ValueError: the file has been cut"
+    ):
+        load_systems(path, TYPE_MAP)
+    (tmp_path / "b.lmdb").write_text("nothing")
+    with pytest.raises(DataError, match=r"b.lmdb is not readable as LMDB"):
+        load_systems(tmp_path / "b.lmdb", TYPE_MAP)
 
 
 def test_flaws_of_a_file(tmp_path, monkeypatch):
     pytest.importorskip("dpdata", reason="dpdata is not installed")
     (tmp_path / "OUTCAR").write_text("nothing")
-    with pytest.raises(DataError, match=r"OUTCAR cannot be read by dpdata as outcar .*potcar"):
+    with pytest.raises(DataError, match=r"OUTCAR cannot be read by dpdata as outcar: .*potcar"):
         load_systems(tmp_path / "OUTCAR", TYPE_MAP)
     (tmp_path / "OUTCAR").write_text(OUTCAR.format(scf=60))
     with pytest.warns(UserWarning, match="unconverged"), pytest.raises(DataError, match="OUTCAR holds no frames"):
@@ -279,14 +689,39 @@ def test_flaws_of_a_file(tmp_path, monkeypatch):
         load_systems(f"extxyz:{tmp_path}", TYPE_MAP)
     with pytest.raises(DataError, match=r'dpdata has no format "txt"; give the path as "format:'):
         load_systems(tmp_path / "notes.txt", TYPE_MAP)
-    (tmp_path / "a.xyz").write_text(
-        '1\nenergy=1 Lattice="5 0 0 0 5 0 0 0 5" Properties=species:S:1:pos:R:3\nNa 0 0 0\n'
-    )
-    with pytest.raises(DataError, match=r"a.xyz cannot be read .* with energies and forces: .*forces"):
-        load_systems(tmp_path / "a.xyz", TYPE_MAP)
     monkeypatch.setitem(sys.modules, "dpdata", None)
     with pytest.raises(DataError, match="not installed: pip install dpdata"):
         load_systems(tmp_path / "OUTCAR", TYPE_MAP)
+
+
+def test_extxyz_frames_without_forces_or_energies(tmp_path):
+    pytest.importorskip("dpdata", reason="dpdata is not installed")
+    cell = 'Lattice="5 0 0 0 5 0 0 0 5" Properties=species:S:1:pos:R:3'
+    plain = f"1\nenergy=1 {cell}\nNa 0 0 0\n"
+    full = f"1\nenergy=2 {cell}:forces:R:3\nNa 0 0 0 0 0 1\n"
+    (tmp_path / "a.xyz").write_text(plain + full + plain)
+    energies, forces = load_systems(tmp_path / "a.xyz", TYPE_MAP)
+    assert (len(energies), energies.forces, len(forces)) == (2, None, 1)
+    assert forces.forces.tolist() == [[[0, 0, 1]]]
+    assert energies.number == forces.number
+    (tmp_path / "a.xyz").write_text(full + full.replace("energy=2", ""))
+    with pytest.raises(DataError, match=r"a.xyz, frame 1 cannot be read by dpdata as extxyz: .*No energy"):
+        load_systems(tmp_path / "a.xyz", TYPE_MAP)
+    (tmp_path / "a.xyz").write_text(full + full.replace("0 0 1", "0 0 nan"))
+    with pytest.raises(DataError, match=r"force in .*a.xyz: frame 1, atom 0 has the value nan"):
+        load_systems(tmp_path / "a.xyz", TYPE_MAP)
+
+
+def test_trajectories_of_several_formulas(tmp_path):
+    pytest.importorskip("dpdata", reason="dpdata is not installed")
+    pytest.importorskip("ase", reason="ase is not installed")
+    import ase.io
+
+    # as many atoms: dpdata's LabeledSystem would take both for NaCl
+    ase.io.write(tmp_path / "a.traj", list(ase_atoms(arrays(2), ["NaCl", "Na2"])))
+    one, other = load_systems(f"ase/traj:{tmp_path / 'a.traj'}", TYPE_MAP)
+    assert one.types.tolist() == [0, 1]
+    assert other.types.tolist() == [1, 1]
 
 
 def test_split_format(tmp_path, monkeypatch):
@@ -298,76 +733,27 @@ def test_split_format(tmp_path, monkeypatch):
     assert split_format("xyz:odd") == (None, "xyz:odd")
 
 
-def test_slices_and_split(tmp_path):
-    (system,) = load_systems(write(tmp_path, [arrays(10)]), TYPE_MAP)
-    some = system[np.array([7, 1])]
-    assert some.energies.tolist() == system.energies[[7, 1]].tolist()
-    assert [len(part) for part in (system[2:5], some, system[::2])] == [3, 2, 5]
-    assert system[2:5].boxes.shape == (3, 3, 3)
-    train, validation = split([system, system[:1], system[:2]])
-    assert [len(s) for s in train] == [8, 1, 1]
-    assert [len(s) for s in validation] == [2, 1]
-    np.testing.assert_array_equal(validation[0].energies, system.energies[8:])
-    assert split([system], 1.0)[1] == []
-    with pytest.raises(OptionError, match=r"must be in \(0, 1\] but is: 0"):
-        split([system], 0)
-
-
-def test_frames_and_sel(tmp_path):
-    part = arrays(2)
-    part["coord"][:] = [0, 0, 0, 2.5, 0, 0]
-    systems = load_systems(write(tmp_path / "a", [part]), TYPE_MAP)
-    both = frames(systems, cutoff=3.0, num_types=2, dtype=torch.float32)
-    assert len(both) == 2
-    assert both[0].slots == (2, 2)  # a chain along x: two neighbours of the other element, none of its own
-    assert both[0].edges.dtype == torch.float32
-    assert both[1].energy.item() == part["energy"][1]
-    np.testing.assert_allclose(both[1].forces.numpy().ravel(), part["force"][1], rtol=1e-6)
-    np.testing.assert_allclose(both[1].virial.numpy().ravel(), part["virial"][1], rtol=1e-6)
-    assert auto_sel(both) == (4, 4)
-    part["coord"][1] = [0, 0, 0, 0.05, 0, 0]
-    with pytest.raises(DataError, match=r"b, frame 1: .*0\.1"):
-        frames(load_systems(write(tmp_path / "b", [part]), TYPE_MAP), cutoff=3.0, num_types=2)
-
-
-def test_atoms_without_neighbors_have_no_sel(tmp_path):
-    systems = load_systems(write(tmp_path, [arrays(2)]), TYPE_MAP)
-    with pytest.raises(DataError, match=r"No atom has a neighbour within 2\.0 Å: check"):
-        auto_sel(frames(systems, cutoff=2.0, num_types=2))
-
-
-@pytest.mark.parametrize("function", ["_folder_types", "_checked", "make_frame"])
-def test_a_fault_of_our_own_is_not_the_users(tmp_path, monkeypatch, function):
+@pytest.mark.parametrize(("module", "name"), [(load, "_types"), (load, "_checked"), (data, "make_frame")])
+def test_a_fault_of_our_own_is_not_the_users(tmp_path, monkeypatch, module, name):
     folder = write(tmp_path, [arrays(2)])
-    monkeypatch.setattr(load, function, lambda *_, **__: list(zip([1], [1, 2], strict=True)))
+    monkeypatch.setattr(module, name, lambda *_, **__: list(zip([1], [1, 2], strict=True)))
     with pytest.raises(ValueError, match="zip") as caught:
         frames(load_systems(folder, TYPE_MAP), cutoff=3.0, num_types=2)
     assert not isinstance(caught.value, RlekfError)
 
 
-def test_a_fault_of_our_own_after_dpdata_is_not_the_users(tmp_path, monkeypatch):
-    pytest.importorskip("dpdata", reason="dpdata is not installed")
-    (tmp_path / "MOVEMENT").write_text(MOVEMENT)
-    monkeypatch.setattr(load, "_from_dpdata", lambda *_: list(zip([1], [1, 2], strict=True)))
+@pytest.mark.parametrize("form", ["lmdb", "hdf5", "dpdata"])
+def test_a_fault_of_our_own_after_a_reader_is_not_the_users(tmp_path, monkeypatch, form):
+    if form == "dpdata":
+        pytest.importorskip("dpdata", reason="dpdata is not installed")
+        path = tmp_path / "MOVEMENT"
+        path.write_text(MOVEMENT)
+    else:
+        path = OUR_FORMS[form](tmp_path, arrays())
+    monkeypatch.setattr(load, "_parts", lambda *_: list(zip([1], [1, 2], strict=True)))
     with pytest.raises(ValueError, match="zip") as caught:
-        load_systems(tmp_path / "MOVEMENT", TYPE_MAP)
+        load_systems(path, TYPE_MAP)
     assert not isinstance(caught.value, RlekfError)
-
-
-def test_auto_sel_rounds_as_deepmd_kit():
-    def counts(*slots):
-        return Frame(*[torch.zeros(0)] * 4, slots=slots, num_atoms=torch.ones(1))
-
-    assert auto_sel([counts(38, 1), counts(12, 72)]) == (44, 80)  # 41.8 and 79.2
-    assert auto_sel([counts(40, 0)]) == (44, 0)  # 40 * 1.1 = 44.000000000000006 is 44, not 48
-    assert auto_sel([counts(40, 10)], factor=1.5) == (60, 16)
-
-
-def test_the_example_is_periodic_to_several_images():
-    train, validation = split(load_systems(EXAMPLE, ["Na", "Cl"]))
-    assert (len(train[0]), len(validation[0])) == (240, 60)
-    (frame,) = frames([validation[0][:1]], 6.0, 2)
-    assert frame.slots[0] > 8  # more than there are atoms
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared data sets are not here")

@@ -17,7 +17,7 @@ from rlekf_ext.packing import layout_of, num_tiles, pack
 from rlekf_ext.partition import BlockPlan
 
 
-class Blocks(Sequence[Tensor]):
+class _Blocks(Sequence[Tensor]):
     """The blocks of P in `LKFOptimizer.state_dict()`, each dense (n_l, n_l) float64.
 
     Holds the packed P that the same state dict holds anyway, so that a checkpoint stores P once. A block is made each
@@ -43,7 +43,7 @@ class Blocks(Sequence[Tensor]):
         return Covariance.from_state_dict({**self.saved, **one}).dense()[0]
 
 
-torch.serialization.add_safe_globals([Blocks])  # torch.load reads it with weights_only=True, its default
+torch.serialization.add_safe_globals([_Blocks])  # torch.load reads it with weights_only=True, its default
 
 
 class LKFOptimizer(RLEKF):
@@ -114,7 +114,7 @@ class LKFOptimizer(RLEKF):
         own = saved["state"][0]
         if own["tiles"] is not self.filter.covariance.tiles:  # spread over the processes
             return saved
-        return {**saved, "state": {0: {**own, "P": Blocks(own), "kalman_lambda": self.filter.memory_factor}}}
+        return {**saved, "state": {0: {**own, "P": _Blocks(own), "kalman_lambda": self.filter.memory_factor}}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where an LKFOptimizer was: this one exactly, or one of the other packages by its P, λ and ν.
@@ -134,7 +134,7 @@ class LKFOptimizer(RLEKF):
         Raises ValueError, and changes nothing, for blocks of other sizes.
         """
         p = self.filter.covariance
-        if isinstance(P, Blocks):
+        if isinstance(P, _Blocks):
             self.filter.load_state_dict(P.saved)
             if kalman_lambda != self.filter.memory_factor:  # 1 - λ would round what the state holds
                 self.filter.covariance.set(forgetting=1 - float(kalman_lambda))

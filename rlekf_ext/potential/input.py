@@ -381,7 +381,8 @@ def _found(data, folder: Path):
     def find(text: str) -> str:
         form, path = split_format(text)
         there = folder / path
-        if os.path.exists(path) or not os.path.exists(there):
+        file = path.partition("#")[0]  # of "water.hdf5#/group"
+        if os.path.exists(path) or os.path.exists(file) or not os.path.exists(folder / file):
             return text
         return f"{form}:{there}" if form else str(there)
 

@@ -1,17 +1,30 @@
-"""From files to systems: DeePMD-kit's folders, and whatever dpdata reads."""
+"""From files to systems: DeePMD-kit's folders, HDF5 files and LMDB stores, and whatever dpdata reads.
+
+Readers give blocks of frames, {"coord": array, "energy": array, ...} with the names of DeePMD-kit's files. A block is
+checked, cut into parts of the same atoms, and parts that also have the same labels become a System.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from rlekf_ext.errors import DataError
 from rlekf_ext.potential.data import System
+from rlekf_ext.potential.load_dpdata import read_dpdata
+from rlekf_ext.potential.load_lmdb import read_lmdb
+from rlekf_ext.potential.stores import Folder, Store, find_systems, open_hdf5
+
+LABELS = ("energy", "force", "virial")
+LAYOUT = ("deepmd/npy", "deepmd/raw", "deepmd", "deepmd/comp", "deepmd/npy/mixed", "deepmd/hdf5", "deepmd/hdf5/mixed")
+LMDB = ("deepmd/lmdb", "lmdb")
+Part: TypeAlias = tuple[np.ndarray, dict[str, np.ndarray]]  # elements of its atoms, arrays by label
 
 
 def load_systems(
@@ -19,11 +32,24 @@ def load_systems(
 ) -> list[System]:
     """Read every system at the paths; elements are numbered as in `type_map`.
 
-    A path is a folder with deepmd/npy or deepmd/raw systems in it, at any depth, or a file that dpdata reads. dpdata
-    goes by the file's name (OUTCAR, MOVEMENT, *.extxyz); "cp2k/output:run.log" names the format. Raises DataError.
+    A path is one of
+
+    - a folder with systems of DeePMD-kit in it, at any depth: deepmd/npy, deepmd/raw, also with mixed types
+    - an HDF5 file with the same inside, "water.hdf5", or a group of it, "water.hdf5#/O64H128"
+    - an LMDB store, "water.lmdb"
+    - a file that dpdata reads, by its name (OUTCAR, MOVEMENT, *.extxyz) or with the format before it,
+      "cp2k/output:run.log"
+
+    Of folders and HDF5 files, `patterns` takes only the systems whose path from there one of the patterns matches, as
+    in `Path.rglob`. Frames with other elements or other labels are systems of their own. Raises DataError.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    systems = [system for path in paths for system in _load(str(path), list(type_map))]
+    systems: list[System] = []
+    number = 0
+    for entry, path in enumerate(paths):
+        for found in _load(str(path), list(type_map), patterns):
+            systems += [replace(system, entry=entry, number=number) for system in found]
+            number += 1
     if not systems:
         raise DataError("No data: the list of paths is empty.")
     return systems
@@ -35,181 +61,183 @@ def split_format(text: str) -> tuple[str | None, str]:
     return (match[1], match[2]) if match and not os.path.exists(text) else (None, text)
 
 
-def _load(text: str, type_map: list[str]) -> list[System]:
+def _load(text: str, type_map: list[str], patterns: Sequence[str]) -> Iterator[list[System]]:
+    """One list for each folder, group or file."""
     form, name = split_format(text)
-    path = Path(name)
+    front, _, inside = name.partition("#")
+    if os.path.exists(name) or not os.path.isfile(front):
+        front, inside = name, ""
+    path = Path(front)
     if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise DataError(f"{path} does not exist (current directory: {Path.cwd()}).")
     try:
-        if form in ("deepmd/npy", "deepmd/raw", "deepmd", "deepmd/comp") or (form is None and path.is_dir()):
-            return _load_folders(path, form, type_map)
-        return _load_dpdata(path, form or path.name.split(".")[-1].lower(), type_map)
+        if form in LMDB or (form is None and (path.suffix == ".lmdb" or (path / "data.mdb").exists())):
+            yield _load_blocks(path, read_lmdb(path), type_map)
+        elif path.is_dir() and form in (None, *LAYOUT):
+            yield from _load_stores(Folder(path), form, type_map, patterns)
+        elif form in LAYOUT or inside or (form is None and _is_hdf5(path)):
+            with open_hdf5(path, inside) as group:
+                yield from _load_stores(group, form, type_map, patterns)
+        else:
+            yield _load_blocks(path, read_dpdata(path, form or path.name.split(".")[-1].lower()), type_map)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
 
 
-# DeePMD-kit's own folders
+def _is_hdf5(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return path.suffix in (".hdf5", ".h5") or file.read(8) == b"\x89HDF\r\n\x1a\n"
 
 
-def _load_folders(root: Path, form: str | None, type_map: list[str]) -> list[System]:
-    folders = sorted(file.parent for file in root.rglob("type.raw"))
-    if not folders:
+def _load_blocks(path: Path, blocks: list[dict[str, Any]], type_map: list[str]) -> list[System]:
+    """The systems of a file, from all its blocks."""
+    parts: list[Part] = []
+    start = 0
+    for block in blocks:
+        if len(block["coord"]):
+            types = _types(block["types"], block["names"] or type_map, type_map, str(path), str(path), start)
+            parts += _parts(block | {"types": types}, lambda label: f"{label} in {path}", start)
+            start += len(block["coord"])
+    if not parts:
+        raise DataError(f"{path} holds no frames (frames that did not converge are left out).")
+    return _systems(str(path), parts, type_map)
+
+
+# DeePMD-kit's own layout
+
+
+def _load_stores(root: Store, form: str | None, type_map: list[str], patterns: Sequence[str]) -> Iterator[list[System]]:
+    none = True
+    for store in find_systems(root, patterns):
+        none = False
+        yield _load_store(store, form, type_map)
+    if none and patterns:
+        raise DataError(f"{root} holds no system, a {root.kind} with a type.raw, that one of {list(patterns)} matches.")
+    if none:
         raise DataError(
-            f'{root} holds no system: neither it nor a folder in it has a type.raw; for other files give "format:path".'
+            f"{root} holds no system: neither it nor a {root.kind} in it has a type.raw; "
+            'for other files give "format:path".'
         )
-    return [_load_folder(folder, form, type_map) for folder in folders]
 
 
-def _load_folder(folder: Path, form: str | None, type_map: list[str]) -> System:
-    types = _folder_types(folder, type_map)
-    sets = sorted(folder.glob("set.*"))
-    if not sets and not (folder / "coord.raw").exists():
-        raise DataError(f"{folder} has a type.raw but no frames: neither folders set.* nor a coord.raw.")
+def _load_store(store: Store, form: str | None, type_map: list[str]) -> list[System]:
+    names = store.words("type_map.raw") if "type_map.raw" in store else type_map
+    types = _types(store.array("type.raw").reshape(-1), names, type_map, str(store), store.file("type.raw"))
+    sets = [child for name, child in store.folders().items() if name.startswith("set.")]
+    if not sets and "coord.raw" not in store:
+        raise DataError(f"{store} has a type.raw but no frames: neither {store.kind}s set.* nor a coord.raw.")
+    suffix = ".npy"
     if form == "deepmd/raw" or not sets:
-        parts = [_read_part(folder, ".raw", len(types), folder)]
-    else:
-        parts = [_read_part(part, ".npy", len(types), folder) for part in sets]
-    if any("virial" in part for part in parts) and not all("virial" in part for part in parts):
-        raise DataError(f"{folder} has a virial file in some of its sets but not in all.")
-    arrays = {label: np.concatenate([part[label] for part in parts]) for label in parts[0]}
-    return _system(str(folder), types, arrays)
+        sets, suffix = [store], ".raw"
+    mixed = ["real_atom_types.npy" in part for part in sets]
+    if any(mixed) and not all(mixed):
+        raise DataError(f"{sets[mixed.index(False)].file('real_atom_types.npy')} is missing; other sets have one.")
+    parts: list[Part] = []
+    before = 0  # frames in the sets before
+    for part in sets:
+        block = _read_set(part, suffix, "nopbc" not in store)
+        if 0 in block["coord"].shape[:1]:
+            continue  # an empty set counts for nothing, as in DeePMD-kit
+        block["types"] = types
+        if any(mixed):
+            block["types"] = _real_types(part, len(types), names, type_map)
+        new = _parts(block, lambda label, part=part: part.file(f"{label}{suffix}"))  # type: ignore[misc]
+        for _, arrays in new:
+            arrays["places"] += before
+        before += sum(len(arrays["places"]) for _, arrays in new)
+        parts += new
+    if not parts:
+        raise DataError(f"{sets[0].file(f'coord{suffix}')} holds no frames{' nor do its like' * (len(sets) > 1)}.")
+    return _systems(str(store), parts, type_map)
 
 
-def _folder_types(folder: Path, type_map: list[str]) -> np.ndarray:
-    file = folder / "type.raw"
-    types = _read_array(file).reshape(-1)
-    names_file = folder / "type_map.raw"
-    names = _read_words(names_file) if names_file.exists() else type_map
-    whole = (types >= 0) & (types < len(names)) & (types == np.round(types))
-    if not whole.all() or not len(types):
-        got = f"atom {np.argmin(whole)} has {types[np.argmin(whole)]:g}" if len(types) else "it has no atom"
-        raise DataError(f"{file} must number the {len(names)} elements {names} from 0 to {len(names) - 1}, but {got}.")
-    return _types([names[int(t)] for t in types], type_map, str(folder))
+def _read_set(part: Store, suffix: str, periodic: bool) -> dict[str, np.ndarray]:
+    required = ("coord", "box") if periodic else ("coord",)
+    for label in required:
+        if f"{label}{suffix}" not in part:
+            hint = "; a system without periodic boundaries has an empty file nopbc next to type.raw"
+            raise DataError(f"{part.file(f'{label}{suffix}')} is missing{hint if label == 'box' else ''}.")
+    here = [label for label in (*required, *LABELS) if f"{label}{suffix}" in part]
+    return {label: part.array(f"{label}{suffix}") for label in here}
 
 
-def _read_part(part: Path, suffix: str, num_atoms: int, folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of a set (or of a deepmd/raw folder), checked while the name of the file is known."""
-    if (part / "real_atom_types.npy").exists():
-        raise DataError(
-            f'{part} is a mixed-type set (real_atom_types.npy); give the path as "deepmd/npy/mixed:{folder}".'
-        )
-    file = part / f"coord{suffix}"
-    _require(file)
-    coordinates = _read_array(file)
-    num_frames = len(coordinates) if coordinates.ndim > 1 else 1  # DeePMD-kit: a flat coord.npy is a single frame
-    if not coordinates.size:
-        raise DataError(f"{file} holds no frames.")
-    arrays = {"coord": _checked(coordinates, str(file), num_frames, num_atoms, "coord")}
-    for label in ("energy", "force", "box", "virial"):
-        file = part / f"{label}{suffix}"
-        if label == "box" and (folder / "nopbc").exists():
-            continue
-        if label != "virial":
-            _require(file)
-        if file.exists():
-            arrays[label] = _checked(_read_array(file), str(file), num_frames, num_atoms, label)
-    return arrays
-
-
-def _require(file: Path) -> None:
-    if not file.exists():
-        hint = "; a system without periodic boundaries has an empty file nopbc next to type.raw"
-        raise DataError(f"{file} is missing{hint if file.stem == 'box' else ''}.")
-
-
-def _read_words(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} is not readable text: {error}.") from error
-
-
-def _read_array(file: Path) -> np.ndarray:
-    try:
-        if file.suffix != ".npy":
-            return np.loadtxt(file, ndmin=1 if file.stem == "type" else 2)
-        # Mapped, so that a shape larger than the file is an error before memory is asked for; never unpickled.
-        array = np.lib.format.open_memmap(file, mode="r")
-        if array.dtype.kind in "cmMV":
-            raise ValueError(f"its numbers are {array.dtype}")
-        return array.astype(np.float64)
-    except Exception as error:  # numpy's reader of headers raises whatever it stumbles over
-        raise DataError(f"{file} is not a readable array: {error}.") from error
-
-
-# Everything else: dpdata, https://docs.deepmodeling.com/projects/dpdata
-
-# its formats that hold several formulas in one file or folder
-XYZ = ("extxyz", "quip/gap/xyz", "quip/gap/xyz_file", "mace/xyz", "nequip/xyz", "gpumd/xyz")
-SEVERAL = (*XYZ, "deepmd/npy/mixed")
-
-
-def _load_dpdata(path: Path, form: str, type_map: list[str]) -> list[System]:
-    try:
-        import dpdata
-        from dpdata.format import Format
-    except ImportError as error:
-        raise DataError(f"{path} is read by dpdata, which is not installed: pip install dpdata.") from error
-    form = "extxyz" if form == "xyz" else form  # a plain xyz has no labels
-    if form not in Format.get_formats():
-        raise DataError(f'{path}: dpdata has no format "{form}"; give the path as "format:{path}".')
-    if form in XYZ:
-        _check_counts(path)
-    try:
-        if form in SEVERAL:
-            found = list(dpdata.MultiSystems.from_file(str(path), form).systems.values())
-        else:
-            found = [dpdata.LabeledSystem(str(path), fmt=form)]
-    except Exception as error:  # its parsers raise whatever they stumble over
-        raise DataError(
-            f"{path} cannot be read by dpdata as {form} with energies and forces: {type(error).__name__}: {error}."
-        ) from error
-    if not sum(len(one) for one in found):
-        raise DataError(f"{path} holds no frames (dpdata, {form}; unconverged frames are left out).")
-    names = [str(path)] if len(found) == 1 else [f"{path} ({one.formula})" for one in found]
-    return [_from_dpdata(one.data, name, type_map) for one, name in zip(found, names, strict=True)]
-
-
-def _check_counts(path: Path) -> None:
-    """dpdata takes as many lines as an xyz file announces, also past its end: memory without bound."""
-    with open(path, errors="replace") as file:
-        lines = file.readlines()
-    at = 0
-    while at < len(lines):
-        count = re.match(r"\s*(\d+)", lines[at])
-        if count and int(count[1]) > len(lines) - at - 2:
-            raise DataError(
-                f"{path}: line {at + 1} announces {count[1]} atoms but the file ends after {len(lines)} lines."
-            )
-        at += int(count[1]) + 2 if count else 1
-
-
-def _from_dpdata(data: dict[str, Any], name: str, type_map: list[str]) -> System:
-    types = _types([data["atom_names"][t] for t in data["atom_types"]], type_map, name)
-    theirs = {"coord": "coords", "energy": "energies", "force": "forces", "box": "cells", "virial": "virials"}
-    if data.get("nopbc", False):
-        del theirs["box"]
-    arrays = {}
-    for label, key in theirs.items():
-        if key in data:
-            arrays[label] = _checked(data[key], f"{name}, {key}", len(data["coords"]), len(types), label)
-        elif label != "virial":
-            raise DataError(f"{name} has no {key}; training needs energies and forces.")
-    return _system(name, types, arrays)
+def _real_types(part: Store, num_atoms: int, names: list[str], type_map: list[str]) -> np.ndarray:
+    """The elements of each frame of a mixed-type set, (F, n); -1 is no atom."""
+    file = part.file("real_atom_types.npy")
+    array = part.array("real_atom_types.npy")
+    if array.size % num_atoms:
+        raise DataError(f"{file} has shape {array.shape}, but type.raw has {num_atoms} atoms.")
+    return _types(array.reshape(-1, num_atoms), names, type_map, str(part), file)
 
 
 # Checks
 
 
-def _types(elements: list[str], type_map: list[str], name: str) -> np.ndarray:
-    number = {element: i for i, element in enumerate(type_map)}
-    for element in elements:
-        if element not in number:
+def _types(
+    numbers: np.ndarray, names: Sequence[str], type_map: list[str], name: str, file: str, start: int = 0
+) -> np.ndarray:
+    """Indices into `names` as indices into `type_map`: of the atoms, (n,), or of each frame's, (F, n), where -1 stays.
+
+    Messages count frames from `start`.
+    """
+    padded = numbers.ndim > 1
+    whole = (numbers >= -int(padded)) & (numbers < len(names)) & (numbers == np.round(numbers))
+    if not whole.all() or not numbers.size:
+        got = "it has no atom"
+        if numbers.size:
+            *frame, atom = first = tuple(np.argwhere(~whole)[0])
+            got = f"{f'frame {start + frame[0]}, ' if frame else ''}atom {atom} has {numbers[first]:g}"
+        raise DataError(
+            f"{file} must number the {len(names)} elements {list(names)} from 0 to {len(names) - 1}"
+            f"{', or -1 for no atom' * padded}, but {got}."
+        )
+    numbers = numbers.astype(np.int64)
+    for i, element in enumerate(names):
+        if element not in type_map and (numbers == i).any():
             raise DataError(f"{name} has the element {element}, which is not in type_map {type_map}; add it there.")
-    return np.array([number[element] for element in elements], dtype=np.int64)
+    table = [type_map.index(element) if element in type_map else -1 for element in names]
+    return np.array([*table, -1], dtype=np.int64)[numbers]
 
 
-def _checked(array: Any, where: str, num_frames: int, num_atoms: int, label: str) -> np.ndarray:
+def _parts(block: dict[str, Any], place: Callable[[str], str], start: int = 0) -> list[Part]:
+    """The frames of a block, checked, in one part for each list of elements.
+
+    "types" is (n,), or (F, n) with -1 where there is no atom; then the atoms of a part are sorted by element. `place`
+    names an array in messages, which count frames from `start`.
+    """
+    types = block["types"]
+    num_atoms = types.shape[-1]
+    num_frames = len(block["coord"]) if block["coord"].ndim > 1 else 1  # DeePMD-kit: a flat coord.npy is one frame
+    arrays = {
+        label: _checked(block[label], place(label), start, num_frames, num_atoms, label)
+        for label in ("coord", "box", *LABELS)
+        if label in block
+    }
+    arrays["places"] = np.arange(start, start + num_frames)
+    if not any(label in arrays for label in LABELS):
+        energy, force, virial = map(place, LABELS)
+        raise DataError(f"No label{f' at frame {start}' * (start > 0)}: neither {energy}, {force} nor {virial} exists.")
+    if types.ndim == 1:
+        return [(types, arrays)]
+    if len(types) != num_frames:
+        raise DataError(f"{place('coord')} has {num_frames} frames, but there are elements for {len(types)}.")
+    order = np.argsort(types, axis=1, kind="stable")
+    rows: dict[bytes, list[int]] = {}
+    for i, row in enumerate(np.take_along_axis(types, order, axis=1)):
+        rows.setdefault(row.tobytes(), []).append(i)
+    parts = []
+    for frames in rows.values():
+        row = types[frames[0], order[frames[0]]]
+        if row[-1] < 0:
+            raise DataError(f"{place('coord')}: frame {start + frames[0]} has no atom.")
+        part = {label: array[frames] for label, array in arrays.items()}
+        for label in {"coord", "force"} & part.keys():
+            part[label] = np.take_along_axis(part[label], order[frames][:, row >= 0, None], axis=1)
+        parts.append((row[row >= 0], part))
+    return parts
+
+
+def _checked(array: Any, where: str, start: int, num_frames: int, num_atoms: int, label: str) -> np.ndarray:
     """The array as (num_frames, ...) float64, or a DataError that begins with `where`."""
     per_frame = {"coord": (num_atoms, 3), "force": (num_atoms, 3), "energy": (), "box": (3, 3), "virial": (3, 3)}[label]
     array = np.asarray(array, dtype=np.float64)
@@ -217,24 +245,48 @@ def _checked(array: Any, where: str, num_frames: int, num_atoms: int, label: str
     if array.size != np.prod(wanted) or (array.ndim > 1 and len(array) != num_frames):
         flat = (num_frames, int(np.prod(per_frame)))
         raise DataError(
-            f"{where} has shape {array.shape}, but {num_frames} frames of {num_atoms} atoms want {flat} or {wanted}."
+            f"{where}{f', frame {start},' * (start > 0)} has shape {array.shape}, "
+            f"but {num_frames} frames of {num_atoms} atoms want {flat} or {wanted}."
         )
     array = array.reshape(wanted)
     if not np.isfinite(array).all():
         first = tuple(np.argwhere(~np.isfinite(array))[0])
         atom = f", atom {first[1]}" if label in ("coord", "force") else ""
-        raise DataError(f"{where}: frame {first[0]}{atom} has the value {array[first]}; all values must be finite.")
+        raise DataError(
+            f"{where}: frame {start + first[0]}{atom} has the value {array[first]}; all values must be finite."
+        )
     if label == "box":
         with np.errstate(over="ignore", invalid="ignore"):
             volumes = np.abs(np.linalg.det(array))
-        if not volumes.min() >= 1e-6:
+        worst = volumes.argmin()
+        if not volumes[worst] >= 1e-6:
             raise DataError(
-                f"{where}: the box of frame {volumes.argmin()} has volume {volumes.min():g} Å^3; it must be > 0."
+                f"{where}: the box of frame {start + worst} has volume {volumes[worst]:g} Å^3; it must be > 0."
             )
     return array
 
 
-def _system(name: str, types: np.ndarray, arrays: dict[str, np.ndarray]) -> System:
-    return System(
-        name, types, arrays["coord"], arrays.get("box"), arrays["energy"], arrays["force"], arrays.get("virial")
-    )
+def _systems(name: str, parts: list[Part], type_map: list[str]) -> list[System]:
+    """A system for each list of elements with each set of labels, in the order in which they come."""
+    groups: dict[tuple, list[Part]] = {}
+    for types, arrays in parts:
+        groups.setdefault((types.tobytes(), *arrays), []).append((types, arrays))
+    several = len({key[0] for key in groups}) > 1
+    systems = []
+    for group in groups.values():
+        types, first = group[0]
+        arrays = {label: np.concatenate([arrays[label] for _, arrays in group]) for label in first}
+        formula = "".join(f"{type_map[t]}{n}" for t, n in zip(*np.unique(types, return_counts=True), strict=True))
+        systems.append(
+            System(
+                f"{name} ({formula})" if several else name,
+                types,
+                arrays["coord"],
+                arrays.get("box"),
+                arrays.get("energy"),
+                arrays.get("force"),
+                arrays.get("virial"),
+                places=arrays["places"],
+            )
+        )
+    return systems

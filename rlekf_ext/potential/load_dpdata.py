@@ -1,0 +1,73 @@
+"""Files that dpdata reads: https://docs.deepmodeling.com/projects/dpdata"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlekf_ext.errors import DataError
+
+XYZ = ("extxyz", "quip/gap/xyz", "quip/gap/xyz_file", "mace/xyz", "nequip/xyz", "gpumd/xyz")
+# Formats whose files may hold several formulas, and what reads them frame by frame. A LabeledSystem of these would have
+# the first frame alone, or the elements of the first in all.
+SEVERAL: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in XYZ},
+    "ase/traj": ("ase/structure", {"ase_fmt": "traj"}),
+    "ase/structure": ("ase/structure", {}),
+}
+KEYS = {"coord": "coords", "energy": "energies", "force": "forces", "box": "cells", "virial": "virials"}
+
+
+def read_dpdata(path: Path, form: str) -> list[dict[str, Any]]:
+    """The arrays of each system or frame, with "names" and "types". Raises DataError."""
+    try:
+        import dpdata
+        from dpdata.format import Format
+    except ImportError as error:
+        raise DataError(f"{path} is read by dpdata, which is not installed: pip install dpdata.") from error
+    form = "extxyz" if form == "xyz" else form  # a plain xyz has no labels
+    if form not in Format.get_formats():
+        raise DataError(f'{path}: dpdata has no format "{form}"; give the path as "format:{path}".')
+    if form in XYZ:
+        _check_counts(path)
+    place, found = str(path), []
+    try:
+        if form in SEVERAL:
+            name, options = SEVERAL[form]
+            reader = Format.get_formats()[name]()
+            place = f"{path}, frame 0"
+            for frame in reader.from_multi_systems(str(path), **options):
+                found.append(_renamed(reader.from_labeled_system(frame), several=True))
+                place = f"{path}, frame {len(found)}"
+        else:
+            found.append(_renamed(dpdata.LabeledSystem(str(path), fmt=form).data, several=False))
+    except Exception as error:  # its parsers raise whatever they stumble over
+        raise DataError(f"{place} cannot be read by dpdata as {form}: {type(error).__name__}: {error}.") from error
+    return found
+
+
+def _check_counts(path: Path) -> None:
+    """dpdata takes as many lines as an xyz file announces, also past its end: memory without bound."""
+    with open(path, errors="replace") as file:
+        lines = file.readlines()
+    at = 0
+    while at < len(lines):
+        count = re.match(r"\s*(\d+)", lines[at])
+        if count and int(count[1]) > len(lines) - at - 2:
+            raise DataError(
+                f"{path}: line {at + 1} announces {count[1]} atoms but the file ends after {len(lines)} lines."
+            )
+        at += int(count[1]) + 2 if count else 1
+
+
+def _renamed(data: dict[str, Any], several: bool) -> dict[str, Any]:
+    arrays = {label: np.asarray(data[key], dtype=np.float64) for label, key in KEYS.items() if key in data}
+    if data.get("nopbc", False):
+        arrays.pop("box", None)
+    if "force" in arrays and arrays["force"].shape == (1,) and np.isnan(arrays["force"][0]):
+        del arrays["force"]  # dpdata's value for an extended xyz frame without forces
+    types = np.asarray(data["atom_types"], dtype=np.int64)
+    return arrays | {"names": list(data["atom_names"]), "types": types[None] if several else types}
