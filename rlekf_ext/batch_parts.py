@@ -44,8 +44,10 @@ def force_groups(num_atoms: int, group_size: int | None, num_groups: int, genera
     """Disjoint random groups: `num_groups` of `group_size` atoms, fewer if atoms run out; None: of all atoms."""
     atoms = torch.randperm(num_atoms, generator=generator)
     if group_size is None:
-        return [group for group in atoms.tensor_split(num_groups) if len(group)]
-    return list(atoms[: group_size * num_groups].split(group_size))
+        groups = atoms.tensor_split(num_groups)
+    else:
+        groups = atoms[: group_size * num_groups].split(group_size)
+    return [group for group in groups if len(group)]
 
 
 def divide(

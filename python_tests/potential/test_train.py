@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,41 @@ def test_warm_start_leaves_no_mean_energy_error(tmp_path):
     errors = compare(model, training).energy
     assert abs(before) > 1e-3
     assert abs(float((errors[:, 1] - errors[:, 0]).mean())) < 1e-12
+
+
+def with_labels(folder, *parts):
+    """A set for each list of labels, of two frames each; virials are made up."""
+    write_data(folder, count=2 * len(parts))
+    whole = {file.stem: np.load(file) for file in (folder / "set.000").glob("*.npy")}
+    whole["virial"] = np.random.default_rng(0).normal(size=(2 * len(parts), 9))
+    shutil.rmtree(folder / "set.000")
+    for i, labels in enumerate(parts):
+        (folder / f"set.{i:03d}").mkdir()
+        for label in ("coord", "box", *labels):
+            np.save(folder / f"set.{i:03d}" / f"{label}.npy", whole[label][2 * i : 2 * i + 2])
+
+
+@pytest.mark.parametrize("optimizer", [None, {"type": "RLEKF", "batch": "joint"}, {"type": "LKF"}, {"type": "Adam"}])
+def test_frames_with_different_labels(tmp_path, optimizer, capsys):
+    with_labels(tmp_path / "data", ["energy", "force", "virial"], ["energy"], ["force"], ["energy", "virial"])
+    given = {**input_of(tmp_path, optimizer, numb_steps=8), "loss": {"start_pref_v": 1, "limit_pref_v": 1}}
+    given["training"]["validation_fraction"] = 0
+    given["training"]["training_data"]["batch_size"] = 2
+    train(read_input(given))
+    said = capsys.readouterr().out
+    assert "8 frames train, 0 are held out; 4 batches per epoch" in said
+    assert "Labels used: energy (6 frames), force (4 frames)" in said
+    assert "virial (4 frames)." in said or "virial: LKF does not take it" in said
+    names = ("energy_rmse", "force_rmse", "virial_rmse")
+    assert all(np.isfinite(json.loads((tmp_path / "out/lcurve.out.json").read_text())["epochs"][-1][n]) for n in names)
+
+
+def test_frames_without_a_label_that_is_used_are_left_out(tmp_path, capsys):
+    with_labels(tmp_path / "data", ["energy", "force"], ["virial"])
+    train(read_input(input_of(tmp_path, numb_steps=1)))
+    said = capsys.readouterr().out
+    assert "2 frames have no label that is used, and are left out." in said
+    assert "1 frames train, 1 are held out" in said
 
 
 # Stopping and going on
