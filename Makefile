@@ -39,7 +39,7 @@ test-cpp: setup
 test-install:  ## pip install in a fresh environment: with and without build isolation, of an sdist, and without torch
 	.ci/test_install $(PYTHON)
 
-dist:  ## the packages to release, in dist/: an sdist and a manylinux wheel, which trains with the oldest and the pinned torch
+dist:  ## the packages to release, in dist/: an sdist, and a manylinux wheel that trains in fresh environments
 	.ci/dist $(PYTHON)
 
 check-floors:  ## the tests with the oldest Python and the oldest packages that pyproject.toml admits
