@@ -5,7 +5,7 @@ BIN := .venv/bin
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs gpu bench study soak demo test test-cpp test-install test-deepmd lint check format clean
+.PHONY: help setup docs gpu bench study soak demo test test-cpp test-install test-deepmd dist check-floors lint check format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -38,6 +38,12 @@ test-cpp: setup
 
 test-install:  ## pip install in a fresh environment: with and without build isolation, of an sdist, and without torch
 	.ci/test_install $(PYTHON)
+
+dist:  ## the packages to release, in dist/: an sdist, and a manylinux wheel that trains in fresh environments
+	.ci/dist $(PYTHON)
+
+check-floors:  ## the tests with the oldest Python and the oldest packages that pyproject.toml admits
+	.ci/check_floors $(PYTHON)
 
 test-deepmd: .venv-deepmd/.built  ## the plugin in the real dp: train, restart, LKF parity (makes .venv-deepmd: 6 GB of disk; 10 minutes)
 	.venv-deepmd/bin/pytest -m deepmd python_tests/deepmd
@@ -99,4 +105,4 @@ format: setup  ## rewrite sources in the project's format
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
 clean:  ## remove what make made
-	rm -rf .venv .venv-deepmd build demo rlekf_ext/*.so *.egg-info
+	rm -rf .venv .venv-deepmd build dist demo rlekf_ext/*.so *.egg-info

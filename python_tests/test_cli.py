@@ -135,6 +135,12 @@ def test_uncertainty_needs_a_filter(folder, capsys):
     assert not list(folder.glob("u.*"))
 
 
+def contents(path):
+    """What the file holds, without the time of writing, which HDF5 before 2.0 stores."""
+    with pytest.importorskip("h5py").File(path) as file:
+        return dict(file.attrs), {name: array[()].tolist() for name, array in file.items()}
+
+
 def test_a_model_to_deepmd_and_back(in_trained, capsys):
     assert main(["export", "-o", "out/trained.dp"]) == 0
     said = capsys.readouterr().out
@@ -150,7 +156,7 @@ def test_a_model_to_deepmd_and_back(in_trained, capsys):
         results.append(capsys.readouterr().out)
     assert results[0] == results[1]
     assert main(["export", "back/model.pt"]) == 0
-    assert Path("model.dp").read_bytes() == Path("out/trained.dp").read_bytes()
+    assert contents("model.dp") == contents("out/trained.dp")
 
 
 def test_plot_draws_the_curve(in_trained, capsys):
