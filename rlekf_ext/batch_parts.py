@@ -43,10 +43,7 @@ class Whole:
 def force_groups(num_atoms: int, group_size: int | None, num_groups: int, generator: torch.Generator) -> list[Tensor]:
     """Disjoint random groups: `num_groups` of `group_size` atoms, fewer if atoms run out; None: of all atoms."""
     atoms = torch.randperm(num_atoms, generator=generator)
-    if group_size is None:
-        groups = atoms.tensor_split(num_groups)
-    else:
-        groups = atoms[: group_size * num_groups].split(group_size)
+    groups = atoms.tensor_split(num_groups) if group_size is None else atoms.split(group_size)[:num_groups]
     return [group for group in groups if len(group)]
 
 

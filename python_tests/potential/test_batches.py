@@ -9,7 +9,7 @@ import pytest
 from helpers import input_of, write_data
 
 from rlekf_ext.errors import DataError, InputError
-from rlekf_ext.potential.batches import Frames, labels_used, load_frames
+from rlekf_ext.potential.batches import Frames, batch_sizes, check_lists, labels_used, load_frames, probabilities
 from rlekf_ext.potential.data import System
 from rlekf_ext.potential.input import TrainingData, read_input
 from rlekf_ext.potential.neighbors import make_frame
@@ -32,8 +32,9 @@ def system(num_atoms, number, entry=0):
 
 def batches_of(seed=0, **data):
     """Of five frames of 6 atoms, numbered 0, 1, ..., and seven of 4 atoms, numbered 100, 101, ..."""
-    settings = TrainingData(("a",), **data)
-    return Frames([system(6, 0), system(4, 1)], [numbered(5, 6, 0), numbered(7, 4, 100)], settings).batches(seed)
+    settings, systems = TrainingData(("a",), **data), [system(6, 0), system(4, 1)]
+    check_lists(settings, systems)
+    return Frames(systems, [numbered(5, 6, 0), numbered(7, 4, 100)], settings).batches(seed)
 
 
 @pytest.mark.parametrize(
@@ -99,22 +100,27 @@ def test_systems_are_drawn_with_their_probabilities(how, share):
 
 def test_lists_are_of_systems_or_of_paths():
     found = [system(4, 0, entry=0), system(4, 1, entry=0), system(4, 2, entry=1)]
-    assert TrainingData(("a", "b"), batch_size=(2, 7)).batch_sizes(found) == [2, 2, 7]
-    assert TrainingData(("a", "b"), batch_size=(2, 3, 7)).batch_sizes(found) == [2, 3, 7]
-    with pytest.raises(InputError, match="each of the 2 paths in systems, or of the 3 systems found there, but has 4"):
-        TrainingData(("a", "b"), batch_size=(2, 3, 7, 1)).batch_sizes(found)
-    of_paths = TrainingData(("a", "b"), sys_probs=(0.6, 0.4)).probabilities(found, [1, 2, 5])
+    assert batch_sizes(TrainingData(("a", "b"), batch_size=(2, 7)), found) == [2, 2, 7]
+    assert batch_sizes(TrainingData(("a", "b"), batch_size=(2, 3, 7)), found) == [2, 3, 7]
+    assert batch_sizes(TrainingData(("a", "b"), batch_size=(2, 3, 7)), found[:2]) == [2, 3]  # the third was left out
+    sentence = "each of the 2 paths in systems, or of the 3 systems found there, but has 4"
+    for lists in ({"batch_size": (2, 3, 7, 1)}, {"sys_probs": (0.5, 0.1, 0.2, 0.2)}):
+        with pytest.raises(InputError, match=sentence):
+            check_lists(TrainingData(("a", "b"), **lists), found)
+    of_paths = probabilities(TrainingData(("a", "b"), sys_probs=(0.6, 0.4)), found, [1, 2, 5])
     assert of_paths == pytest.approx([0.2, 0.4, 0.4])
+    of_some = probabilities(TrainingData(("a", "b"), sys_probs=(0.6, 0.4)), found[:2], [1, 2])
+    assert of_some == pytest.approx([1 / 3, 2 / 3])
     # A folder whose frames differ in their labels is two systems here, and one for DeePMD-kit.
     parts = [system(4, 0), system(4, 0), system(4, 1)]
-    assert TrainingData(("a",), auto_prob="prob_uniform").probabilities(parts, [1, 3, 9]) == [0.125, 0.375, 0.5]
+    assert probabilities(TrainingData(("a",), auto_prob="prob_uniform"), parts, [1, 3, 9]) == [0.125, 0.375, 0.5]
 
 
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ({"auto_prob": "prob_sys_size;5:6:1"}, "The block 5:6 of auto_prob must hold a system, but there are 2"),
-        ({"auto_prob": "prob_sys_size;0:2:0"}, "must not all be 0"),
+        ({"auto_prob": "prob_sys_size;5:6:1"}, "The block 5:6:1 of auto_prob must hold a system, but there are 2"),
+        ({"auto_prob": "prob_sys_size;0:2:0"}, "must be above 0, but auto_prob or sys_probs makes all 0"),
         ({"sys_probs": (0.2, 0.9)}, "sum of sys_probs must be 1 but is: 1.1"),
         ({"sys_probs": (0.2, 0.3)}, "sum of sys_probs must be 1 but is: 0.5"),
     ],
@@ -136,7 +142,7 @@ def test_close_pairs_and_large_systems_are_left_out(tmp_path):
     shortest = min(frame.shortest_edge() for frame in load_frames(config_of(tmp_path), True)[0].all())
     training, held_out = load_frames(config_of(tmp_path, data={"min_pair_dist": shortest + 1e-9}), True, said.append)
     assert len(training.all()) + len(held_out.all()) < 4
-    assert "are left out" in said[0]
+    assert ", left out: " in said[0]
     with pytest.raises(DataError, match="All frames have atoms closer than min_pair_dist"):
         load_frames(config_of(tmp_path, data={"min_pair_dist": 3.4}), True, said.append)
     with pytest.raises(DataError, match="No system has at most 2 atoms"):

@@ -62,7 +62,7 @@ def test_frames_without_neighbours_beside_others(tmp_path):
     (folder / "nopbc").touch()
     systems = load_systems(folder, TYPE_MAP)
     said = check_neighbors(systems, frames(systems, 3.0, 2))
-    assert said == f"1 frames have no atom with a neighbour within 3.0 Å, the first is {folder}, frame 0."
+    assert said == f"Frames in which no atom has a neighbour within 3.0 Å: 1; the first: {folder}, frame 0"
     with pytest.raises(DataError, match=r"the nearest atoms are 9 Å apart"):
         check_neighbors([systems[0][:1]], frames([systems[0][:1]], 3.0, 2))
 

@@ -10,6 +10,7 @@ import pytest
 
 from rlekf_ext.errors import InputError
 from rlekf_ext.options import resolve
+from rlekf_ext.potential.batches import batch_sizes
 from rlekf_ext.potential.data import System
 from rlekf_ext.potential.deepmd_keys import IGNORED, LACKING
 from rlekf_ext.potential.input import LKF, Adam, Config, read_input
@@ -143,7 +144,7 @@ def test_defaults_are_the_papers_network():
 def test_batch_sizes(batch_size, counts):
     data = read_input(changed("training/training_data/batch_size", batch_size)).training.training_data
     systems = [System(str(n), np.zeros(n), np.zeros((1, n, 3)), None, number=i) for i, n in enumerate((8, 192))]
-    assert data.batch_sizes(systems) == counts
+    assert batch_sizes(data, systems) == counts
 
 
 @pytest.mark.parametrize(

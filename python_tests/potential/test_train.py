@@ -246,7 +246,7 @@ def test_frames_without_a_label_that_is_used_are_left_out(tmp_path, capsys):
     with_labels(tmp_path / "data", ["energy", "force"], ["virial"])
     train(read_input(input_of(tmp_path, numb_steps=1)))
     said = capsys.readouterr().out
-    assert "2 frames have no label that is used, and are left out." in said
+    assert "Frames without a label that is used, left out: 2" in said
     assert "1 frames train, 1 are held out" in said
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from rlekf_ext.errors import DataError
+from rlekf_ext.errors import DataError, InputError
 from rlekf_ext.options import KINDS, Options
 from rlekf_ext.potential.data import System, check_neighbors, frames, split
 from rlekf_ext.potential.input import Adam, Config, TrainingData
@@ -33,12 +34,12 @@ class Frames:
     @property
     def batch_sizes(self) -> list[int]:
         """Frames in a batch of each system."""
-        return self.data.batch_sizes(self.systems)
+        return batch_sizes(self.data, self.systems)
 
     def batches(self, seed: int) -> Batches:
-        """Batches without end."""
+        """Batches without end. Raises InputError for probabilities that do not fit the systems."""
         counts = [math.ceil(len(some) / size) for some, size in zip(self.frames, self.batch_sizes, strict=True)]
-        return Batches(self.frames, self.batch_sizes, seed, self.data.probabilities(self.systems, counts))
+        return Batches(self.frames, self.batch_sizes, seed, probabilities(self.data, self.systems, counts))
 
 
 def load_frames(config: Config, quiet: bool = False, say: Callable[[str], Any] = tqdm.write) -> tuple[Frames, Frames]:
@@ -48,13 +49,17 @@ def load_frames(config: Config, quiet: bool = False, say: Callable[[str], Any] =
 
     def load(data: TrainingData) -> list[System]:
         found = load_systems(data.systems, network.type_map, data.rglob_patterns or ())
-        kept = [system for system in found if len(system.types) <= data.most_atoms]
-        if len(kept) < len(found):
-            say(f"{len(found) - len(kept)} systems of more than {data.most_atoms} atoms are left out (batch_size).")
-        if not kept:
-            raise DataError(f"No system has at most {data.most_atoms} atoms, as batch_size = filter asks: raise it.")
-        if str(data.batch_size).startswith("mix:"):
+        check_lists(data, found)
+        rule, _, number = str(data.batch_size).partition(":")
+        if rule == "mix":
             say(f"batch_size {data.batch_size}: batches hold frames of one composition, as with max.")
+        if rule != "filter":
+            return found
+        kept = [system for system in found if len(system.types) <= int(number)]
+        if not kept:
+            raise DataError(f"No system has at most {number} atoms, as batch_size = {data.batch_size} asks: raise it.")
+        if len(kept) < len(found):
+            say(f"Systems of more than {number} atoms, left out (batch_size): {len(found) - len(kept)}")
         return kept
 
     def with_neighbors(systems: list[System], data: TrainingData) -> Frames:
@@ -62,7 +67,7 @@ def load_frames(config: Config, quiet: bool = False, say: Callable[[str], Any] =
         made = [frames([system], cutoff, num_types, network.dtype) for system in shown]
         near = [[frame for frame in some if frame.shortest_edge() >= data.min_pair_dist] for some in made]
         if left_out := sum(map(len, made)) - sum(map(len, near)):
-            say(f"{left_out} frames with atoms closer than min_pair_dist = {data.min_pair_dist} Å are left out.")
+            say(f"Frames with atoms closer than min_pair_dist = {data.min_pair_dist} Å, left out: {left_out}")
         pairs = [(system, some) for system, some in zip(systems, near, strict=True) if some]
         if systems and not pairs:
             raise DataError(f"All frames have atoms closer than min_pair_dist = {data.min_pair_dist} Å: lower it.")
@@ -72,8 +77,7 @@ def load_frames(config: Config, quiet: bool = False, say: Callable[[str], Any] =
     found = load(data)
     labelled = [system for system in found if any(system.has_label(kind) for kind in kinds_used(config))]
     if labelled and len(labelled) < len(found):
-        unlabelled = sum(map(len, found)) - sum(map(len, labelled))
-        say(f"{unlabelled} frames have no label that is used, and are left out.")
+        say(f"Frames without a label that is used, left out: {sum(map(len, found)) - sum(map(len, labelled))}")
     training = labelled or found
     training, validation = (training, load(apart)) if apart else split(training, 1 - settings.validation_fraction)
     result = with_neighbors(training, data), with_neighbors(validation, apart or data)
@@ -106,6 +110,82 @@ def labels_used(config: Config, training: Sequence[Frame]) -> str:
         raise DataError(f"No training frame has a label that is used: {'; '.join(other)}.")
     rest = f" Not used: {'; '.join(other)}." if other else ""
     return f"Labels used: {', '.join(used)}.{rest}"
+
+
+def batch_sizes(data: TrainingData, systems: Sequence[System]) -> list[int]:
+    """Frames in a batch of each system."""
+    if isinstance(data.batch_size, tuple):
+        return _of_each(data.batch_size, data, systems)
+    if isinstance(data.batch_size, int):
+        return [data.batch_size] * len(systems)
+    rule, _, number = data.batch_size.partition(":")
+    limit = int(number or 32)
+    atoms = [len(system.types) for system in systems]
+    return [math.ceil(limit / n) if rule == "auto" else max(1, limit // n) for n in atoms]
+
+
+def probabilities(data: TrainingData, systems: Sequence[System], num_batches: Sequence[int]) -> list[float] | None:
+    """How likely each system is when a batch is drawn; None: each batch once per epoch (prob_sys_size).
+
+    Raises InputError for a block of auto_prob without systems, and if no system is likely at all.
+    """
+    if data.sys_probs is None and data.auto_prob == "prob_sys_size":
+        return None
+    counts, numbers = np.array(num_batches, dtype=float), np.array([system.number for system in systems])
+    found = np.zeros(len(systems))
+
+    def share(weight: float, among: np.ndarray) -> None:
+        found[among] += weight * counts[among] / counts[among].sum()
+
+    if data.sys_probs is not None:
+        given = np.array(_of_each(data.sys_probs, data, systems))
+        of_path = np.array([system.entry for system in systems]) if _by_path(data.sys_probs, data) else numbers
+        for place in np.unique(of_path[given >= 0]):
+            share(given[of_path == place][0], of_path == place)
+        if (given < 0).any():
+            share(1 - sum(p for p in data.sys_probs if p >= 0), given < 0)
+    elif data.auto_prob == "prob_uniform":
+        for number in np.unique(numbers):
+            share(1.0, numbers == number)
+    else:
+        for block in data.auto_prob.split(";")[1:]:
+            first, end, weight = (float(number) for number in block.split(":"))
+            inside = (numbers >= first) & (numbers < end)
+            if not inside.any():
+                raise InputError(
+                    f"The block {block} of auto_prob must hold a system, but there are {numbers.max() + 1}, from 0 on."
+                )
+            share(weight, inside)
+    if not found.sum() > 0:
+        raise InputError("The probability of some system must be above 0, but auto_prob or sys_probs makes all 0.")
+    return (found / found.sum()).tolist()
+
+
+def check_lists(data: TrainingData, systems: Sequence[System]) -> None:
+    """Raise InputError if a list has a value neither for each path nor for each of these systems, which are all that
+    were found, or if the probabilities do not add up to 1."""
+    count = max(system.number for system in systems) + 1
+    for name in ("batch_size", "sys_probs"):
+        values = getattr(data, name)
+        if isinstance(values, tuple) and len(values) not in (len(data.systems), count):
+            raise InputError(
+                f"{name} must have a value for each of the {len(data.systems)} paths in systems, or of the {count} "
+                f"systems found there, but has {len(values)}."
+            )
+    if data.sys_probs is not None:
+        total = sum(p for p in data.sys_probs if p >= 0)
+        if total > 1 + 1e-8 or (total < 1 - 1e-8 and min(data.sys_probs) >= 0):
+            raise InputError(f"The sum of sys_probs must be 1 but is: {total:g}.")
+
+
+def _of_each(values: tuple, data: TrainingData, systems: Sequence[System]) -> list:
+    """The value of each system, of a list with one for each path in `data.systems`, or for each system found there."""
+    by_path = _by_path(values, data)
+    return [values[system.entry if by_path else system.number] for system in systems]
+
+
+def _by_path(values: tuple, data: TrainingData) -> bool:
+    return len(values) == len(data.systems)
 
 
 class Batches:

@@ -98,7 +98,7 @@ def check_neighbors(systems: Sequence[System], frames: Sequence[Frame]) -> str:
     if most > MANY_NEIGHBORS:
         return f"An atom has {most} neighbours within rcut = {cutoff} Å, which makes training slow: is rcut in Å?"
     if lonely:
-        return f"{len(lonely)} frames have no atom with a neighbour within {cutoff} Å, the first is {lonely[0].name}."
+        return f"Frames in which no atom has a neighbour within {cutoff} Å: {len(lonely)}; the first: {lonely[0].name}"
     return ""
 
 

@@ -8,7 +8,6 @@ optimizer is RLEKF if the file names none; its options are in rlekf_ext/options.
 from __future__ import annotations
 
 import json
-import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,9 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlekf_ext.errors import InputError
 from rlekf_ext.options import KINDS, Options, order_of, part, resolve
 from rlekf_ext.potential.architecture import Architecture, DescriptorArchitecture, FittingArchitecture
-from rlekf_ext.potential.data import System
 from rlekf_ext.potential.deepmd_keys import IGNORED, LACKING
 from rlekf_ext.potential.load import split_format
 from rlekf_ext.schema import check_choice, join, json_object, option, range_text, read, shown, unknown
@@ -157,71 +153,6 @@ class TrainingData:
     )
     min_pair_dist: float = option(0.0, "Frames with atoms nearer than this, in Å, are left out.", low=0)
     set_prefix: str = option("set", choices=("set",))
-
-    @property
-    def most_atoms(self) -> float:
-        """Larger structures are left out: N of batch_size = "filter:N"."""
-        rule, _, number = str(self.batch_size).partition(":")
-        return int(number) if rule == "filter" else math.inf
-
-    def batch_sizes(self, systems: Sequence[System]) -> list[int]:
-        """Frames in a batch of each system. Raises InputError for a list of another length."""
-        if isinstance(self.batch_size, tuple):
-            return self._of_each(self.batch_size, systems, "batch_size")
-        if isinstance(self.batch_size, int):
-            return [self.batch_size] * len(systems)
-        rule, _, number = self.batch_size.partition(":")
-        limit = int(number or 32)
-        atoms = [len(system.types) for system in systems]
-        return [math.ceil(limit / n) if rule == "auto" else max(1, limit // n) for n in atoms]
-
-    def probabilities(self, systems: Sequence[System], num_batches: Sequence[int]) -> list[float] | None:
-        """How likely each system is when a batch is drawn; None: each batch once per epoch (prob_sys_size). Raises
-        InputError for probabilities that do not fit the systems."""
-        if self.sys_probs is None and self.auto_prob == "prob_sys_size":
-            return None
-        counts = np.array(num_batches, dtype=float)
-        numbers = [system.number for system in systems]
-        if self.sys_probs is not None:
-            given = np.array(self._of_each(self.sys_probs, systems, "sys_probs"))
-            groups = [system.number if len(self.sys_probs) != len(self.systems) else system.entry for system in systems]
-            left = given < 0  # those share the rest
-            shares = given / np.array([counts[np.equal(groups, group)].sum() for group in groups])
-            probabilities = np.where(left, 0.0, shares * counts)
-            rest = 1 - probabilities.sum()
-            if rest < -1e-8 or (rest > 1e-8 and not left.any()):
-                raise InputError(f"The sum of sys_probs must be 1 but is: {1 - rest:g}.")
-            if left.any():
-                probabilities += np.where(left, counts, 0.0) * max(rest, 0.0) / counts[left].sum()
-            return probabilities.tolist()
-        if self.auto_prob == "prob_uniform":
-            blocks = [(number, number + 1, 1.0) for number in sorted(set(numbers))]
-        else:
-            fields_of = [block.split(":") for block in self.auto_prob.split(";")[1:]]
-            blocks = [(int(first), int(end), float(weight)) for first, end, weight in fields_of]
-        probabilities = np.zeros(len(systems))
-        for first, end, weight in blocks:
-            inside = np.array([first <= number < end for number in numbers])
-            if not inside.any():
-                raise InputError(
-                    f"The block {first}:{end} of auto_prob must hold a system, but there are {max(numbers) + 1}."
-                )
-            probabilities[inside] += weight * counts[inside] / counts[inside].sum()
-        if not probabilities.sum() > 0:
-            raise InputError(f"The weights in auto_prob must not all be 0, but are in: {self.auto_prob}.")
-        return (probabilities / probabilities.sum()).tolist()
-
-    def _of_each(self, values: tuple, systems: Sequence[System], name: str) -> list:
-        """The value of each system, of a list with one for each path in `systems`, or for each system found."""
-        if len(values) == len(self.systems):
-            return [values[system.entry] for system in systems]
-        count = max(system.number for system in systems) + 1
-        if len(values) != count:
-            raise InputError(
-                f"{name} must have a value for each of the {len(self.systems)} paths in systems, or of the {count} "
-                f"systems found there, but has {len(values)}."
-            )
-        return [values[system.number] for system in systems]
 
 
 @dataclass(frozen=True)
