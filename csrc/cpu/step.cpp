@@ -23,26 +23,14 @@
 #include <vector>
 
 #include "../recursion.h"
-
-// Not with the thread sanitizer, which is not yet running when the loader picks an instruction set.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
-#define RLEKF_EVERY_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define RLEKF_EVERY_ISA
-#endif
-#define RLEKF_INLINE inline __attribute__((always_inline))
+#include "lanes.h"
 
 namespace rlekf::cpu {
 namespace {
 
-constexpr int kLanes = 8;
 constexpr int kChunks = kTile / kLanes;
 constexpr int kRowsAhead = 3;    // how far ahead rows are prefetched: docs/performance.md has the trials
 constexpr int kFoldAtOnce = 32;  // pending vectors whose segments stay in the first-level cache during a fold
-
-using Lanes = double __attribute__((vector_size(kLanes * sizeof(double))));
-using LanesUnaligned = double __attribute__((vector_size(kLanes * sizeof(double)), aligned(8), may_alias));
-using FloatLanesUnaligned = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
 /// The kTile entries of a vector that belong to one row or column of tiles.
 struct alignas(64) Segment {
@@ -50,16 +38,6 @@ struct alignas(64) Segment {
   double& operator[](int64_t i) { return reinterpret_cast<double*>(lanes)[i]; }
 };
 
-RLEKF_INLINE void load(const double* from, Lanes& to) { to = *reinterpret_cast<const LanesUnaligned*>(from); }
-RLEKF_INLINE void load(const float* from, Lanes& to) {
-  to = __builtin_convertvector(*reinterpret_cast<const FloatLanesUnaligned*>(from), Lanes);
-}
-RLEKF_INLINE void store(double* to, const Lanes& from) { *reinterpret_cast<LanesUnaligned*>(to) = from; }
-RLEKF_INLINE void store(float* to, const Lanes& from) {
-  *reinterpret_cast<FloatLanesUnaligned*>(to) = __builtin_convertvector(from, FloatLanesUnaligned);
-}
-
-RLEKF_INLINE double sum(const Lanes& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 /// The sums of eight vectors, as one vector.
 RLEKF_INLINE Lanes sums(const Lanes (&v)[kLanes]) {
