@@ -269,7 +269,7 @@ def identity(
     own = range(num_tiles(plan)) if tiles is None else tiles
     needed = required_bytes(plan, dtype=dtype, max_pending=max_pending, num_own=len(own))
     available = available_bytes(device)
-    smaller = "" if dtype == torch.float32 else ", or covariance_dtype=torch.float32, which halves it"
+    smaller = "" if dtype == torch.float32 else ", or covariance_dtype float32, which halves it"
     too_large = (
         f"The covariance needs {needed / 1e9:.2f} GB but {device} has {available / 1e9:.2f} GB: lower block_size "
         f"(the largest block is {max(plan.sizes)}){smaller}"

@@ -237,7 +237,7 @@ class KalmanFilter:
         return partial(self._ops.project, copy)
 
     def _rows(self, jacobian: Tensor) -> Tensor:
-        n = self.plan.num_weights
+        n, jacobian = self.plan.num_weights, torch.as_tensor(jacobian, device=self.covariance.tiles.device)
         if jacobian.dim() not in (1, 2) or jacobian.shape[-1] != n:
             raise ValueError(f"jacobian should have shape ({n},) or (M, {n}) but has {tuple(jacobian.shape)}.")
         return jacobian.reshape(-1, n).to(torch.float64).contiguous()
