@@ -693,7 +693,7 @@ def test_flaws_of_a_file(tmp_path, monkeypatch):
         load_systems(f"vasp/outcr:{tmp_path / 'OUTCAR'}", TYPE_MAP)
     with pytest.raises(DataError, match=r"holds no system: .*; give the files in it one by one, such as .*OUTCAR"):
         load_systems(tmp_path, TYPE_MAP)
-    monkeypatch.setitem(sys.modules, "dpdata", None)
+    monkeypatch.setitem(sys.modules, "dpdata.format", None)
     with pytest.raises(DataError, match="not installed: pip install dpdata"):
         load_systems(tmp_path / "OUTCAR", TYPE_MAP)
 

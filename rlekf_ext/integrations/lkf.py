@@ -162,7 +162,7 @@ class LKFOptimizer(RLEKF):
             )
         p.tiles.copy_(new.tiles[p.own_tiles.start : p.own_tiles.stop])
         now = new.scalars()
-        kept = ("num_pending", "scale", "shift", "forgetting", "forgetting_rate")
+        kept = ("num_pending", "scale", "shift", "largest", "forgetting", "forgetting_rate")
         p.set(**{name: getattr(now, name) for name in kept})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -206,5 +206,5 @@ def from_lkf(saved: dict[str, Any]) -> Covariance:
         tiles = pack([(exact + exact.T) / 2])
         p.tiles[tile : tile + len(tiles)] = tiles
         tile += len(tiles)
-    p.set(forgetting=forgetting, forgetting_rate=rate, measurement_noise=len(sizes))
+    p.set(forgetting=forgetting, forgetting_rate=rate, measurement_noise=len(sizes), largest=p.stored_diagonal().max())
     return p

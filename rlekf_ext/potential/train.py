@@ -58,6 +58,7 @@ def train(
     batches = training.batches(settings.seed or 0)
     num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
     disp_freq = settings.disp_freq or min(len(batches), 1000)
+    kinds = sorted(set(kinds_used(config)))
     optimize = build_optimizer(config, model, num_steps, processes, say)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
     if checkpoint:
@@ -126,7 +127,7 @@ def train(
             if progress["step"] % len(batches) == 0 or last:
                 row = end_of_epoch(progress, len(batches), optimize.result, held_out, processes)
                 progress["epochs"].append(row)
-                by_kind = {kind: row[f"{kind}_rmse"] for kind in kinds_used(config) if f"{kind}_rmse" in row}
+                by_kind = {kind: row[f"{kind}_rmse"] for kind in kinds if f"{kind}_rmse" in row}
                 say(f"epoch {row['epoch']:<5.4g} {row['seconds']:8.1f} s   {error_text(by_kind, '.3e', '   ')}")
                 if skipped := optimize.skipped():
                     say(f"skipped so far: {skipped}")
