@@ -37,6 +37,7 @@ using Count = double;
   F(double, process_noise)     /* q, added to the diagonal of P after every update */                  \
   F(double, scale)             /* beta */                                                              \
   F(double, shift)             /* delta */                                                             \
+  F(double, largest)           /* no entry of the diagonal of S is larger; renewed now and then */     \
   F(Count, num_pending)        /* vectors u_i not yet folded into S */                                 \
   F(double, variance)          /* H^T P H of the last measurement used */                              \
   F(double, rank_one)          /* a beta of the last measurement used */                               \
@@ -69,7 +70,7 @@ constexpr StateName kStateNames[kNumState] = {
 /// A fold moves a larger scale into S, by a power of two (exact), so that the scale cannot overflow.
 constexpr double kLargestScale = 1099511627776.0;  // 2^40
 
-/// H^T P H stays above this times scale * H^T H, where rounding cannot make it negative: see recursion.h.
+/// H^T P H stays above this times H^T H times a bound on P, where rounding cannot make it negative: see recursion.h.
 constexpr double kLeastVariance = 0x1p-40;
 
 /// One block of P. A row of the `layout` tensor, (L, 3) int64.

@@ -31,7 +31,8 @@ RLEKF_HOST_DEVICE inline double gain_factor(double variance, double noise, doubl
 RLEKF_HOST_DEVICE inline Update take_measurement(State& state, double first_shift, double product, double plain,
                                                  double innovation, double left) {
   Update update{0, state.shift - first_shift, 0, 0, 0};
-  const double variance = state.scale * product, least = kLeastVariance * state.scale * plain;
+  const double variance = state.scale * product,
+               least = kLeastVariance * state.scale * (state.largest + state.shift) * plain;
   Count* skipped = nullptr;
   if (!std::isfinite(innovation)) skipped = &state.skipped_innovation;
   else if (!std::isfinite(variance)) skipped = &state.skipped_jacobian;
@@ -77,6 +78,7 @@ RLEKF_HOST_DEVICE inline void note_fold(State& state, const Fold& fold) {
   state.num_pending = 0;
   state.scale /= fold.factor;
   state.shift *= fold.factor;
+  state.largest *= fold.factor;
 }
 
 }  // namespace rlekf

@@ -13,6 +13,7 @@ FILES = (
     # what the pages link to
     "CITATION.cff",
     "examples/*.py",
+    "examples/nacl/*.json",
     "benchmarks/study.toml",
     "benchmarks/results/*.csv",
     "csrc/cuda/kernels.cuh",

@@ -113,3 +113,11 @@ def write_input(folder, given, changes=None):
         section[name] = value
     (folder / "input.json").write_text(json.dumps(given))
     return "input.json"
+
+
+def hdf5_contents(path):
+    """What the file holds, without the time of writing, which HDF5 before 2.0 stores."""
+    import h5py
+
+    with h5py.File(path) as file:
+        return dict(file.attrs), {name: (str(array.dtype), array[()].tolist()) for name, array in file.items()}

@@ -71,7 +71,7 @@ def test_symlink(case, capsys):
     folder = case("symlink")
     (folder / "data" / "linked").symlink_to("../../_data/ag")
     train()
-    assert "12 frames train, 4 are held out" in capsys.readouterr().out
+    assert "12 frames for training, 4 held out" in capsys.readouterr().out
 
 
 def test_virials_with_prefactors_are_used(case, capsys):
@@ -91,7 +91,7 @@ def test_energies_without_prefactors_are_not_used(case, capsys):
     summary = train(small_input(["rattled"], ["Cu"], {}, none, ["rattled_test"], rcut=5.0, num_epochs=6))
     assert summary["epochs"][-1]["force_rmse"] < 0.02  # eV/Å; 0.81 with the energies
     said = capsys.readouterr().out
-    assert "Not used: energy: its prefactors in loss are 0" in said
+    assert "Not used: energy: loss/start_pref_e and limit_pref_e are 0" in said
 
 
 def test_matpl_dropin(case):
@@ -114,7 +114,7 @@ def test_inputs_of_deepmd_kit(case, name):
 def test_hdf5(case, path, capsys):
     case("hdf5")
     train(small_input([path], ["O", "H"], numb_steps=1))
-    assert "3 frames train, 1 are held out" in capsys.readouterr().out
+    assert "3 frames for training, 1 held out" in capsys.readouterr().out
 
 
 def test_memory_limit(case):

@@ -57,7 +57,7 @@ def test_scalars_are_those_of_the_kernels():
     assert {name for name, kind in get_type_hints(Scalars).items() if kind is int} == _C.COUNTERS
     p = identity(PLAN)
     p.set(num_pending=2, shift=torch.tensor(0.5))
-    assert p.scalars() == Scalars(*(0,) * 14)._replace(scale=1.0, shift=0.5, num_pending=2)
+    assert p.scalars() == Scalars(*(0,) * 15)._replace(scale=1.0, largest=1.0, shift=0.5, num_pending=2)
     assert isinstance(p.scalars().num_pending, int)
     assert p.scale == 1.0
 
@@ -102,7 +102,7 @@ def test_load_refuses_what_is_no_covariance():
     p = identity(PLAN)
     with pytest.raises(ValueError, match="it has no sizes, pending, names"):
         p.load_state_dict({"tiles": p.tiles, "state": p.state})
-    with pytest.raises(ValueError, match=r"The saved state should have shape \(14,\) .* the checkpoint is damaged"):
+    with pytest.raises(ValueError, match=r"The saved state should have shape \(15,\) .* the checkpoint is damaged"):
         p.load_state_dict({**p.state_dict(), "state": p.state[:-1]})
     with pytest.raises(ValueError, match=r"has format 2, which this version of rlekf_ext does not know"):
         p.load_state_dict({**p.state_dict(), "format": 2})
@@ -251,7 +251,8 @@ def test_lkf_in_float32_and_on_the_blocks_of_rlekf():
 def test_what_is_no_state_of_lkf():
     _, saved = lkf(1)
     with pytest.raises(
-        ValueError, match=r"is not the state of DeePMD-kit's LKFOptimizer \(KeyError\('P'\)\): pass the"
+        ValueError,
+        match=r"is not the state of an LKFOptimizer of DeePMD-kit, PWMLFF or MatPL \(KeyError\('P'\)\): pass the",
     ):
         from_lkf({"state": {0: identity(PLAN).state_dict()}, "param_groups": [{}]})
     del saved["state"][0]["P"][2:]

@@ -24,6 +24,7 @@ import rlekf_ext
 from rlekf_ext import RLEKF, cli
 from rlekf_ext.integrations import lkf
 from rlekf_ext.potential import Calculator
+from rlekf_ext.potential.checkpoint import save_checkpoint
 from rlekf_ext.potential.data import frames
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.load import load_systems
@@ -147,7 +148,7 @@ NOT_COMMANDS = {
 }
 # What the text around a Python block says that the reader has, by page and number of the block.
 READER_HAS = {
-    ("docs/updates.md", 3): {"model", "frames"},
+    ("docs/updates.md", 4): {"model", "frames"},
     ("docs/reliability.md", 1): {"optimizer"},
     ("docs/scaling.md", 1): {"model", "group"},
     ("docs/uncertainty.md", 1): {"optimizer", "jacobian"},
@@ -207,11 +208,14 @@ def test_blocks_are_recognised(tmp_path):
 
 
 @pytest.fixture
-def reader(tmp_path):
-    """What a reader may have: a model of energies and forces, frames, an optimizer, H, and a process group."""
+def reader(tmp_path, monkeypatch):
+    """What a reader may have: a model of energies and forces, frames, an optimizer, H, a process group, and the
+    checkpoint of a network that is trained."""
+    monkeypatch.chdir(tmp_path)
     systems = load_systems([write_data(tmp_path / "data", count=2)], ("Na", "Cl"))
     labelled = frames(systems, RCUT, 2, torch.float64)
     model = make_model(("Na", "Cl"), rcut=RCUT, frames=labelled)
+    save_checkpoint(tmp_path / "model.ckpt.pt", model)
     optimizer = RLEKF(model.parameters())
     jacobian = torch.ones(optimizer.filter.plan.num_weights)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

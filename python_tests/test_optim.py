@@ -305,7 +305,7 @@ def test_errors():
     optimizer = RLEKF(model.parameters())
     with pytest.raises(ValueError, match="needs a closure"):
         optimizer.step()
-    with pytest.raises(RuntimeError, match=r"No parameter has a gradient; call backward\(\)"):
+    with pytest.raises(RuntimeError, match=r"No parameter of this optimizer has a gradient: call backward\(\)"):
         optimizer.update(optimizer.jacobian(), 1.0)
     with pytest.raises(RuntimeError, match="give it all parameters then"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})

@@ -169,7 +169,7 @@ def test_without_any_gradient_nothing_changes():
     model = network()
     optimizer = RLEKF(model.parameters())
     before, state = flat(model), optimizer.filter.covariance.state.clone()
-    with pytest.raises(RuntimeError, match=r"No parameter has a gradient; call backward\(\)"):
+    with pytest.raises(RuntimeError, match=r"No parameter of this optimizer has a gradient: call backward\(\)"):
         optimizer.step(lambda: 1.0)
     assert torch.equal(flat(model), before)
     assert torch.equal(optimizer.filter.covariance.state, state)

@@ -83,7 +83,7 @@ def test_a_run(tmp_path):
 
 def test_skip_connections_are_drawn():
     config = bench_training.config_of("NaCl", "small", bench_training.method_of("skip N(2, 0.1²)"), seed=1)
-    model = bench_training.build_model(config, bench_training.load("NaCl", DATA, 3)["train"], None)
+    model = bench_training.build_model(config, bench_training.load("NaCl", DATA, 3)["train"])
     bench_training.draw_skip_connections(model, 2.0, 0.1, seed=1)
     factors = np.concatenate([p.detach().ravel() for name, p in model.named_parameters() if "timestep" in name])
     assert len(factors) > 100

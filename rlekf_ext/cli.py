@@ -17,14 +17,17 @@ from rlekf_ext import _C
 from rlekf_ext.errors import RlekfError
 from rlekf_ext.ops import backends
 from rlekf_ext.processes import Processes, torchrun_group
+from rlekf_ext.schema import counted
 
 INTERRUPTED = 130
+FEW = 20  # frames
 EXTRAS = {"matplotlib": "plot", **dict.fromkeys(("vesin", "dpdata", "tqdm", "h5py", "lmdb", "msgpack"), "potential")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="rlekf", description="Train Deep Potential networks with the RLEKF filter.")
+    parser.add_argument("--version", action="version", version=f"rlekf_ext {_C.build_info()['version']}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="train from an input.json of DeePMD-kit")
@@ -34,7 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     test = commands.add_parser("test", help="RMSE of a trained model on labelled data")
     test.add_argument("-m", "--model", default="model.ckpt.pt", help="checkpoint of `rlekf train` (%(default)s)")
-    test.add_argument("-s", "--system", required=True, nargs="+", help="folders or files, as in training_data/systems")
+    test.add_argument(
+        "-s",
+        "--system",
+        required=True,
+        nargs="+",
+        action="extend",
+        help="folders or files, as in training_data/systems",
+    )
     test.add_argument(
         "-d",
         "--detail",
@@ -121,6 +131,8 @@ def run_test(arguments: argparse.Namespace) -> int:
         found = uncertainty(optimizer, model, labelled)
         for kind, rank, factor in zip(("energy", "force"), found.spearman, found.factors, strict=True):
             print(f"{kind:<13}error against predicted deviation: Spearman {rank:.3f}, RMS ratio {factor:.4g}")
+        if len(found.energy) < FEW:
+            print(f"             of {counted(len(found.energy), 'frame')}: too few for a rank correlation to say much")
         picture = plot_uncertainty({"model": found}, f"{arguments.uncertainty}.uncertainty.png")
         print(f"wrote        {found.save(arguments.uncertainty)}, {picture}")
     return 0
@@ -164,7 +176,8 @@ def run_info(_: argparse.Namespace) -> int:
     print(f"CUDA         {build['cuda_compiler'] or 'no nvcc was found when this was built'}")
     print(f"             architectures: {build['cuda_architectures'] or 'none'}")
     for name, reason in backends().items():
-        print(f"backend      {name:<10}{'absent: ' + reason if reason else 'available'}")
+        shown = f"native ({name})" if name in ("cpu", "cuda") else name
+        print(f"backend      {shown:<14}{'absent: ' + reason if reason else 'available'}")
     return 0
 
 

@@ -18,7 +18,7 @@ from rlekf_ext.partition import BlockPlan
 
 MAX_MEASUREMENTS: int = _C.MAX_MEASUREMENTS
 LARGEST_SCALE: float = _C.LARGEST_SCALE  # above it, a fold moves a power of two from the scale into S
-LEAST_VARIANCE: float = _C.LEAST_VARIANCE  # no update leaves HᵀPH below this times scale HᵀH
+LEAST_VARIANCE: float = _C.LEAST_VARIANCE  # no update leaves HᵀPH below this times HᵀH times a bound on P
 STATE: dict[str, int] = _C.STATE  # name of a scalar -> its index in `state`
 STORAGE_DTYPES = {torch.float64, torch.float32}
 FORMAT = 1  # of state_dict
@@ -33,6 +33,7 @@ class Scalars(NamedTuple):
     process_noise: float
     scale: float
     shift: float
+    largest: float
     num_pending: int
     variance: float
     rank_one: float
@@ -58,7 +59,7 @@ class Covariance:
     """P = scale (S + shift I - Σ u_i u_iᵀ), block by block: S in packed tiles, the pending u_i, and the filter's
     scalars.
 
-    tiles (num_tiles, 64, 64) float64 or float32; pending (capacity, N) float64; state (14,) float64, see Scalars;
+    tiles (num_tiles, 64, 64) float64 or float32; pending (capacity, N) float64; state (15,) float64, see Scalars;
     layout (L, 3) int64. All on one device. If several processes share P, each keeps only its own tiles, from
     `first_tile` on; `dense`, `from_state_dict` and `reblock` to another plan need all tiles (KalmanFilter.gathered).
     """
@@ -269,7 +270,7 @@ def identity(
     own = range(num_tiles(plan)) if tiles is None else tiles
     needed = required_bytes(plan, dtype=dtype, max_pending=max_pending, num_own=len(own))
     available = available_bytes(device)
-    smaller = "" if dtype == torch.float32 else ", or covariance_dtype=torch.float32, which halves it"
+    smaller = "" if dtype == torch.float32 else ", or covariance_dtype float32, which halves it"
     too_large = (
         f"The covariance needs {needed / 1e9:.2f} GB but {device} has {available / 1e9:.2f} GB: lower block_size "
         f"(the largest block is {max(plan.sizes)}){smaller}"
@@ -286,7 +287,7 @@ def identity(
     s.zero_()
     s.view(-1)[diagonal_places(plan, own)[1].to(device)] = 1.0
     new = Covariance(plan, s, pending, _initial_state(device), layout_of(plan, device=device), own.start)
-    new.set(scale=initial_covariance)  # so that the scale is a bound on P: see LEAST_VARIANCE
+    new.set(scale=initial_covariance)
     return new
 
 
@@ -311,7 +312,7 @@ def abridged(sizes: Sequence[int]) -> str:
 def _initial_state(device: torch.device | str) -> Tensor:
     """The scalars that a filter starts with; a checkpoint written before a scalar was added takes it from here."""
     state = torch.zeros(len(STATE), dtype=torch.float64, device=device)
-    state[STATE["scale"]] = 1.0
+    state[STATE["scale"]] = state[STATE["largest"]] = 1.0
     return state
 
 

@@ -20,6 +20,8 @@ from rlekf_ext.partition import BlockPlan
 from rlekf_ext.processes import Processes
 from rlekf_ext.sharding import TileShare
 
+RENEWED_EVERY = 256  # measurements; `largest` falls by a factor of 0.98 each at most, in the paper's settings
+
 
 @takes(FilterOptions)
 class KalmanFilter:
@@ -59,6 +61,7 @@ class KalmanFilter:
         # The last Jacobians, for diagnostics: rows are zero until filled. The next one replaces row `_next`.
         self._recent = self.covariance.pending.new_zeros(MAX_MEASUREMENTS, plan.num_weights)
         self._next = 0
+        self._unmeasured = 0  # measurements since `largest` was renewed
 
     @property
     def plan(self) -> BlockPlan:
@@ -96,6 +99,11 @@ class KalmanFilter:
                 self._ops.correct(self.covariance, increment, *projection, h[rows], left)
             else:
                 self._ops.step(self.covariance, increment, h[rows], left)
+        self._unmeasured += len(h)
+        if self._unmeasured >= RENEWED_EVERY:
+            self._unmeasured = 0
+            stored = self.covariance.stored_diagonal()
+            self.covariance.set(largest=(self._share.processes.sum(stored) if self._share else stored).max())
         for row in h[-MAX_MEASUREMENTS:]:
             self._recent[self._next] = row
             self._next = (self._next + 1) % MAX_MEASUREMENTS
@@ -213,11 +221,17 @@ class KalmanFilter:
             raise
         self._recent.copy_(recent)
         self._next = 0  # the rows are saved in the order of their age
+        self._unmeasured = int(saved.get("unmeasured", 0))
 
     def state_dict(self) -> dict[str, Any]:
         """What must be saved; large tensors are not copied. With a process group, `tiles` is a DTensor."""
         saved = self.covariance.state_dict()
-        return {**saved, "tiles": self._spread(saved["tiles"]), "recent": self._recent.roll(-self._next, 0)}
+        return {
+            **saved,
+            "tiles": self._spread(saved["tiles"]),
+            "recent": self._recent.roll(-self._next, 0),
+            "unmeasured": self._unmeasured,
+        }
 
     def gathered(self) -> Covariance:
         """The covariance with all its tiles; every process of the group must call this."""
@@ -237,7 +251,7 @@ class KalmanFilter:
         return partial(self._ops.project, copy)
 
     def _rows(self, jacobian: Tensor) -> Tensor:
-        n = self.plan.num_weights
+        n, jacobian = self.plan.num_weights, torch.as_tensor(jacobian, device=self.covariance.tiles.device)
         if jacobian.dim() not in (1, 2) or jacobian.shape[-1] != n:
             raise ValueError(f"jacobian should have shape ({n},) or (M, {n}) but has {tuple(jacobian.shape)}.")
         return jacobian.reshape(-1, n).to(torch.float64).contiguous()

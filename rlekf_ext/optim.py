@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlekf_ext.covariance import Covariance
+from rlekf_ext.covariance import STATE, Covariance
 from rlekf_ext.diagnostics import Diagnostics
 from rlekf_ext.errors import OptionError
 from rlekf_ext.filter import KalmanFilter
 from rlekf_ext.options import FilterOptions, OptimizerOptions, checked, part, takes
 from rlekf_ext.partition import partition
+from rlekf_ext.schema import counted
 
+MANY_SKIPPED = 20  # measurements in a row
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -55,9 +58,11 @@ class RLEKF(torch.optim.Optimizer):
     ):
         if not lr > 0:
             raise OptionError(f"lr must be > 0 but is: {lr}.")
+        if "preset" in options:
+            raise OptionError("RLEKF takes no preset: presets are of FrameUpdater, which makes its own RLEKF.")
         super().__init__(params, {"lr": lr})
         self.options: OptimizerOptions = checked(OptimizerOptions, options)
-        self._transpose = transpose
+        self._transpose, self._warned = transpose, False
         parameters = self.parameters()
         _check(parameters)
         layers = self._layers() or range(len(parameters))
@@ -83,14 +88,21 @@ class RLEKF(torch.optim.Optimizer):
         (Algorithm 2, lines 1 to 7). A squared error also trains, but scales each H by twice its error, and its ε is
         squared. Raises ValueError without a closure, RuntimeError if no parameter has a gradient.
         """
-        if closure is None:
+        if not callable(closure):
             raise ValueError(
                 "RLEKF.step needs a closure that returns the error; with the prediction's gradients set, call "
                 "update(optimizer.jacobian(), innovation)."
             )
         with torch.enable_grad():
             error = closure()
+        if not isinstance(error, float | int) and getattr(error, "numel", lambda: 0)() != 1:
+            found = tuple(error.shape) if isinstance(error, Tensor) else error
+            raise ValueError(
+                f"The closure should return the error, a number or a tensor of one element, but returned {found}: "
+                "return the mean absolute error."
+            )
         self.update(-self.jacobian(), error.detach() if isinstance(error, Tensor) else error)
+        self._warn_if_all_is_skipped()
         return error
 
     @torch.no_grad()
@@ -132,7 +144,11 @@ class RLEKF(torch.optim.Optimizer):
         ones are made dense. Raises RuntimeError if all are None."""
         parameters = self.parameters()
         if all(tensor is None for tensor in tensors):
-            raise RuntimeError("No parameter has a gradient; call backward() before the update.")
+            raise RuntimeError(
+                "No parameter of this optimizer has a gradient: call backward() first, on a result of these parameters."
+            )
+        if len(tensors) != len(parameters):
+            raise ValueError(f"There should be {len(parameters)} tensors, one per parameter, but are {len(tensors)}.")
         tensors = [t if t is None or t.layout == torch.strided else t.to_dense() for t in tensors]
         flat = [
             torch.zeros_like(p, memory_format=torch.contiguous_format).reshape(-1)
@@ -159,7 +175,8 @@ class RLEKF(torch.optim.Optimizer):
         return {**super().state_dict(), "state": {0: self.filter.state_dict()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue exactly where the saved optimizer was, whatever its device and backend.
+        """Continue exactly where the saved optimizer was, whatever its device and backend. λ, ν and the noise are those
+        that were saved, whatever this optimizer was made with.
 
         Raises ValueError for another model, plan or dtype of P; `take_over` accepts P with the same weights.
         """
@@ -177,11 +194,25 @@ class RLEKF(torch.optim.Optimizer):
         """Only for torch's own constructor. Raises RuntimeError afterwards: the blocks of P are fixed."""
         if hasattr(self, "filter"):
             raise RuntimeError("The blocks of P are fixed when RLEKF is made; give it all parameters then.")
+        if unknown := sorted(set(param_group) - {"params", "param_names", "lr", "initial_lr"}):
+            raise OptionError(f"A parameter group has an lr of its own and nothing else, but this one has: {unknown}.")
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("filter", "options", "_transpose")
+        own = ("filter", "options", "_transpose", "_warned")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+    def _warn_if_all_is_skipped(self) -> None:
+        """Once, on CPUs: on a GPU it would wait for the device."""
+        state = self.filter.covariance.state
+        if state.is_cpu and not self._warned and state[STATE["skipped_in_a_row"]] >= MANY_SKIPPED:
+            self._warned = True
+            counts = {cause: count for cause, count in self.health().items() if count}
+            warnings.warn(
+                f"The last {MANY_SKIPPED} measurements were all skipped, and the weights stay as they are: {counts}. "
+                "Look for labels and predictions that are not finite.",
+                stacklevel=3,
+            )
 
     def __repr__(self) -> str:
         plan, p = self.filter.plan, self.filter.covariance
@@ -189,7 +220,8 @@ class RLEKF(torch.optim.Optimizer):
             f"{f.name} {value}" for f in fields(self.options) if (value := getattr(self.options, f.name)) != f.default
         ]
         return (
-            f"RLEKF({plan.num_weights} weights in {plan.num_blocks} blocks of at most {max(plan.sizes)}, "
+            f"{type(self).__name__}({plan.num_weights} weights in {counted(plan.num_blocks, 'block')} of at most "
+            f"{max(plan.sizes)}, "
             f"P {p.num_bytes / 1e6:.1f} MB in {p.tiles.dtype} on {p.tiles.device}, backend {self.filter.backend}"
             f"{''.join(f', {text}' for text in changed)})"
         )

@@ -24,6 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # Leaves the first plateau of liquids and keeps energies right across volumes; trials: docs/algorithm.md.
     "robust": {
+        "block_size": 1024,
         "memory_factor": 0.998,
         "group_size": None,
         "order": ("force", "energy"),

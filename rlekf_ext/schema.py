@@ -66,7 +66,8 @@ def values(
 def unknown(section: Any, name: str, value: Any, path: str) -> None:
     """Raises OptionError for a name that no field has, and suggests the nearest one."""
     known = [f.name for f in fields(section)]
-    close = difflib.get_close_matches(name, known, n=1)
+    aliases = [alias for f in fields(section) for alias in f.metadata.get("also", ())]
+    close = difflib.get_close_matches(name, [*known, *aliases], n=1)
     hint = f"did you mean {close[0]}?" if close else f"known options are {', '.join(known)}."
     raise OptionError(f"{join(path, name)} is not a known option; {hint}")
 
@@ -74,7 +75,9 @@ def unknown(section: Any, name: str, value: Any, path: str) -> None:
 def check_choice(value: Any, choices: tuple, path: str) -> None:
     """Raises OptionError for a value that is not among the choices."""
     if value not in choices:
-        raise OptionError(f"{path} = {shown(value)} is not supported; supported: {', '.join(map(shown, choices))}.")
+        near = [choice for choice in choices if str(choice).lower() == str(value).lower()]
+        hint = f"did you mean {shown(near[0])}?" if near else f"supported: {', '.join(map(shown, choices))}."
+        raise OptionError(f"{path} = {shown(value)} is not supported; {hint}")
 
 
 def json_object(given: Any, path: str) -> dict[str, Any]:
@@ -86,6 +89,11 @@ def json_object(given: Any, path: str) -> dict[str, Any]:
 
 def join(path: str, name: str) -> str:
     return f"{path}/{name}" if path else name
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and its noun: 1 frame, 2 frames."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def shown(value: Any) -> str:

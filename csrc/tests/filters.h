@@ -85,6 +85,7 @@ struct PackedFilter {
     state.measurement_noise = dense.noise;
     state.process_noise = dense.q;
     state.scale = 1;
+    state.largest = 1;
     p = {-1,     tiles.data(),   sizeof(Scalar) == 8 ? Storage::kFloat64 : Storage::kFloat32,
          tile,   pending.data(), capacity,
          &state, blocks.data(),  static_cast<int64_t>(blocks.size()),

@@ -152,9 +152,13 @@ def test_close_pairs_and_large_systems_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("loss", "optimizer", "sentence"),
     [
-        (None, None, r"Labels used: energy \(3 frames\), force \(3 frames\)\. Not used: virial: its pref"),
+        (None, None, r"Labels used: energy \(3 frames\), force \(3 frames\)\. Not used: virial: loss/start_pref_v and"),
         ({"start_pref_v": 1}, None, r"energy \(3 frames\), force \(3 frames\), virial \(3 frames\)\.$"),
-        ({"start_pref_e": 0, "limit_pref_e": 0}, None, r"used: force \(3 frames\)\. Not used: energy: its pref"),
+        (
+            {"start_pref_e": 0, "limit_pref_e": 0},
+            None,
+            r"used: force \(3 frames\)\. Not used: energy: loss/start_pref_e and",
+        ),
         ({"start_pref_v": 1}, {"type": "LKF"}, r"Not used: virial: LKF does not take it"),
         ({"start_pref_v": 1}, {"type": "Adam"}, r"virial \(3 frames\)\.$"),
         (
@@ -173,5 +177,5 @@ def test_the_labels_used_are_said(tmp_path, loss, optimizer, sentence):
 def test_no_label_that_is_used(tmp_path):
     config = read_input({**input_of(tmp_path), "loss": {"start_pref_e": 0, "limit_pref_e": 0}})
     frame = make_frame(np.zeros((1, 3)), None, [0], 3.0, 1, energy=0)
-    with pytest.raises(DataError, match=r"has a label that is used: energy: its pref.*force: no frame"):
+    with pytest.raises(DataError, match=r"has a label that is used: energy: loss/start.*force: no frame"):
         labels_used(config, [frame])

@@ -52,7 +52,8 @@ def test_a_cutoff_that_does_not_fit_the_data(tmp_path):
     with pytest.raises(DataError, match=r"within rcut = 0\.6 Å: in .*, frame 0 the nearest atoms are 2\.\d+ Å apart\."):
         check_neighbors(systems, frames(systems, cutoff=0.6, num_types=2))
     assert check_neighbors(systems, frames(systems, cutoff=3.5, num_types=2)) == ""
-    assert "which makes training slow: is rcut in Å?" in check_neighbors(systems, frames(systems, 30.0, 2))
+    with pytest.raises(DataError, match=r"An atom of .*, frame \d has \d+ neighbours within rcut = 50\.0 Å, more than"):
+        check_neighbors(systems, frames(systems, 50.0, 2))
 
 
 def test_frames_without_neighbours_beside_others(tmp_path):

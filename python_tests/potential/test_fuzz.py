@@ -22,7 +22,8 @@ from test_input import RLEKF, SMALL, WATER, changed
 from test_load import arrays
 
 from rlekf_ext.errors import DataError, InputError
-from rlekf_ext.potential.data import frames
+from rlekf_ext.potential.batches import batch_sizes
+from rlekf_ext.potential.data import System, frames
 from rlekf_ext.potential.input import Config, read_input
 from rlekf_ext.potential.load import load_systems
 
@@ -134,6 +135,9 @@ def spoilt_inputs(draw):
     return bytes(data)
 
 
+EIGHT_ATOMS = System("", np.zeros(8, dtype=int), np.zeros((1, 8, 3)), None)
+
+
 def assert_config_or_sentence(data):
     with tempfile.TemporaryDirectory() as folder, bounds():
         file = Path(folder) / "input.json"
@@ -147,7 +151,7 @@ def assert_config_or_sentence(data):
             json.dumps(asdict(config), allow_nan=False)  # a checkpoint can hold it
             assert 1 <= (config.model.descriptor.sel_factor or 1) <= 100
             for part in (config.training.training_data, config.training.validation_data):
-                assert part is None or part.frames_per_batch(8) >= 1
+                assert part is None or batch_sizes(part, [EIGHT_ATOMS])[0] >= 1
 
 
 @quick
@@ -187,7 +191,7 @@ def nested(depth):
         ("model/descriptor/rcut", 1e6, "must be <= 100 but is: 1000000"),
         ("model/descriptor/rcut", nested(5000), "must be a number but is: nested too deeply to be shown"),
         ("model/descriptor/sel", "auto:" + "9" * 400, "The factor in model/descriptor/sel must be <= 100 but is: inf"),
-        ("training/training_data/batch_size", "auto:" + "9" * 5000, '"auto" or "auto:N"'),
+        ("training/training_data/batch_size", "auto:" + "9" * 5000, '"auto", "auto:N", "max:N"'),
         ("training/seed", 2**63, "must be a whole number of 64 bits but is: 9223372036854775808"),
         ("training/a\nb" + "x" * 5000, 1, r"training/a\nbxxx"),
     ],

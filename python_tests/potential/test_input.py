@@ -300,7 +300,7 @@ def test_the_examples(name, kind):
         ("model/type_map", ["Na", "Na"], 'model/type_map must name each element once but is: ["Na", "Na"].'),
         ("model/descriptor/sel", [40], 'a number for each of the 2 elements of model/type_map but is: [40]; "auto"'),
         ("model/descriptor/sel", "auto:0.5", "The factor in model/descriptor/sel must be >= 1 but is: 0.5."),
-        ("model/descriptor/rcut_smth", 6.0, "model/descriptor/rcut_smth must be < rcut = 6.0 but is: 6.0."),
+        ("model/descriptor/rcut_smth", 6.0, "model/descriptor/rcut_smth must be < rcut = 6.0 Å but is: 6.0 Å."),
         ("model/descriptor/axis_neuron", 26, "axis_neuron must be <= 25, the last number of neuron, but is: 26."),
         ("model/descriptor/precision", "float32", "that of model/descriptor/precision, float32, but is: default."),
         ("training/numb_steps", 5, "training/numb_steps and training/num_epochs exclude each other; keep one."),

@@ -469,7 +469,7 @@ def test_flaws_of_a_system(tmp_path, kind, types, sets, message):
 def test_flaws_of_an_hdf5_file(tmp_path):
     h5py = pytest.importorskip("h5py", reason="h5py is not installed")
     file = pack(write(tmp_path / "a", [arrays()]), tmp_path / "a.hdf5")
-    with pytest.raises(DataError, match=r"a.hdf5#/b is not a readable group: .*doesn't exist"):
+    with pytest.raises(DataError, match=r"a.hdf5 has no group /b; it has .*a.hdf5#/set.000,"):
         load_systems(f"{file}#/b", TYPE_MAP)
     with pytest.raises(DataError, match=r"a.hdf5#/type.raw is no group but an array"):
         load_systems(f"{file}#/type.raw", TYPE_MAP)
@@ -685,11 +685,15 @@ def test_flaws_of_a_file(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="unconverged"), pytest.raises(DataError, match="OUTCAR holds no frames"):
         load_systems(tmp_path / "OUTCAR", TYPE_MAP)
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"cannot be read: Is a directory\."):
+    with pytest.raises(DataError, match=r"is a folder, but extxyz is read from a file: give the files in it"):
         load_systems(f"extxyz:{tmp_path}", TYPE_MAP)
-    with pytest.raises(DataError, match=r'dpdata has no format "txt"; give the path as "format:'):
+    with pytest.raises(DataError, match=r'dpdata has no format "txt"; put its format before it, as in "vasp/outcar:'):
         load_systems(tmp_path / "notes.txt", TYPE_MAP)
-    monkeypatch.setitem(sys.modules, "dpdata", None)
+    with pytest.raises(DataError, match=r'dpdata has no format "vasp/outcr"; did you mean vasp/outcar\?'):
+        load_systems(f"vasp/outcr:{tmp_path / 'OUTCAR'}", TYPE_MAP)
+    with pytest.raises(DataError, match=r"holds no system: .*; give the files in it one by one, such as .*OUTCAR"):
+        load_systems(tmp_path, TYPE_MAP)
+    monkeypatch.setitem(sys.modules, "dpdata.format", None)
     with pytest.raises(DataError, match="not installed: pip install dpdata"):
         load_systems(tmp_path / "OUTCAR", TYPE_MAP)
 
@@ -722,6 +726,19 @@ def test_trajectories_of_several_formulas(tmp_path):
     one, other = load_systems(f"ase/traj:{tmp_path / 'a.traj'}", TYPE_MAP)
     assert one.types.tolist() == [0, 1]
     assert other.types.tolist() == [1, 1]
+
+
+def test_wildcards(tmp_path):
+    pytest.importorskip("dpdata", reason="dpdata is not installed")
+    for name in ("run2", "run1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "OUTCAR.old").write_text(OUTCAR.format(scf=1))
+    found = load_systems([f"{tmp_path}/run*/OUTCAR.old", f"vasp/outcar:{tmp_path}/run?/*"], TYPE_MAP)
+    assert [(Path(one.name).parent.name, one.entry, one.number) for one in found] == [
+        ("run1", 0, 0), ("run2", 0, 1), ("run1", 1, 2), ("run2", 1, 3)
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"run\*/none does not exist"):
+        load_systems(f"{tmp_path}/run*/none", TYPE_MAP)
 
 
 def test_split_format(tmp_path, monkeypatch):

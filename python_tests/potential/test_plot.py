@@ -185,4 +185,4 @@ def test_parity(tmp_path, shown):
     assert last.get_legend().texts[0].get_text() == "model: 100 meV/atom"
     energies = Comparison(comparison.energy, np.empty((0, 2)), np.empty((0, 2)))
     plot_parity({"model": energies}, tmp_path / "energies.png")
-    assert [axes.get_xlabel() for axes in shown[1].axes] == ["DFT energy − mean (meV/atom)"]
+    assert [axes.get_xlabel() for axes in shown[1].axes] == ["DFT energy − DFT mean (meV/atom)"]

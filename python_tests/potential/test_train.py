@@ -235,7 +235,7 @@ def test_frames_with_different_labels(tmp_path, optimizer, capsys):
     given["training"]["training_data"]["batch_size"] = 2
     train(read_input(given))
     said = capsys.readouterr().out
-    assert "8 frames train, 0 are held out; 4 batches per epoch" in said
+    assert "8 frames for training, 0 held out; 4 batches per epoch" in said
     assert "Labels used: energy (6 frames), force (4 frames)" in said
     assert "virial (4 frames)." in said or "virial: LKF does not take it" in said
     names = ("energy_rmse", "force_rmse", "virial_rmse")
@@ -247,7 +247,7 @@ def test_frames_without_a_label_that_is_used_are_left_out(tmp_path, capsys):
     train(read_input(input_of(tmp_path, numb_steps=1)))
     said = capsys.readouterr().out
     assert "Frames without a label that is used, left out: 2" in said
-    assert "1 frames train, 1 are held out" in said
+    assert "1 frame for training, 1 held out" in said
 
 
 # Stopping and going on

@@ -55,8 +55,8 @@ class LKFOptimizer(RLEKF):
     ...), and those of PWMLFF's branch dev_nep_reg. Of these, `kalman_lambda_weight` makes the measurement noise that
     many times the number of blocks.
 
-    `param_groups[0]["lr"]` is 1 and scales the weight increment (LKF's 0.1 has no effect). Parameters that need no
-    gradient are not in P.
+    `param_groups[0]["lr"]` is 1 and scales the weight increment, so leave it (LKF's 0.1 has no effect). Parameters that
+    need no gradient are not in P. In LKF they are, which changes the blocks and, with their number, the noise.
 
     Raises OptionError (a ValueError) for `q0` and `qmin` of that branch; otherwise as RLEKF.
     """
@@ -74,6 +74,15 @@ class LKFOptimizer(RLEKF):
         kalman_lambda_weight: float | None = None,
         **settings: Any,
     ):
+        names = {"memory_factor": "kalman_lambda", "forgetting_rate": "kalman_nue", "initial_covariance": "p0_weight"}
+        for name in names.keys() & settings.keys():
+            raise OptionError(f"{name} is called {names[name]} here; use that name.")
+        for name, value, holds in (
+            ("p0_weight", p0_weight, p0_weight is None or p0_weight > 0),
+            ("kalman_lambda", kalman_lambda, 0 < kalman_lambda <= 1),
+        ):
+            if not holds:
+                raise OptionError(f"{name} must be > 0{' and <= 1' * (name != 'p0_weight')} but is: {value}.")
         if q0 is not None or qmin is not None:
             raise OptionError(
                 f"q0 and qmin should be None but are {q0} and {qmin}: pass process_noise, which stays constant."
@@ -101,6 +110,7 @@ class LKFOptimizer(RLEKF):
         """One update; `.grad` holds +H times the prefactor, `error` is ε. `iters` and `cur_iter`, which dev_nep_reg
         passes for its process noise, are not used."""
         self.update(self.jacobian() / self._grad_prefactor, error)
+        self._warn_if_all_is_skipped()
 
     def cal_kpu(self) -> Tensor:
         """HᵀPH, (1, 1) float64, with H as `step` takes it: the variance of the quantity whose gradient H is, where the
@@ -131,7 +141,7 @@ class LKFOptimizer(RLEKF):
     def set_kalman_P(self, P: Sequence[Tensor], kalman_lambda: float = 0.999999999999872) -> None:  # noqa: N802, N803
         """Take over λ and P: the dense blocks (n_l, n_l) of any LKFOptimizer, or `state_dict()["state"][0]["P"]`.
 
-        Raises ValueError, and changes nothing, for blocks of other sizes.
+        Raises ValueError, and changes nothing, for blocks of other sizes, and for P of ours in another dtype.
         """
         p = self.filter.covariance
         if isinstance(P, _Blocks):
@@ -152,7 +162,7 @@ class LKFOptimizer(RLEKF):
             )
         p.tiles.copy_(new.tiles[p.own_tiles.start : p.own_tiles.stop])
         now = new.scalars()
-        kept = ("num_pending", "scale", "shift", "forgetting", "forgetting_rate")
+        kept = ("num_pending", "scale", "shift", "largest", "forgetting", "forgetting_rate")
         p.set(**{name: getattr(now, name) for name in kept})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,8 +189,8 @@ def from_lkf(saved: dict[str, Any]) -> Covariance:
         forgetting, rate = 1 - float(state["kalman_lambda"]), float(group["kalman_nue"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"This is not the state of DeePMD-kit's LKFOptimizer ({error!r}): pass the entry 'optimizer' of a "
-            "checkpoint of `dp --pt train` with optimizer type LKF."
+            f"This is not the state of an LKFOptimizer of DeePMD-kit, PWMLFF or MatPL ({error!r}): pass the entry "
+            "'optimizer' of a checkpoint of theirs. One of rlekf_ext is loaded by load_state_dict."
         ) from error
     shapes = [tuple(block.shape) for block in blocks]
     if shapes != [(size, size) for size in sizes]:
@@ -196,5 +206,5 @@ def from_lkf(saved: dict[str, Any]) -> Covariance:
         tiles = pack([(exact + exact.T) / 2])
         p.tiles[tile : tile + len(tiles)] = tiles
         tile += len(tiles)
-    p.set(forgetting=forgetting, forgetting_rate=rate, measurement_noise=len(sizes))
+    p.set(forgetting=forgetting, forgetting_rate=rate, measurement_noise=len(sizes), largest=p.stored_diagonal().max())
     return p

@@ -31,7 +31,7 @@ def finish_projection(p: Covariance, z: Tensor, jacobian: Tensor) -> Tensor:
     now, sizes = p.scalars(), p.plan.sizes
     if _must_fold(now, p, jacobian):
         factor = _fold_factor(now)
-        p.set(num_pending=0, scale=now.scale / factor, shift=now.shift * factor)
+        p.set(num_pending=0, scale=now.scale / factor, shift=now.shift * factor, largest=now.largest * factor)
         now = p.scalars()
     gram = []
     parts = (z.split(sizes, 1), p.pending[: now.num_pending].split(sizes, 1), jacobian.split(sizes, 1))
@@ -56,7 +56,7 @@ def correct(p: Covariance, weights: Tensor, cross: Tensor, gram: Tensor, jacobia
             y = y - u * inner.repeat_interleave(size_of_block)
         variance = now.scale * float(h @ y)  # HᵀPH
 
-        least = LEAST_VARIANCE * now.scale * float(h @ h)
+        least = LEAST_VARIANCE * now.scale * (now.largest + now.shift) * float(h @ h)
         cause = _reason_to_skip(error, variance, least)
         if cause:
             skipped = {cause: getattr(now, cause) + 1, "skipped_in_a_row": now.skipped_in_a_row + 1}

@@ -40,6 +40,7 @@ MEASUREMENT_NOISE = tl.constexpr(STATE["measurement_noise"])
 PROCESS_NOISE = tl.constexpr(STATE["process_noise"])
 SCALE = tl.constexpr(STATE["scale"])
 SHIFT = tl.constexpr(STATE["shift"])
+LARGEST = tl.constexpr(STATE["largest"])
 NUM_PENDING = tl.constexpr(STATE["num_pending"])
 VARIANCE = tl.constexpr(STATE["variance"])
 RANK_ONE = tl.constexpr(STATE["rank_one"])
@@ -293,10 +294,12 @@ def _gather(
         _, num_kept, factor = _fold_due(state, capacity, count)
         scale = tl.load(state + SCALE) / factor
         shift = tl.load(state + SHIFT) * factor
+        largest = tl.load(state + LARGEST) * factor
         tl.debug_barrier()  # no thread writes before all have read
         tl.store(state + NUM_PENDING, num_kept.to(tl.float64))
         tl.store(state + SCALE, scale)
         tl.store(state + SHIFT, shift)
+        tl.store(state + LARGEST, largest)
 
 
 @_plain_sizes
@@ -307,6 +310,7 @@ def _update(state, gram, innovation, products, updates, num_blocks, count: tl.co
     process_noise = tl.load(state + PROCESS_NOISE)
     scale = tl.load(state + SCALE)
     shift = tl.load(state + SHIFT)
+    largest = tl.load(state + LARGEST)
     num_pending = tl.load(state + NUM_PENDING)
     last_variance = tl.load(state + VARIANCE)
     last_rank_one = tl.load(state + RANK_ONE)
@@ -344,7 +348,7 @@ def _update(state, gram, innovation, products, updates, num_blocks, count: tl.co
             square += tl.sum(plain, 0)
 
         variance = scale * tl.sum(tl.where(j == i, total, 0.0))
-        least = LEAST_VARIANCE * scale * tl.sum(tl.where(j == i, square, 0.0))
+        least = LEAST_VARIANCE * scale * (largest + shift) * tl.sum(tl.where(j == i, square, 0.0))
         good_innovation = tl.abs(tl.load(innovation + i)) < INFINITY
         good_jacobian = tl.abs(variance) < INFINITY
         used = good_innovation & good_jacobian & (variance >= -least)

@@ -8,7 +8,11 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name == "Calculator":  # not above: it needs ase, an optional package
-        from rlekf_ext.potential.calculator import Calculator
-
+        try:
+            from rlekf_ext.potential.calculator import Calculator
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"Calculator needs {error.name}: run `pip install 'rlekf_ext[potential,ase]'`.", name=error.name
+            ) from error
         return Calculator
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -67,7 +67,7 @@ class Architecture:
             (any(d.sel), f"model/descriptor/sel must have a number above 0 but is: {shown(d.sel)}."),
             (
                 d.rcut_smth < d.rcut,
-                f"model/descriptor/rcut_smth must be < rcut = {d.rcut} but is: {d.rcut_smth}.",
+                f"model/descriptor/rcut_smth must be < rcut = {d.rcut} Å but is: {d.rcut_smth} Å.",
             ),
             (
                 d.axis_neuron <= d.neuron[-1],

@@ -17,6 +17,7 @@ from rlekf_ext.potential.data import System, check_neighbors, frames, split
 from rlekf_ext.potential.input import Adam, Config, TrainingData
 from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.neighbors import Frame
+from rlekf_ext.schema import counted, shown
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,13 @@ def labels_used(config: Config, training: Sequence[Frame]) -> str:
     for kind in KINDS:
         count = sum(getattr(frame, "forces" if kind == "force" else kind) is not None for frame in training)
         if kind in kinds_used(config):
-            (used if count else other).append(f"{kind} ({count} frames)" if count else f"{kind}: no frame has it")
+            (used if count else other).append(
+                f"{kind} ({counted(count, 'frame')})" if count else f"{kind}: no frame has it"
+            )
         elif count:
             wanted = kind in config.loss.kinds()
-            other.append(f"{kind}: {without if wanted else 'its prefactors in loss are 0'}")
+            off = f"loss/start_pref_{kind[0]} and limit_pref_{kind[0]} are 0"
+            other.append(f"{kind}: {without if wanted else off}")
     if not used:
         raise DataError(f"No training frame has a label that is used: {'; '.join(other)}.")
     rest = f" Not used: {'; '.join(other)}." if other else ""
@@ -170,7 +174,7 @@ def check_lists(data: TrainingData, systems: Sequence[System]) -> None:
         if isinstance(values, tuple) and len(values) not in (len(data.systems), count):
             raise InputError(
                 f"{name} must have a value for each of the {len(data.systems)} paths in systems, or of the {count} "
-                f"systems found there, but has {len(values)}."
+                f"systems found there, but has {len(values)}: {shown(values)}; a single number is for all."
             )
     if data.sys_probs is not None:
         total = sum(p for p in data.sys_probs if p >= 0)

@@ -16,14 +16,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
 
 from rlekf_ext.errors import InputError
 from rlekf_ext.potential.architecture import plain
-from rlekf_ext.potential.files import write_atomically, writing
+from rlekf_ext.potential.files import is_hdf5, write_atomically, writing
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.processes import ALONE, Processes
 from rlekf_ext.schema import shown
@@ -187,14 +187,20 @@ def _read(path: Path) -> dict[str, Any]:
         if not {"model", "weights"} <= set(checkpoint):
             raise ValueError("no model in it")
     except FileNotFoundError as error:
-        raise InputError(f"The checkpoint {path} does not exist; `rlekf train` without --restart makes one.") from error
+        near = Path(f"{path}.pt")
+        advice = f"there is {near}" if near.exists() else "`rlekf train` without --restart makes one"
+        raise InputError(f"The checkpoint {path} does not exist; {advice}.") from error
+    except BadZipFile as error:
+        if is_hdf5(path):
+            raise InputError(
+                f"{path} is not a checkpoint of `rlekf train` but a model of DeePMD-kit: `rlekf import {path} -o FILE` "
+                "makes one of it."
+            ) from error
+        raise _unfit(path) from error
     except (PermissionError, IsADirectoryError) as error:
         raise InputError(f"The checkpoint {path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # whatever a damaged file makes of the unpickler: its own words help nobody
-        raise InputError(
-            f"{path} is not a checkpoint of `rlekf train`: it is damaged, or another program wrote it. Take "
-            "another copy, or train again."
-        ) from error
+        raise _unfit(path) from error
     if "format" not in checkpoint:
         raise InputError(
             f"{path} is not a checkpoint of this version of rlekf_ext: it has no format. Use the version that wrote "
@@ -206,6 +212,13 @@ def _read(path: Path) -> dict[str, Any]:
             f"format {FORMAT}; use the version that wrote it, or train again."
         )
     return checkpoint
+
+
+def _unfit(path: Path) -> InputError:
+    return InputError(
+        f"{path} is not a checkpoint of `rlekf train`: it is damaged, or another program wrote it. Take another copy, "
+        "or train again."
+    )
 
 
 def restored_model(checkpoint: dict[str, Any]) -> DeepPotential:

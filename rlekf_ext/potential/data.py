@@ -12,7 +12,7 @@ import torch
 from rlekf_ext.errors import DataError, OptionError
 from rlekf_ext.potential.neighbors import Frame, make_frame, shortest_distance
 
-MANY_NEIGHBORS = 1000  # some ten times what usual cutoffs give
+MOST_NEIGHBORS = 3000  # some twenty times what usual cutoffs give
 LABELS = ("energies", "forces", "virials")
 
 
@@ -95,8 +95,12 @@ def check_neighbors(systems: Sequence[System], frames: Sequence[Frame]) -> str:
             f"atoms are {nearest} apart. Check rcut and the units of coordinates and boxes: all are in Å."
         )
     most = max(sum(frame.slots) for frame in frames)
-    if most > MANY_NEIGHBORS:
-        return f"An atom has {most} neighbours within rcut = {cutoff} Å, which makes training slow: is rcut in Å?"
+    if most > MOST_NEIGHBORS:
+        crowded = next(frame.name for frame in frames if sum(frame.slots) == most)
+        raise DataError(
+            f"An atom of {crowded} has {most} neighbours within rcut = {cutoff} Å, more than {MOST_NEIGHBORS}: lower "
+            "rcut (usual are 4 to 10 Å), or check the units of coordinates and boxes; all are in Å."
+        )
     if lonely:
         return f"Frames in which no atom has a neighbour within {cutoff} Å: {len(lonely)}; the first: {lonely[0].name}"
     return ""

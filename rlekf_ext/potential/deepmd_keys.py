@@ -69,6 +69,7 @@ IGNORED = {
         ("loss", "huber_delta"),  # without effect if use_huber is off
         ("training", "stat_file stat_file_mode numb_test disp_avg acc_freq neighbor_graph_method warmup_start_factor"),
         ("training", "enable_tf32"),  # of GPUs
+        ("training", "load_ckpt"),  # of DeePMD-kit 1.x, which restarts by an option of the command, as we do
         ("training", "max_ckpt_keep ckpt_keep_ratio ema_decay ema_ckpt_keep"),
         ("training", "profiling_file tensorboard_log_dir tensorboard_freq"),
     )

@@ -240,9 +240,8 @@ class SeE2A(nn.Module):
             raise DataError(f"The network has {self.num_types} elements, but the frame has {len(frame.slots)}.")
         if frame.cutoff is not None and frame.cutoff != rcut:
             raise DataError(f"The network's cutoff is {rcut} Å, but the frame was made with {frame.cutoff} Å.")
-        for element, (name, count, sel) in enumerate(
-            zip(self.type_map, frame.slots, self.architecture.sel, strict=True)
-        ):
+        slots = zip(self.type_map, frame.slots, self.architecture.sel, strict=True)
+        for element, (name, count, sel) in enumerate(slots):
             if count > sel:
                 first = sum(frame.slots[:element])
                 near = frame.edges[:, first : first + count].norm(dim=-1) < rcut
@@ -250,7 +249,7 @@ class SeE2A(nn.Module):
                 where = f"{frame.name}, atom {atom}" if frame.name else f"Atom {atom}"
                 raise DataError(
                     f"{where} has {count} neighbours of element {name} within {rcut} Å, more than sel = {sel}: train "
-                    'with a larger sel, or with "sel": "auto", or "auto:1.5" for more room.'
+                    f'with frames like it and "sel": "auto" (this frame needs {list(frame.slots)}).'
                 )
 
     def _environment(self, frame: Frame) -> Environment:

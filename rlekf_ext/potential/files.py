@@ -31,6 +31,12 @@ def writing(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be written: {_reason(error, path)}.") from error
 
 
+def is_hdf5(path: Path) -> bool:
+    """Whether a file is in HDF5. Raises OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        return file.read(8) == b"\x89HDF\r\n\x1a\n"
+
+
 def check_writable(path: Path) -> None:
     """Make the folder of `path`, and raise InputError now if `path` cannot be written, not after hours of training."""
     if path.is_dir() or "\0" in str(path):

@@ -109,13 +109,11 @@ class Loss:
     """
 
     type: str = option("ener", choices=("ener",))
-    start_pref_e: float = option(
-        0.02, "Of energies, at the first step; RLEKF uses labels of which one is above 0.", low=0
-    )
+    start_pref_e: float = option(0.02, "Weight of energies at first. RLEKF: used if one end is above 0.", low=0)
     limit_pref_e: float = option(1.0, low=0)
-    start_pref_f: float = option(1000.0, low=0)
+    start_pref_f: float = option(1000.0, "The same for forces.", low=0)
     limit_pref_f: float = option(1.0, low=0)
-    start_pref_v: float = option(0.0, low=0)
+    start_pref_v: float = option(0.0, "The same for virials: set it to 1 to train stresses.", low=0)
     limit_pref_v: float = option(0.0, low=0)
     loss_func: str = option("mse", choices=("mse",))
 
@@ -135,8 +133,9 @@ class TrainingData:
     rglob_patterns: tuple[str, ...] | None = option(None, "Only folders that match one of these are read.")
     batch_size: int | str | tuple[int, ...] = option(
         "auto",
-        "Frames in a batch. `auto:N`: the least with N atoms (`auto`: 32); `max:N`: the most with N atoms; `filter:N`: "
-        "the same without larger structures; `mix:N`: as `max:N`; a list: for each path or each system.",
+        "Frames in a batch; without it 1 for RLEKF and LKF, `auto` for Adam. `auto:N`: the least with N atoms (`auto`: "
+        "32); `max:N`: the most with N atoms; `filter:N`: the same without larger structures; `mix:N`: as `max:N`; a "
+        "list: for each path or each system.",
         low=1,
         pattern=r"auto|(auto|max|filter|mix):[1-9]\d{0,17}",
         form='a whole number, one for each system, "auto", "auto:N", "max:N", "filter:N" or "mix:N"',
@@ -174,7 +173,7 @@ class Training:
     )
     numb_steps: int | None = option(
         None,
-        "Length in batches; give this or `num_epochs`.",
+        "Length in batches: this or `num_epochs` is required.",
         low=1,
         also=("stop_batch", "num_step", "num_steps", "numb_step"),
     )
@@ -183,7 +182,7 @@ class Training:
     )
     seed: int | None = option(None, "Of the order of frames and of the atoms in force groups.")
     disp_file: str = option("lcurve.out", "The learning curve; a summary goes to the same name with `.json`.")
-    disp_freq: int = option(1000, "Batches per row of `disp_file`.", low=1)
+    disp_freq: int | None = option(None, "Batches per row of `disp_file`. null: an epoch, at most 1000.", low=1)
     save_freq: int = option(1000, "Batches per checkpoint.", low=1)
     save_ckpt: str = option("model.ckpt", "The checkpoint is this with `.pt`.")
     disp_training: bool = True
@@ -232,6 +231,7 @@ class Optimizer:
     type: str = "RLEKF"
     options: Options | LKF | Adam = field(default_factory=lambda: resolve({}))
     has_order: bool = False  # whether the file itself gives `order`, which then holds whatever the loss says
+    given: bool = True  # whether the file names an optimizer
 
 
 @dataclass(frozen=True)
@@ -280,6 +280,8 @@ def _read_config(given: dict[str, Any], folder: Path) -> Config:
         training = replace(training, validation_data=_found(training.validation_data, folder))
         if "validation_fraction" in given["training"]:
             raise InputError("training/validation_fraction and training/validation_data exclude each other; keep one.")
+    if optimizer.type != "Adam" and "batch_size" not in given["training"]["training_data"]:
+        training = replace(training, training_data=replace(training.training_data, batch_size=1))
     if isinstance(optimizer.options, Options) and not optimizer.has_order:
         order = order_of(optimizer.options.order, config.loss.kinds())
         optimizer = replace(optimizer, options=replace(optimizer.options, order=order))
@@ -346,7 +348,9 @@ def _optimizer_apart(given: dict[str, Any]) -> tuple[dict[str, Any], Optimizer]:
     kind = section.pop(name, default)
     check_choice(kind, TYPES, f"{path}/{name}")
     if kind == "RLEKF":
-        return rest, Optimizer(kind, resolve(section, path), "order" in section)
+        return rest, Optimizer(
+            kind, resolve(section, path), "order" in section, given=bool(legacy or "optimizer" in given)
+        )
     return rest, Optimizer(kind, read({"LKF": LKF, "Adam": Adam}[kind], section, path, other=_other_key))
 
 
@@ -416,7 +420,21 @@ PAGE = """\
 Names and meanings are [DeePMD-kit's](https://docs.deepmodeling.com/projects/deepmd/en/stable/train/train-input.html).
 Defaults are too, except that `model` without further keys is the network of the RLEKF paper, that RLEKF is the
 optimizer if the file has no section `optimizer`, and that `validation_fraction` is ours. Keys that begin with `_` are
-comments. A key that is unknown or out of range is an error that names it.
+comments. A key that is unknown or out of range is an error that names it. Inputs of version 1 have the keys of
+`training/training_data` in `training`.
+
+The least that trains ([another example](../examples/nacl/rlekf.json)):
+
+```json
+{
+  "model": {"type_map": ["O", "H"]},
+  "training": {"training_data": {"systems": "data"}, "num_epochs": 6}
+}
+```
+
+`disp_file` has a row every `disp_freq` batches: RMSE on held-out frames (`val`) and on the batch just used (`trn`), of
+energies and virials in eV/atom and of forces in eV/Å; `rmse_val` and `rmse_trn` are roots of the loss, `lr` is Adam's
+rate, or 1.
 """
 SECTIONS: dict[str, type] = {
     "model": Model,

@@ -6,10 +6,12 @@ checked, cut into parts of the same atoms, and parts that also have the same lab
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from rlekf_ext.errors import DataError
 from rlekf_ext.potential.data import System
+from rlekf_ext.potential.files import is_hdf5
 from rlekf_ext.potential.load_dpdata import read_dpdata
 from rlekf_ext.potential.load_lmdb import read_lmdb
 from rlekf_ext.potential.stores import Folder, Store, find_systems, open_hdf5
@@ -24,6 +27,7 @@ from rlekf_ext.potential.stores import Folder, Store, find_systems, open_hdf5
 LABELS = ("energy", "force", "virial")
 LAYOUT = ("deepmd/npy", "deepmd/raw", "deepmd", "deepmd/comp", "deepmd/npy/mixed", "deepmd/hdf5", "deepmd/hdf5/mixed")
 LMDB = ("deepmd/lmdb", "lmdb")
+KNOWN = ("OUTCAR", "vasprun.xml", "MOVEMENT", "*.extxyz", "*.hdf5", "*.h5", "*.lmdb")
 Part: TypeAlias = tuple[np.ndarray, dict[str, np.ndarray]]  # elements of its atoms, arrays by label
 
 
@@ -40,14 +44,16 @@ def load_systems(
     - a file that dpdata reads, by its name (OUTCAR, MOVEMENT, *.extxyz) or with the format before it,
       "cp2k/output:run.log"
 
-    Of folders and HDF5 files, `patterns` takes only the systems whose path from there one of the patterns matches, as
-    in `Path.rglob`. Frames with other elements or other labels are systems of their own. Raises DataError.
+    Wildcards are expanded: "run*/OUTCAR". Of folders and HDF5 files, `patterns` takes only the systems whose path from
+    there one of the patterns matches, as in `Path.rglob`. Frames with other elements or other labels are systems of
+    their own. Raises DataError.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     systems: list[System] = []
     number = 0
-    for entry, path in enumerate(paths):
-        for found in _load(str(path), list(type_map), patterns):
+    every = [(entry, path) for entry, given in enumerate(paths) for path in _expanded(str(given))]
+    for entry, path in every:
+        for found in _load(path, list(type_map), patterns):
             systems += [replace(system, entry=entry, number=number) for system in found]
             number += 1
     if not systems:
@@ -59,6 +65,13 @@ def split_format(text: str) -> tuple[str | None, str]:
     """The format, if there is one, and the path of "path" or "format:path"."""
     match = re.fullmatch(r"([a-z0-9_]{2,}(?:/[a-z0-9_]+)*):(.+)", text)  # two letters at least: C: is a drive
     return (match[1], match[2]) if match and not os.path.exists(text) else (None, text)
+
+
+def _expanded(text: str) -> list[str]:
+    """The paths that a path with wildcards stands for, sorted; any other path as it is."""
+    form, name = split_format(text)
+    found = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else []
+    return [f"{form}:{path}" if form else path for path in found] or [text]
 
 
 def _load(text: str, type_map: list[str], patterns: Sequence[str]) -> Iterator[list[System]]:
@@ -75,18 +88,13 @@ def _load(text: str, type_map: list[str], patterns: Sequence[str]) -> Iterator[l
             yield _load_blocks(path, read_lmdb(path), type_map)
         elif path.is_dir() and form in (None, *LAYOUT):
             yield from _load_stores(Folder(path), form, type_map, patterns)
-        elif form in LAYOUT or inside or (form is None and _is_hdf5(path)):
+        elif form in LAYOUT or inside or (form is None and (path.suffix in (".hdf5", ".h5") or is_hdf5(path))):
             with open_hdf5(path, inside) as group:
                 yield from _load_stores(group, form, type_map, patterns)
         else:
-            yield _load_blocks(path, read_dpdata(path, form or path.name.split(".")[-1].lower()), type_map)
+            yield _load_blocks(path, read_dpdata(path, form), type_map)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
-
-
-def _is_hdf5(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return path.suffix in (".hdf5", ".h5") or file.read(8) == b"\x89HDF\r\n\x1a\n"
 
 
 def _load_blocks(path: Path, blocks: list[dict[str, Any]], type_map: list[str]) -> list[System]:
@@ -114,10 +122,18 @@ def _load_stores(root: Store, form: str | None, type_map: list[str], patterns: S
     if none and patterns:
         raise DataError(f"{root} holds no system, a {root.kind} with a type.raw, that one of {list(patterns)} matches.")
     if none:
-        raise DataError(
-            f"{root} holds no system: neither it nor a {root.kind} in it has a type.raw; "
-            'for other files give "format:path".'
-        )
+        advice = 'for other files give "format:path", as in "vasp/outcar:run1/out"'
+        if others := _files_of_data(root):
+            advice = f"give the files in it one by one, such as {', '.join(others)}"
+        raise DataError(f"{root} holds no system: neither it nor a {root.kind} in it has a type.raw; {advice}.")
+
+
+def _files_of_data(root: Store) -> list[str]:
+    """Some files below a folder that would be read if they were given by themselves."""
+    if not isinstance(root, Folder):
+        return []
+    files = (file for pattern in KNOWN for file in sorted(root.path.rglob(pattern)))
+    return [str(file) for file in islice(files, 3)]
 
 
 def _load_store(store: Store, form: str | None, type_map: list[str]) -> list[System]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,43 @@ SEVERAL: dict[str, tuple[str, dict[str, Any]]] = {
     "ase/traj": ("ase/structure", {"ase_fmt": "traj"}),
     "ase/structure": ("ase/structure", {}),
 }
+FILES = (*XYZ, "vasp/outcar", "outcar", "vasp/xml", "xml", "pwmat/movement", "movement", "cp2k/output")
 KEYS = {"coord": "coords", "energy": "energies", "force": "forces", "box": "cells", "virial": "virials"}
 
 
-def read_dpdata(path: Path, form: str) -> list[dict[str, Any]]:
-    """The arrays of each system or frame, with "names" and "types". Raises DataError."""
+def read_dpdata(path: Path, form: str | None) -> list[dict[str, Any]]:
+    """The arrays of each system or frame, with "names" and "types"; without a format the name of the file says it.
+
+    Repeats dpdata's warnings with the name of the file. Raises DataError.
+    """
     try:
-        import dpdata
         from dpdata.format import Format
     except ImportError as error:
         raise DataError(f"{path} is read by dpdata, which is not installed: pip install dpdata.") from error
+    known = Format.get_formats()
+    if form is None:
+        parts = path.name.lower().split(".")  # OUTCAR, OUTCAR.1, vasprun.xml, water.extxyz
+        form = next((part for part in (parts[-1], parts[0]) if part in known), parts[-1])
     form = "extxyz" if form == "xyz" else form  # a plain xyz has no labels
-    if form not in Format.get_formats():
-        raise DataError(f'{path}: dpdata has no format "{form}"; give the path as "format:{path}".')
+    if form not in known:
+        near = difflib.get_close_matches(form, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f'put its format before it, as in "vasp/outcar:{path}".'
+        raise DataError(f'{path}: dpdata has no format "{form}"; {hint}')
+    if path.is_dir() and form in FILES:
+        raise DataError(f"{path} is a folder, but {form} is read from a file: give the files in it.")
     if form in XYZ:
         _check_counts(path)
+    with warnings.catch_warnings(record=True) as said:
+        found = _read(path, form)
+    for warning in said:
+        warnings.warn(f"{path}: {warning.message}", stacklevel=2)
+    return found
+
+
+def _read(path: Path, form: str) -> list[dict[str, Any]]:
+    import dpdata
+    from dpdata.format import Format
+
     place, found = str(path), []
     try:
         if form in SEVERAL:

@@ -68,7 +68,7 @@ class KalmanSteps:
         self.updater.load_state_dict(saved["updater"])
 
     def __repr__(self) -> str:
-        return repr(self.optimizer)
+        return f"LKF by {self.optimizer!r}" if self._lkf else repr(self.optimizer)
 
 
 class AdamSteps:

@@ -68,6 +68,9 @@ def _unfit(path: Path) -> InputError:
 def plot_lcurve(path: str | Path, output: str | Path) -> Path:
     """RMSE of energies, forces and virials of an lcurve.out against the batch number, as far as they are in it."""
     curve = read_curve(path)
+    if "epoch" in curve:  # the summary of `rlekf train`
+        found = {kind: curve[f"{kind}_rmse"] for kind in KINDS if f"{kind}_rmse" in curve}
+        return _panels({"held out": {"x": curve["epoch"], **found}}, "epoch", output)
     lines = {
         label: {"x": curve["step"]}
         | {kind: curve[f"rmse_{kind[0]}_{part}"] for kind in KINDS if f"rmse_{kind[0]}_{part}" in curve}
@@ -115,7 +118,7 @@ def plot_parity(comparisons: Mapping[str, Comparison], output: str | Path) -> Pa
 
 
 PARITY: dict[str, tuple[str, float, str, dict[str, Any]]] = {
-    "energy": ("energy − mean (meV/atom)", 1e3, "meV/atom", {"s": 12, "alpha": 0.7}),
+    "energy": ("energy − DFT mean (meV/atom)", 1e3, "meV/atom", {"s": 12, "alpha": 0.7}),
     "force": ("force component (eV/Å)", 1.0, "meV/Å", {"s": 6, "alpha": 0.4}),
     "virial": ("virial component (eV/atom)", 1.0, "meV/atom", {"s": 6, "alpha": 0.4}),
 }

@@ -15,9 +15,8 @@ from tqdm import tqdm
 
 from rlekf_ext.environment import this_machine
 from rlekf_ext.errors import InputError, StoppedError
-from rlekf_ext.options import KINDS
 from rlekf_ext.potential.architecture import differences
-from rlekf_ext.potential.batches import labels_used, load_frames
+from rlekf_ext.potential.batches import kinds_used, labels_used, load_frames
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, run_of, save_checkpoint
 from rlekf_ext.potential.data import auto_sel
 from rlekf_ext.potential.evaluate import rmse
@@ -27,7 +26,7 @@ from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import build_optimizer, prefactors
 from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts
-from rlekf_ext.schema import shown
+from rlekf_ext.schema import counted, shown
 
 
 def train(
@@ -58,6 +57,8 @@ def train(
         model.descriptor.check(frame)  # more neighbours than sel has slots for: an error now, not hours later
     batches = training.batches(settings.seed or 0)
     num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
+    disp_freq = settings.disp_freq or min(len(batches), 1000)
+    kinds = sorted(set(kinds_used(config)))
     optimize = build_optimizer(config, model, num_steps, processes, say)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
     if checkpoint:
@@ -77,11 +78,25 @@ def train(
         say(f"{processes.size} processes share P and the frames of each batch.")
         if (idle := processes.size - batches.most_frames) > 0:
             say(f"Frames in the largest batch: {batches.most_frames}; processes without any: {idle}. Raise batch_size.")
-    say(f"{len(everything)} frames train, {len(validating)} are held out; {len(batches)} batches per epoch")
+    say(
+        f"{counted(len(everything), 'frame')} for training, {len(validating)} held out; "
+        f"{counted(len(batches), 'batch', 'batches')} per epoch, {num_steps} in all"
+    )
     if not validating:
         say("No frame is held out: the errors shown are those of the training frames.")
     say(labels_used(config, everything))
+    present = {element for frame in everything for element in frame.types.unique().tolist()}
+    if absent := [name for element, name in enumerate(model.type_map) if element not in present]:
+        say(f"No training frame has {', '.join(absent)}: what the model says of it means nothing.")
+    if not config.optimizer.given:
+        say("The input has no section optimizer: RLEKF trains, and learning_rate is not used.")
     say(repr(optimize))
+    if progress["step"]:
+        say(f"Restarted from {checkpoint_file}, batch {progress['step']} of {num_steps}.")
+        if progress["step"] >= num_steps:
+            say("Nothing is left to do: raise numb_steps or num_epochs to go on.")
+    elif checkpoint_file.exists():
+        say(f"{checkpoint_file} exists and will be replaced; --restart would continue from it.")
 
     def save() -> None:
         state = {"optimizer": optimize.state_dict(), "batches": batches.state_dict(), "progress": progress}
@@ -106,19 +121,20 @@ def train(
             progress["step"] += 1
             bar.update()
             last = progress["step"] == num_steps
-            if progress["step"] % settings.disp_freq == 0 or last:
+            if progress["step"] % disp_freq == 0 or last:
                 errors = curve.write(progress["step"], optimize.result, batch, optimize.learning_rate)
                 bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")
             if progress["step"] % len(batches) == 0 or last:
                 row = end_of_epoch(progress, len(batches), optimize.result, held_out, processes)
                 progress["epochs"].append(row)
-                by_kind = {kind: row[f"{kind}_rmse"] for kind in KINDS if f"{kind}_rmse" in row}
+                by_kind = {kind: row[f"{kind}_rmse"] for kind in kinds if f"{kind}_rmse" in row}
                 say(f"epoch {row['epoch']:<5.4g} {row['seconds']:8.1f} s   {error_text(by_kind, '.3e', '   ')}")
                 if skipped := optimize.skipped():
                     say(f"skipped so far: {skipped}")
             if progress["step"] % settings.save_freq == 0:
                 save()
     save()
+    say(f"wrote {checkpoint_file}, {curve_file}, {summary_file}")
     stopped = processes.any(interrupted())
     if stopped:
         say(f"Interrupted after batch {progress['step']}; `rlekf train --restart` continues from {checkpoint_file}.")
