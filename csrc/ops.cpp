@@ -22,6 +22,17 @@ STABLE_TORCH_LIBRARY(rlekf, m) {
   m.def(
       "step(Tensor(a!) weights, Tensor(b!) tiles, Tensor(c!) pending, Tensor(d!) state, Tensor layout, Tensor jacobian,"
       " Tensor innovation) -> ()");
+  // The network's geometry on a table: table.h.
+  m.def(
+      "tabulate(Tensor edges, Tensor first_edge, Tensor neighbor, Tensor center, Tensor davg, Tensor dstd, Tensor sel,"
+      " int num_nodes, float rcut, float rcut_smth, float last)"
+      " -> (Tensor coefficients, Tensor place, Tensor values, Tensor slopes, Tensor rows, Tensor jacobian)");
+  m.def(
+      "by_edge(Tensor by_coefficient, Tensor first_edge, Tensor place, Tensor values, Tensor slopes, Tensor rows,"
+      " Tensor jacobian) -> Tensor");
+  m.def(
+      "along(Tensor direction, Tensor first_edge, Tensor place, Tensor values, Tensor slopes, Tensor rows,"
+      " Tensor jacobian, int num_types, int num_nodes) -> Tensor");
 }
 
 namespace rlekf {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "../table.h"
 
 namespace rlekf {
 namespace {
@@ -80,6 +81,77 @@ void step(const Tensor& weights, const Tensor& tiles, const Tensor& pending, con
   cpu::correct(w, p, m, projection, parallel);
 }
 
+template <typename Scalar>
+Scalar* data_of(const Tensor& tensor) {
+  return static_cast<Scalar*>(tensor.mutable_data_ptr());
+}
+
+template <typename Scalar>
+Edges<Scalar> edges_of(const Tensor& first_edge, const Tensor& place, const Tensor& values, const Tensor& slopes,
+                       const Tensor& rows, const Tensor& jacobian, int64_t num_types, int64_t num_nodes) {
+  return {first_edge.size(0) - 1,    num_types,
+          num_nodes,                 place.size(0),
+          data_of<int64_t>(first_edge), data_of<int64_t>(place),
+          data_of<Scalar>(values),   data_of<Scalar>(slopes),
+          data_of<Scalar>(rows),     data_of<Scalar>(jacobian)};
+}
+
+/// Calls function with a value of the type of the tensor's numbers.
+template <typename Function>
+void with_scalar(const Tensor& tensor, const Function& function) {
+  using torch::headeronly::ScalarType;
+  const bool single = tensor.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(single || tensor.scalar_type() == ScalarType::Double, "rlekf: edges should be float64 or float32.");
+  if (single) function(float{});
+  else function(double{});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tabulate(
+    const Tensor& edges, const Tensor& first_edge, const Tensor& neighbor, const Tensor& center, const Tensor& davg,
+    const Tensor& dstd, const Tensor& sel, int64_t num_nodes, double rcut, double rcut_smth, double last) {
+  const int64_t num_edges = edges.size(0), num_atoms = first_edge.size(0) - 1, num_types = sel.size(0);
+  STD_TORCH_CHECK(num_nodes >= kStencil, "rlekf: a table should have at least ", kStencil, " nodes but has ", num_nodes,
+                  ".");
+  Tensor coefficients = torch::stable::new_empty(edges, {num_atoms, 4, num_types, num_nodes});
+  Tensor place = torch::stable::new_empty(neighbor, {num_edges});
+  Tensor values = torch::stable::new_empty(edges, {num_edges, kStencil});
+  Tensor slopes = torch::stable::new_empty(edges, {num_edges, kStencil});
+  Tensor rows = torch::stable::new_empty(edges, {num_edges, 4});
+  Tensor jacobian = torch::stable::new_empty(edges, {num_edges, 5, 3});
+  with_scalar(edges, [&](auto zero) {
+    using Scalar = decltype(zero);
+    const EdgeInputs<Scalar> inputs{data_of<Scalar>(edges), data_of<int64_t>(neighbor), data_of<int64_t>(center),
+                                    data_of<Scalar>(davg),  data_of<Scalar>(dstd),      data_of<int64_t>(sel),
+                                    rcut,                   rcut_smth,                  last};
+    cpu::tabulate(edges_of<Scalar>(first_edge, place, values, slopes, rows, jacobian, num_types, num_nodes), inputs,
+                  data_of<Scalar>(coefficients), torch_threads());
+  });
+  return {coefficients, place, values, slopes, rows, jacobian};
+}
+
+Tensor by_edge(const Tensor& by_coefficient, const Tensor& first_edge, const Tensor& place, const Tensor& values,
+               const Tensor& slopes, const Tensor& rows, const Tensor& jacobian) {
+  Tensor result = torch::stable::new_empty(rows, {place.size(0), 3});
+  with_scalar(rows, [&](auto zero) {
+    using Scalar = decltype(zero);
+    cpu::by_edge(edges_of<Scalar>(first_edge, place, values, slopes, rows, jacobian, by_coefficient.size(2),
+                                  by_coefficient.size(3)),
+                 data_of<Scalar>(by_coefficient), data_of<Scalar>(result), torch_threads());
+  });
+  return result;
+}
+
+Tensor along(const Tensor& direction, const Tensor& first_edge, const Tensor& place, const Tensor& values,
+             const Tensor& slopes, const Tensor& rows, const Tensor& jacobian, int64_t num_types, int64_t num_nodes) {
+  Tensor result = torch::stable::new_empty(rows, {first_edge.size(0) - 1, 4, num_types, num_nodes});
+  with_scalar(rows, [&](auto zero) {
+    using Scalar = decltype(zero);
+    cpu::along(edges_of<Scalar>(first_edge, place, values, slopes, rows, jacobian, num_types, num_nodes),
+               data_of<Scalar>(direction), data_of<Scalar>(result), torch_threads());
+  });
+  return result;
+}
+
 }  // namespace
 }  // namespace rlekf
 
@@ -89,4 +161,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlekf, CPU, m) {
   m.impl("finish_projection", TORCH_BOX(&rlekf::finish_projection));
   m.impl("correct", TORCH_BOX(&rlekf::correct));
   m.impl("step", TORCH_BOX(&rlekf::step));
+  m.impl("tabulate", TORCH_BOX(&rlekf::tabulate));
+  m.impl("by_edge", TORCH_BOX(&rlekf::by_edge));
+  m.impl("along", TORCH_BOX(&rlekf::along));
 }

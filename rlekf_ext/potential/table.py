@@ -9,27 +9,30 @@ it is linear in its values at the nodes. So the sum over the neighbours of an at
     T = Σ_edges R G(s)ᵀ = C N        C = Σ_edges R φ(s)ᵀ (4, K), of the geometry;  N = G(nodes) (K, M), of the weights
 
 D = Tᵀ T_< and the fitting net follow as in the exact network. A gradient by the weights needs no second derivative of
-an embedding net either: along a direction of the atoms' coordinates, dC/dτ is geometry again, and dT/dτ = dC/dτ N.
-Everything is the exact derivative of the interpolated energy, which is off by the interpolation alone.
+an embedding net either: as the atoms move along a direction, dC/dτ is geometry again, and dT/dτ = dC/dτ N. Everything
+is the exact derivative of the interpolated energy, which is off by the interpolation alone.
+
+Derivatives are written out: `x_bar` is the derivative of a result by x, `x_dot` that of x along the direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rlekf_ext.potential.descriptor import _environment_matrix, _radial, run_networks
+from rlekf_ext.ops import native  # noqa: F401: loads torch.ops.rlekf
+from rlekf_ext.potential.descriptor import Network
 from rlekf_ext.potential.neighbors import Frame
 
 if TYPE_CHECKING:
     from rlekf_ext.potential.model import DeepPotential
 
-STENCIL = 8  # nodes per interpolation
+OPS = torch.ops.rlekf
 
 
 @dataclass(frozen=True)
@@ -39,32 +42,6 @@ class Nodes:
     number: int
     last: float
 
-    @property
-    def step(self) -> float:
-        """1/Å."""
-        return self.last / (self.number - 1)
-
-    def stencil(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The first of the eight nodes around each s (E,), and the values and slopes of their polynomials, (E, 8)."""
-        place = s / self.step
-        first = (place.floor() - (STENCIL // 2 - 1)).clamp(0, self.number - STENCIL)
-        t = (place - first).unsqueeze(-1)  # from the first node of the stencil, in steps
-        offsets = torch.arange(STENCIL, dtype=s.dtype, device=s.device)
-        away = t - offsets  # (E, 8)
-        values, slopes = [], []
-        for j in range(STENCIL):
-            others = [i for i in range(STENCIL) if i != j]
-            scale = 1.0
-            for i in others:
-                scale /= j - i
-            value, slope = torch.full_like(s, scale), torch.zeros_like(s)
-            for i in others:  # the product rule, factor by factor
-                slope = slope * away[:, i] + value
-                value = value * away[:, i]
-            values.append(value)
-            slopes.append(slope / self.step)
-        return first.long(), torch.stack(values, 1), torch.stack(slopes, 1)
-
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
@@ -73,62 +50,47 @@ class Geometry:
     order: Tensor  # (n,) int64, the atoms in the order of their elements
     counts: list[int]  # atoms of each element
     coefficients: Tensor  # (n, 4, T, K), C
-    place: Tensor  # (E, 8) int64, where the stencil of an edge begins and ends in C[:, 0] flattened: see `_entries`
-    values: Tensor  # (E, 8), φ
-    slopes: Tensor  # (E, 8), φ', Å
-    rows: Tensor  # (E, 4), R of the normalised environment matrix, over nnei
-    row_jacobian: Tensor  # (E, 4, 3), dR/dr, 1/Å
-    scalar_jacobian: Tensor  # (E, 3), ds/dr, 1/Å²
-    edges: Tensor  # (E, 3), Å
+    edges: Tensor  # (E, 3), Å, in the order of the sorted atoms that they start from
     center: Tensor  # (E,) int64
     neighbor: Tensor  # (E,) int64
+    stencils: tuple[Tensor, ...]  # csrc/table.h, Edges: first_edge, place, values, slopes, rows, jacobian
 
 
 @torch.no_grad()
 def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> Geometry:
     """The frame with its coefficients. Raises DataError if it does not fit the network."""
     descriptor = model.descriptor
-    architecture = descriptor.architecture
-    num_types, nnei = descriptor.num_types, sum(architecture.sel)
-    slot_element = torch.repeat_interleave(torch.arange(num_types), torch.tensor(frame.slots, dtype=torch.int64))
-    near = frame.edges.square().sum(-1) < architecture.rcut**2
-    center, slot = near.nonzero(as_tuple=True)
-    edges, neighbor = frame.edges[center, slot], frame.neighbors[center, slot]
-    element = slot_element.to(edges.device)[slot]
-
+    architecture, device = descriptor.architecture, frame.edges.device
     order = torch.argsort(frame.types, stable=True)
-    position = torch.empty_like(order)
-    position[order] = torch.arange(len(order), device=order.device)
-    counts = torch.bincount(frame.types, minlength=num_types).tolist()
-
-    matrix, jacobian = _environment_matrix(edges, architecture.rcut, architecture.rcut_smth)
-    davg, dstd = descriptor.davg[frame.types[center]], descriptor.dstd[frame.types[center]]
-    rows = (matrix - davg) / dstd / nnei
-    row_jacobian = jacobian / dstd.unsqueeze(-1) / nnei
-    first, values, slopes = nodes.stencil(matrix[:, 0])
-
-    shape = (len(order), 4, num_types, nodes.number)
-    coefficients = edges.new_zeros(shape)
-    place = ((position[center] * 4) * num_types + element) * nodes.number + first
-    place = place.unsqueeze(1) + torch.arange(STENCIL, device=edges.device)
-    _add(coefficients, place, rows, values)
-    # Empty slots: s = 0, which is the first node.
-    filled = torch.zeros(len(order), num_types, dtype=edges.dtype, device=edges.device)
-    filled.index_put_((position[center], element), torch.ones_like(edges[:, 0]), accumulate=True)
-    empty = edges.new_tensor(architecture.sel) - filled
-    zero = (-descriptor.davg[:, 0] / descriptor.dstd[:, 0] / nnei)[frame.types[order]]
-    coefficients[:, 0, :, 0] += zero.unsqueeze(1) * empty
-    return Geometry(
-        order, counts, coefficients, place, values, slopes, rows, row_jacobian, jacobian[:, 0], edges, center, neighbor
+    types, edges = frame.types[order], frame.edges[order]
+    near = edges.square().sum(-1) < architecture.rcut**2
+    row, slot = near.nonzero(as_tuple=True)
+    element = torch.repeat_interleave(torch.arange(descriptor.num_types), torch.tensor(frame.slots)).to(device)
+    edges = edges[row, slot]
+    first_edge = torch.zeros(len(order) + 1, dtype=torch.int64, device=device)
+    torch.cumsum(near.sum(1), 0, out=first_edge[1:])
+    coefficients, *stencils = OPS.tabulate(
+        edges,
+        first_edge,
+        element[slot],
+        types,
+        descriptor.davg,
+        descriptor.dstd,
+        torch.tensor(architecture.sel, device=device),
+        nodes.number,
+        architecture.rcut,
+        architecture.rcut_smth,
+        nodes.last,
     )
-
-
-def _add(coefficients: Tensor, place: Tensor, rows: Tensor, values: Tensor) -> None:
-    """coefficients[atom, :, element, stencil] += rows ⊗ values, edge by edge."""
-    stride = coefficients.shape[2] * coefficients.shape[3]
-    where = place.unsqueeze(1) + stride * torch.arange(4, device=place.device).view(1, 4, 1)
-    added = rows.unsqueeze(2) * values.unsqueeze(1)
-    coefficients.view(-1).index_add_(0, where.flatten(), added.flatten())
+    return Geometry(
+        order,
+        torch.bincount(types, minlength=descriptor.num_types).tolist(),
+        coefficients,
+        edges,
+        order[row],
+        frame.neighbors[order][row, slot],
+        (first_edge, *stencils),
+    )
 
 
 class Table:
@@ -144,90 +106,195 @@ class Table:
         return self._latest[2]
 
 
-def node_values(model: DeepPotential, nodes: Nodes) -> list[Tensor]:
-    """N of each centre element: (T K, M)."""
-    descriptor = model.descriptor
-    types = range(descriptor.num_types)
-    s = torch.linspace(0, nodes.last, nodes.number, dtype=descriptor.davg.dtype, device=descriptor.davg.device)
-    inputs = (s - descriptor.davg[:, :1]) / descriptor.dstd[:, :1]  # (C, K)
-    networks = [descriptor._embedding(center, neighbor) for center in types for neighbor in types]
-    found = run_networks(networks, inputs.repeat_interleave(len(types), 0).unsqueeze(-1))
-    return list(found.view(len(types), -1, found.shape[-1]))
+@dataclass(eq=False)
+class Pass:
+    """P networks of one shape, run side by side on inputs (P, rows, in), with what the derivatives need."""
+
+    networks: Sequence[Network]
+    weights: list[Tensor] = field(default_factory=list)  # of each layer (P, in, out)
+    timesteps: list[Tensor | None] = field(default_factory=list)  # (P, 1, out)
+    inputs: list[Tensor] = field(default_factory=list)  # (P, rows, in)
+    activations: list[Tensor] = field(default_factory=list)  # (P, rows, out), before time step and shortcut
+    tangents: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of the inputs, and of x W
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(P, rows, out)."""
+        self.layers = [network._modules["layers"]._modules.values() for network in self.networks]  # type: ignore[union-attr]
+        for layers in zip(*self.layers, strict=True):
+            tensors = zip(*(layer._parameters.values() for layer in layers), strict=True)
+            weight, bias, *timestep = [torch.stack(same) if len(same) > 1 else same[0].unsqueeze(0) for same in tensors]
+            self.weights.append(weight)
+            self.timesteps.append(timestep[0].unsqueeze(1) if timestep else None)
+            self.inputs.append(x)
+            y = torch.baddbmm(bias.unsqueeze(1), x, weight)
+            if layers[0].hidden:
+                y = y.tanh_()
+            self.activations.append(y)
+            if timestep:
+                y = y * self.timesteps[-1]
+            x = _with_shortcut(y, x, layers[0].copies)
+        return x
+
+    def forward_along(self, x_dot: Tensor) -> Tensor:
+        """The tangent of the output along that of the input."""
+        for layer, weight, timestep, activation in self._each():
+            z_dot = torch.bmm(x_dot, weight)
+            self.tangents.append((x_dot, z_dot))
+            y_dot = z_dot * (1 - activation.square()) if layer.hidden else z_dot
+            if timestep is not None:
+                y_dot = y_dot * timestep
+            x_dot = _with_shortcut(y_dot, x_dot, layer.copies)
+        return x_dot
+
+    def backward(self, y_bar: Tensor) -> Tensor:
+        """The derivatives by the inputs."""
+        for layer, weight, timestep, activation in reversed(list(self._each())):
+            shortcut, y_bar = y_bar, y_bar if timestep is None else y_bar * timestep
+            z_bar = y_bar * (1 - activation.square()) if layer.hidden else y_bar
+            y_bar = _of_shortcut(torch.bmm(z_bar, weight.mT), shortcut, layer.copies)
+        return y_bar
+
+    def gradients(self, y_bar: Tensor, y_dot_bar: Tensor | None = None, *, inputs: bool = True) -> Any:
+        """The derivatives by the inputs (None unless asked for) and, one (P, ...) for each, by the parameters, of
+        ⟨y_bar, y⟩ + ⟨y_dot_bar, y_dot⟩."""
+        found: list[list[Tensor]] = []
+        along = self.tangents if y_dot_bar is not None else [None] * len(self.weights)
+        each = list(zip(self._each(), self.inputs, along, strict=True))
+        for place, ((layer, weight, timestep, activation), x, tangent) in reversed(list(enumerate(each))):
+            slope = 1 - activation.square() if layer.hidden else None
+            parts = []
+            h_bar, h_dot_bar = y_bar, y_dot_bar
+            if timestep is not None:
+                h_bar = y_bar * timestep
+                by_timestep = (y_bar * activation).sum(1)
+                if tangent is not None:
+                    h_dot_bar = y_dot_bar * timestep
+                    h_dot = tangent[1] * slope if slope is not None else tangent[1]
+                    by_timestep = by_timestep + (y_dot_bar * h_dot).sum(1)
+                parts = [by_timestep]
+            z_bar = h_bar * slope if slope is not None else h_bar
+            if tangent is None:
+                by_weight = torch.bmm(x.mT, z_bar)
+            else:
+                x_dot, z_dot = tangent
+                z_dot_bar = h_dot_bar * slope if slope is not None else h_dot_bar
+                if slope is not None:
+                    z_bar = torch.addcmul(z_bar, activation * z_dot, z_dot_bar, value=-2)
+                by_weight = torch.baddbmm(torch.bmm(x.mT, z_bar), x_dot.mT, z_dot_bar)
+            found.append([by_weight, z_bar.sum(1), *parts])
+            if place or inputs:
+                y_bar = _of_shortcut(torch.bmm(z_bar, weight.mT), y_bar, layer.copies)
+                if tangent is not None:
+                    y_dot_bar = _of_shortcut(torch.bmm(z_dot_bar, weight.mT), y_dot_bar, layer.copies)
+        return (y_bar if inputs else None), [part for layer in reversed(found) for part in layer]
+
+    def parameters(self) -> list[list[nn.Parameter]]:
+        """Of each network, in the order of `gradients`."""
+        return [[p for layer in layers for p in layer._parameters.values() if p is not None] for layers in self.layers]
+
+    def _each(self) -> Iterable[tuple[Any, Tensor, Tensor | None, Tensor]]:
+        return zip(self.layers[0], self.weights, self.timesteps, self.activations, strict=True)
 
 
-def moments(geometry: Geometry, coefficients: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """T = C N of all atoms, (n, 4, M)."""
-    parts = [
-        c.flatten(0, 1).flatten(1) @ n for c, n in zip(coefficients.split(geometry.counts), values, strict=True) if len(c)
-    ]
-    return torch.cat(parts).view(len(geometry.order), 4, -1)
+def _with_shortcut(y: Tensor, x: Tensor, copies: int) -> Tensor:
+    if copies == 1:
+        return y + x
+    return y + torch.cat([x, x], dim=-1) if copies == 2 else y
 
 
-def energies(model: DeepPotential, geometry: Geometry, moments: Tensor) -> Tensor:
-    """The atomic energies without their bias, (n,), in the order of the elements."""
-    axis = model.descriptor.architecture.axis_neuron
-    parts = [
-        run_networks([fitting], torch.bmm(t.mT, t[:, :, :axis]).flatten(1).unsqueeze(0)).flatten()  # type: ignore[list-item]
-        for fitting, t in zip(model.fittings, moments.split(geometry.counts), strict=True)
-        if len(t)
-    ]
-    return torch.cat(parts)
+def _of_shortcut(x_bar: Tensor, y_bar: Tensor, copies: int) -> Tensor:
+    if copies == 1:
+        return x_bar + y_bar
+    if copies == 2:
+        left, right = y_bar.chunk(2, dim=-1)
+        return x_bar + left + right
+    return x_bar
+
+
+def _product_bar(t: Tensor, d_bar: Tensor, axis: int) -> Tensor:
+    """The derivative by the left T of ⟨d_bar, leftᵀ T_< + Tᵀ left_<⟩, (A, 4, M)."""
+    result = torch.bmm(t[:, :, :axis], d_bar.mT)
+    result[:, :, :axis] += torch.bmm(t, d_bar)
+    return result
 
 
 class Interpolated(torch.autograd.Function):
     """Atomic energies (n,) without bias, and the derivatives of their sum by the edges, (E, 3)."""
 
     @staticmethod
-    def forward(ctx: Any, model: DeepPotential, geometry: Geometry, nodes: Nodes, forces: bool, *weights: Tensor) -> Any:
-        values = node_values(model, nodes)
-        t = moments(geometry, geometry.coefficients, values)
+    def forward(
+        ctx: Any, model: DeepPotential, geometry: Geometry, nodes: Nodes, forces: bool, *weights: Tensor
+    ) -> Any:
+        descriptor = model.descriptor
+        types, axis = range(descriptor.num_types), descriptor.architecture.axis_neuron
+        s = torch.linspace(0, nodes.last, nodes.number, dtype=geometry.edges.dtype, device=geometry.edges.device)
+        inputs = ((s - descriptor.davg[:, :1]) / descriptor.dstd[:, :1]).unsqueeze(-1)  # (C, K, 1)
+        embedding = Pass([descriptor._embedding(center, neighbor) for center in types for neighbor in types])
+        values = embedding.forward(inputs.repeat_interleave(len(types), 0)).view(
+            len(types), -1, descriptor.architecture.neuron[-1]
+        )
+        atomic, by_moment, by_product, moments, fittings = [], [], [], [], []
+        for center, c in enumerate(geometry.coefficients.split(geometry.counts)):
+            t = (c.view(4 * len(c), -1) @ values[center]).view(len(c), 4, -1)
+            fitting = Pass([model.fittings[center]])  # type: ignore[list-item]
+            d = torch.bmm(t.mT, t[:, :, :axis])
+            atomic.append(fitting.forward(d.view(1, len(c), -1)).view(-1))
+            moments.append(t)
+            fittings.append(fitting)
+            if forces:
+                d_bar = fitting.backward(t.new_ones(1, len(c), 1)).view(d.shape)
+                by_product.append(d_bar)
+                by_moment.append(_product_bar(t, d_bar, axis))
         by_edge = geometry.edges.new_zeros(0, 3)
         if forces:
-            with torch.enable_grad():
-                t.requires_grad_()
-                atomic = energies(model, geometry, t)
-                (t_bar,) = torch.autograd.grad(atomic.sum(), t)
-            by_edge = _by_edge(geometry, t_bar, values)
-        else:
-            atomic = energies(model, geometry, t)
-        ctx.model, ctx.geometry, ctx.nodes, ctx.forces, ctx.weights = model, geometry, nodes, forces, weights
-        result = torch.empty_like(atomic)
-        result[geometry.order] = atomic.detach()
+            y = [t_bar.view(4 * len(t_bar), -1) @ n.T for t_bar, n in zip(by_moment, values, strict=True)]
+            by_edge = OPS.by_edge(torch.cat(y).view(geometry.coefficients.shape), *geometry.stencils)
+        ctx.weights, ctx.axis, ctx.geometry, ctx.forces = weights, axis, geometry, forces
+        ctx.saved = embedding, values, moments, fittings, by_moment, by_product
+        result = torch.empty_like(geometry.coefficients[:, 0, 0, 0])
+        result[geometry.order] = torch.cat(atomic)
         return result, by_edge
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_energy: Tensor, by_edge: Tensor) -> Any:
-        model, geometry = ctx.model, ctx.geometry
-        with torch.enable_grad():
-            values = node_values(model, ctx.nodes)
-            t = moments(geometry, geometry.coefficients, values)
-            atomic = energies(model, geometry, t)
-            target = atomic @ by_energy[geometry.order].to(atomic)
-            if ctx.forces:
-                (t_bar,) = torch.autograd.grad(atomic.sum(), t, create_graph=True)
-                along = moments(geometry, _coefficients_along(geometry, by_edge), values)
-                target = target + (t_bar * along).sum()
-            gradients = torch.autograd.grad(target, ctx.weights, allow_unused=True)
-        return None, None, None, None, *gradients
+        geometry: Geometry = ctx.geometry
+        embedding, values, moments, fittings, by_moment, by_product = ctx.saved
+        found: dict[int, Tensor] = {}
 
+        def note(part: Pass, gradients: Sequence[Tensor]) -> None:
+            for number, parameters in enumerate(part.parameters()):
+                for p, gradient in zip(parameters, gradients, strict=True):
+                    own = gradient[number].view(p.shape)
+                    found[id(p)] = found[id(p)] + own if id(p) in found else own
 
-def _by_edge(geometry: Geometry, t_bar: Tensor, values: Sequence[Tensor]) -> Tensor:
-    parts = [t @ n.T for t, n in zip(t_bar.split(geometry.counts), values, strict=True) if len(t)]
-    y = torch.cat(parts)  # (n, 4, T K) = dE/dC
-    stride = y.shape[2]
-    where = geometry.place.unsqueeze(1) + stride * torch.arange(4, device=y.device).view(1, 4, 1)
-    near = y.view(-1)[where]  # (E, 4, 8)
-    by_row = (near @ geometry.values.unsqueeze(2)).squeeze(2)
-    by_scalar = ((near @ geometry.slopes.unsqueeze(2)).squeeze(2) * geometry.rows).sum(1, keepdim=True)
-    return (by_row.unsqueeze(1) @ geometry.row_jacobian).squeeze(1) + by_scalar * geometry.scalar_jacobian
-
-
-def _coefficients_along(geometry: Geometry, direction: Tensor) -> Tensor:
-    """dC/dτ as the edges move along `direction` (E, 3)."""
-    rows = (geometry.row_jacobian @ direction.unsqueeze(2)).squeeze(2)
-    scalar = (geometry.scalar_jacobian * direction).sum(1, keepdim=True)
-    result = torch.zeros_like(geometry.coefficients)
-    _add(result, geometry.place, rows, geometry.values)
-    _add(result, geometry.place, geometry.rows * scalar, geometry.slopes)
-    return result
+        coefficients = geometry.coefficients.split(geometry.counts)
+        energies = by_energy[geometry.order].split(geometry.counts)
+        if ctx.forces:
+            shape = geometry.coefficients.shape
+            along = OPS.along(by_edge.contiguous(), *geometry.stencils, *shape[2:]).split(geometry.counts)
+        values_bar = torch.zeros_like(values)
+        for center, (t, fitting, c) in enumerate(zip(moments, fittings, coefficients, strict=True)):
+            if not len(c):
+                continue
+            y_bar, flat = energies[center].view(1, -1, 1), c.view(4 * len(c), -1)
+            if not ctx.forces:
+                d_bar, gradients = fitting.gradients(y_bar)
+                t_bar = _product_bar(t, d_bar.view(len(c), t.shape[2], -1), ctx.axis)
+                torch.mm(flat.T, t_bar.view(4 * len(c), -1), out=values_bar[center])
+            else:
+                c_dot = along[center].view(4 * len(c), -1)
+                t_dot = (c_dot @ values[center]).view(t.shape)
+                d_dot = torch.bmm(t_dot.mT, t[:, :, : ctx.axis]).baddbmm_(t.mT, t_dot[:, :, : ctx.axis])
+                fitting.tangents = []
+                fitting.forward_along(d_dot.view(1, len(c), -1))
+                d_bar, gradients = fitting.gradients(y_bar, torch.ones_like(y_bar))
+                t_bar = _product_bar(t, d_bar.view(d_dot.shape), ctx.axis)
+                t_bar += _product_bar(t_dot, by_product[center], ctx.axis)
+                torch.mm(flat.T, t_bar.view(4 * len(c), -1), out=values_bar[center])
+                values_bar[center].addmm_(c_dot.T, by_moment[center].view(4 * len(c), -1))
+            note(fitting, gradients)
+        number = len(embedding.networks)
+        _, gradients = embedding.gradients(values_bar.view(number, -1, values.shape[-1]), inputs=False)
+        note(embedding, gradients)
+        return None, None, None, None, *(found.get(id(p)) for p in ctx.weights)
