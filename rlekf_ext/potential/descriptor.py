@@ -174,7 +174,7 @@ class SeE2A(nn.Module):
         sums = torch.zeros(self.num_types, 4, dtype=torch.float64, device=self.davg.device)
         for frame in frames:
             self.check(frame)
-            _, direction, s, _ = _radial(frame.edges.double(), self.architecture.rcut, self.architecture.rcut_smth)
+            _, direction, s, _ = switched(frame.edges.double(), self.architecture.rcut, self.architecture.rcut_smth)
             angular = (s * direction).sum((1, 2))
             per_atom = [torch.ones_like(angular), s.sum((1, 2)), s.square().sum((1, 2)), angular]
             sums.index_add_(0, frame.types, torch.stack(per_atom, dim=1))
@@ -317,7 +317,7 @@ class SeE2A(nn.Module):
         return scalars, (matrix * share).view(-1, block.num_slots, 4), jacobian.view(-1, 5, 3)
 
 
-def _radial(edges: Tensor, rcut: float, rcut_smth: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def switched(edges: Tensor, rcut: float, rcut_smth: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Distance r, direction, s(r) and s'(r), each (..., 1) but the direction (..., 3)."""
     r = torch.linalg.vector_norm(edges, dim=-1, keepdim=True)
     u = ((r - rcut_smth) / (rcut - rcut_smth)).clamp(0, 1)
@@ -328,7 +328,7 @@ def _radial(edges: Tensor, rcut: float, rcut_smth: float) -> tuple[Tensor, Tenso
 
 def _environment_matrix(edges: Tensor, rcut: float, rcut_smth: float) -> tuple[Tensor, Tensor]:
     """R = s (1, x/r, y/r, z/r) of edges (..., 3) as (..., 4), and its derivative (..., 4, 3)."""
-    r, direction, s, slope = _radial(edges, rcut, rcut_smth)
+    r, direction, s, slope = switched(edges, rcut, rcut_smth)
     matrix = torch.cat([s, s * direction], dim=-1)
     radial = (slope * direction).unsqueeze(-2)
     along = direction.unsqueeze(-1) * direction.unsqueeze(-2)

@@ -185,6 +185,9 @@ class Training:
     disp_freq: int | None = option(None, "Batches per row of `disp_file`. null: an epoch, at most 1000.", low=1)
     save_freq: int = option(1000, "Batches per checkpoint.", low=1)
     save_ckpt: str = option("model.ckpt", "The checkpoint is this with `.pt`.")
+    table: bool = option(
+        True, "Whether embedding nets are interpolated during training, which is faster. Evaluation is exact."
+    )
     disp_training: bool = True
     time_training: bool = True
 

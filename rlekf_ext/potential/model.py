@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rlekf_ext.potential.architecture import Architecture, plain
 from rlekf_ext.potential.descriptor import Environment, Network, SeE2A, run_networks
 from rlekf_ext.potential.neighbors import Frame
+from rlekf_ext.potential.table import EdgeForces, Table
 from rlekf_ext.schema import read
 
 
@@ -58,6 +59,7 @@ class DeepPotential(nn.Module):
             )
             for _ in self.type_map
         )
+        self.table: Table | None = None  # what autograd goes through, if there is one; evaluation is always exact
         self.register_buffer("energy_bias", torch.zeros(len(self.type_map), dtype=torch.float64))
 
     @property
@@ -101,22 +103,35 @@ class DeepPotential(nn.Module):
         Raises DataError if the frame's cutoff, elements, dtype or number of neighbours do not fit the network.
         """
         create_graph = torch.is_grad_enabled() if create_graph is None else create_graph
+        if self.table is not None and create_graph:
+            atomic, edges = self.table.atomic_energies(self, frame, forces)
+        else:
+            atomic, edges = self._exact(frame, create_graph, forces)
+        with torch.set_grad_enabled(create_graph):
+            atomic_energy = atomic.double() + self.energy_bias[frame.types]
+            energy = _sum_rows(atomic_energy, frame.structure, len(frame.num_atoms))
+            force, virial = _forces(frame, edges) if edges else (None, None)
+        results = Prediction(energy, force, virial, atomic_energy)
+        if create_graph:
+            return results
+        return Prediction(*(None if result is None else result.detach() for result in results))  # type: ignore[arg-type]
+
+    def _exact(self, frame: Frame, create_graph: bool, forces: bool) -> tuple[Tensor, EdgeForces | None]:
+        """The atomic energies without their bias, and the derivatives of their sum."""
         environment = self.descriptor.environment(frame)
         # Fresh leaves each time: what one loss leaves in their .grad must not reach the next.
         leaves = [value.detach().requires_grad_(forces) for value in (*environment.scalars, *environment.rows)]
         with torch.set_grad_enabled(create_graph or forces):
             atomic = self._atomic_energies(environment, leaves)
-            atomic_energy = atomic.double() + self.energy_bias[frame.types]
-            energy = _sum_rows(atomic_energy, frame.structure, len(frame.num_atoms))
-            force = virial = None
-            if forces:
-                # Every atom's own share: padded atoms are not among `atomic`, nor is the constant bias.
-                gradients = torch.autograd.grad(atomic.sum(), leaves, create_graph=create_graph)
-                force, virial = _forces(frame, environment, gradients)
-        results = Prediction(energy, force, virial, atomic_energy)
-        if create_graph:
-            return results
-        return Prediction(*(None if result is None else result.detach() for result in results))  # type: ignore[arg-type]
+            if not forces:
+                return atomic, None
+            # Every atom's own share: padded atoms are not among `atomic`, nor is the constant bias.
+            gradients = torch.autograd.grad(atomic.sum(), leaves, create_graph=create_graph)
+            parts = []
+            for scalar, row, jacobian in zip(*_halves(gradients), environment.jacobians, strict=True):
+                gradient = torch.cat([scalar.view(*row.shape[:2], 1), row], dim=-1)
+                parts.append(torch.bmm(gradient.view(-1, 1, 5), jacobian).squeeze(1))
+        return atomic, EdgeForces(environment.edges, environment.center, environment.neighbor, _joined(parts))
 
     def _atomic_energies(self, environment: Environment, leaves: Sequence[Tensor]) -> Tensor:
         scalars, rows = _halves(leaves)
@@ -128,19 +143,14 @@ class DeepPotential(nn.Module):
         return _joined(energies)[environment.position]
 
 
-def _forces(frame: Frame, environment: Environment, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Forces and virials from the derivatives of the energy by the scalars and by the rows of all blocks."""
-    parts = []
-    for scalar, row, jacobian in zip(*_halves(gradients), environment.jacobians, strict=True):
-        gradient = torch.cat([scalar.view(*row.shape[:2], 1), row], dim=-1)
-        parts.append(torch.bmm(gradient.view(-1, 1, 5), jacobian).squeeze(1))
-    by_edge = _joined(parts)
-    num_atoms = len(frame.types)
-    forces = _sum_rows(by_edge, environment.center, num_atoms) - _sum_rows(by_edge, environment.neighbor, num_atoms)
+def _forces(frame: Frame, edges: EdgeForces) -> tuple[Tensor, Tensor]:
+    """Forces and virials from the derivatives of the energy by the edges."""
+    num_atoms, by_edge = len(frame.types), edges.by_edge
+    forces = _sum_rows(by_edge, edges.center, num_atoms) - _sum_rows(by_edge, edges.neighbor, num_atoms)
     if len(frame.num_atoms) == 1:
-        return forces, -(environment.edges.T @ by_edge).unsqueeze(0)
-    outer = environment.edges.unsqueeze(-1) * by_edge.unsqueeze(-2)
-    return forces, -_sum_rows(outer, frame.structure[environment.center], len(frame.num_atoms))
+        return forces, -(edges.edges.T @ by_edge).unsqueeze(0)
+    outer = edges.edges.unsqueeze(-1) * by_edge.unsqueeze(-2)
+    return forces, -_sum_rows(outer, frame.structure[edges.center], len(frame.num_atoms))
 
 
 def _sum_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:

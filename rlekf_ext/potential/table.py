@@ -17,22 +17,25 @@ Derivatives are written out: `x_bar` is the derivative of a result by x, `x_dot`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rlekf_ext.ops import native  # noqa: F401: loads torch.ops.rlekf
-from rlekf_ext.potential.descriptor import Network
+from rlekf_ext.errors import DataError
+from rlekf_ext.potential.architecture import DescriptorArchitecture
+from rlekf_ext.potential.descriptor import Network, switched
 from rlekf_ext.potential.neighbors import Frame
 
 if TYPE_CHECKING:
     from rlekf_ext.potential.model import DeepPotential
 
 OPS = torch.ops.rlekf
+LEAST_FORCE = 1e-3  # eV/Å: smaller forces, as in a perfect lattice, are not what the table is judged by
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> Geometry:
     """The frame with its coefficients. Raises DataError if it does not fit the network."""
     descriptor = model.descriptor
     architecture, device = descriptor.architecture, frame.edges.device
+    if frame.edges.dtype != descriptor.davg.dtype:
+        raise DataError(f"The network is {descriptor.davg.dtype}, the frame {frame.edges.dtype}: call frame.to(dtype).")
     order = torch.argsort(frame.types, stable=True)
     types, edges = frame.types[order], frame.edges[order]
     near = edges.square().sum(-1) < architecture.rcut**2
@@ -93,17 +98,77 @@ def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> Geometry:
     )
 
 
-class Table:
-    """The nodes, and the geometry of the latest frame, which a filter visits several times."""
+class EdgeForces(NamedTuple):
+    """The E edges of a frame, and the derivatives of its energy by them."""
 
-    def __init__(self, nodes: Nodes):
-        self.nodes = nodes
+    edges: Tensor  # (E, 3), Å
+    center: Tensor  # (E,) int64, the atom an edge starts from
+    neighbor: Tensor  # (E,) int64, the atom it points to
+    by_edge: Tensor  # (E, 3), eV/Å
+
+
+class Table:
+    """The nodes for the networks of a model: `model.table = Table(...)` makes autograd go through them.
+
+    `number` nodes reach to `last` (1/Å), or farther if a frame needs it: nothing is extrapolated.
+    """
+
+    def __init__(self, last: float, number: int = 128):
+        self.nodes = Nodes(number, last)
         self._latest: tuple[Frame, Nodes, Geometry] | None = None
 
-    def geometry(self, model: DeepPotential, frame: Frame) -> Geometry:
+    def atomic_energies(self, model: DeepPotential, frame: Frame, forces: bool) -> tuple[Tensor, EdgeForces | None]:
+        """The atomic energies (n,) without their bias, and the derivatives of their sum. Raises DataError if the frame
+        does not fit the network."""
+        geometry = self._geometry(model, frame)
+        atomic, by_edge = Interpolated.apply(model, geometry, self.nodes, forces, *model.parameters())
+        return atomic, EdgeForces(geometry.edges, geometry.center, geometry.neighbor, by_edge) if forces else None
+
+    def error(self, model: DeepPotential, frames: Iterable[Frame]) -> float:
+        """The largest relative difference (RMS) from the exact network over the frames: of forces, and of the
+        derivatives of the energy by the weights."""
+        worst = 0.0
+        for frame in frames:
+            (forces, by_weight), (exact_forces, exact_by_weight) = (
+                _derivatives(model, frame, table) for table in (self, None)
+            )
+            for own, exact, least in ((forces, exact_forces, LEAST_FORCE), (by_weight, exact_by_weight, 0.0)):
+                size = max(float(exact.square().mean().sqrt()), least)
+                worst = max(worst, float((own - exact).square().mean().sqrt()) / size) if size else worst
+        return worst
+
+    def refine(self) -> None:
+        """Double the nodes."""
+        self.nodes = Nodes(2 * self.nodes.number, self.nodes.last)
+
+    def _geometry(self, model: DeepPotential, frame: Frame) -> Geometry:
         if self._latest is None or self._latest[0] is not frame or self._latest[1] != self.nodes:
+            model.descriptor.check(frame)
+            largest = largest_scalar(model.descriptor.architecture, frame)
+            if largest > self.nodes.last:
+                more = math.ceil((self.nodes.number - 1) * largest / self.nodes.last)
+                self.nodes = Nodes(more + 1, self.nodes.last * more / (self.nodes.number - 1))
             self._latest = (frame, self.nodes, geometry_of(model, frame, self.nodes))
         return self._latest[2]
+
+
+def largest_scalar(architecture: DescriptorArchitecture, frame: Frame) -> float:
+    """The largest s(r) of a frame, 1/Å."""
+    nearest = frame.edges.new_tensor([[min(frame.shortest_edge(), architecture.rcut), 0.0, 0.0]])
+    return float(switched(nearest, architecture.rcut, architecture.rcut_smth)[2])
+
+
+def _derivatives(model: DeepPotential, frame: Frame, table: Table | None) -> tuple[Tensor, Tensor]:
+    """The forces, and the derivatives of the energy by all weights, with this table or without any."""
+    before, model.table = model.table, table
+    try:
+        with torch.enable_grad():
+            prediction = model(frame)
+            gradients = torch.autograd.grad(prediction.energy.sum(), list(model.parameters()), allow_unused=True)
+    finally:
+        model.table = before
+    assert prediction.forces is not None  # for mypy: asked for
+    return prediction.forces.detach(), torch.cat([g.flatten() for g in gradients if g is not None])
 
 
 @dataclass(eq=False)
@@ -119,19 +184,20 @@ class Pass:
 
     def forward(self, x: Tensor) -> Tensor:
         """(P, rows, out)."""
-        self.layers = [network._modules["layers"]._modules.values() for network in self.networks]  # type: ignore[union-attr]
+        self.layers: list[Any] = [network._modules["layers"]._modules.values() for network in self.networks]  # type: ignore[union-attr]
         for layers in zip(*self.layers, strict=True):
             tensors = zip(*(layer._parameters.values() for layer in layers), strict=True)
             weight, bias, *timestep = [torch.stack(same) if len(same) > 1 else same[0].unsqueeze(0) for same in tensors]
             self.weights.append(weight)
-            self.timesteps.append(timestep[0].unsqueeze(1) if timestep else None)
+            factor = timestep[0].unsqueeze(1) if timestep else None
+            self.timesteps.append(factor)
             self.inputs.append(x)
             y = torch.baddbmm(bias.unsqueeze(1), x, weight)
             if layers[0].hidden:
                 y = y.tanh_()
             self.activations.append(y)
-            if timestep:
-                y = y * self.timesteps[-1]
+            if factor is not None:
+                y = y * factor
             x = _with_shortcut(y, x, layers[0].copies)
         return x
 
@@ -154,16 +220,16 @@ class Pass:
             y_bar = _of_shortcut(torch.bmm(z_bar, weight.mT), shortcut, layer.copies)
         return y_bar
 
-    def gradients(self, y_bar: Tensor, y_dot_bar: Tensor | None = None, *, inputs: bool = True) -> Any:
+    def gradients(self, y_bar: Tensor, y_dot_bar: Any = None, *, inputs: bool = True) -> tuple[Any, list[Tensor]]:
         """The derivatives by the inputs (None unless asked for) and, one (P, ...) for each, by the parameters, of
         ⟨y_bar, y⟩ + ⟨y_dot_bar, y_dot⟩."""
         found: list[list[Tensor]] = []
-        along = self.tangents if y_dot_bar is not None else [None] * len(self.weights)
+        along: Sequence[Any] = self.tangents if y_dot_bar is not None else [None] * len(self.weights)
         each = list(zip(self._each(), self.inputs, along, strict=True))
         for place, ((layer, weight, timestep, activation), x, tangent) in reversed(list(enumerate(each))):
             slope = 1 - activation.square() if layer.hidden else None
             parts = []
-            h_bar, h_dot_bar = y_bar, y_dot_bar
+            h_bar, h_dot_bar, z_dot_bar = y_bar, y_dot_bar, y_dot_bar
             if timestep is not None:
                 h_bar = y_bar * timestep
                 by_timestep = (y_bar * activation).sum(1)
@@ -235,10 +301,10 @@ class Interpolated(torch.autograd.Function):
         )
         atomic, by_moment, by_product, moments, fittings = [], [], [], [], []
         for center, c in enumerate(geometry.coefficients.split(geometry.counts)):
-            t = (c.view(4 * len(c), -1) @ values[center]).view(len(c), 4, -1)
+            t = (c.view(4 * len(c), values.shape[1]) @ values[center]).view(len(c), 4, values.shape[2])
             fitting = Pass([model.fittings[center]])  # type: ignore[list-item]
             d = torch.bmm(t.mT, t[:, :, :axis])
-            atomic.append(fitting.forward(d.view(1, len(c), -1)).view(-1))
+            atomic.append(fitting.forward(d.view(1, len(c), descriptor.num_outputs)).view(-1))
             moments.append(t)
             fittings.append(fitting)
             if forces:
@@ -247,7 +313,7 @@ class Interpolated(torch.autograd.Function):
                 by_moment.append(_product_bar(t, d_bar, axis))
         by_edge = geometry.edges.new_zeros(0, 3)
         if forces:
-            y = [t_bar.view(4 * len(t_bar), -1) @ n.T for t_bar, n in zip(by_moment, values, strict=True)]
+            y = [t_bar.view(4 * len(t_bar), values.shape[2]) @ n.T for t_bar, n in zip(by_moment, values, strict=True)]
             by_edge = OPS.by_edge(torch.cat(y).view(geometry.coefficients.shape), *geometry.stencils)
         ctx.weights, ctx.axis, ctx.geometry, ctx.forces = weights, axis, geometry, forces
         ctx.saved = embedding, values, moments, fittings, by_moment, by_product

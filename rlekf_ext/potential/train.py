@@ -25,6 +25,7 @@ from rlekf_ext.potential.input import Config
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import build_optimizer, prefactors
+from rlekf_ext.potential.table import Table, largest_scalar
 from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts
 from rlekf_ext.schema import counted, shown
 
@@ -73,6 +74,8 @@ def train(
         del checkpoint  # its tensors are parts of the file, which is about to be replaced
     else:
         optimize.start(everything)
+    if settings.table:
+        model.table = build_table(model, [*everything, *held_out], progress.get("nodes"))
     processes.agree(model.state_dict().values())  # the last bit may differ between kinds of CPU
     if processes.size > 1:
         say(f"{processes.size} processes share P and the frames of each batch.")
@@ -99,6 +102,8 @@ def train(
         say(f"{checkpoint_file} exists and will be replaced; --restart would continue from it.")
 
     def save() -> None:
+        if model.table:
+            progress["nodes"] = [model.table.nodes.number, model.table.nodes.last]
         state = {"optimizer": optimize.state_dict(), "batches": batches.state_dict(), "progress": progress}
         save_checkpoint(checkpoint_file, optimize.result, processes, **state, run=torchrun_name())
 
@@ -127,6 +132,7 @@ def train(
             if progress["step"] % len(batches) == 0 or last:
                 row = end_of_epoch(progress, len(batches), optimize.result, held_out, processes)
                 progress["epochs"].append(row)
+                refine(model, everything, processes, say)
                 by_kind = {kind: row[f"{kind}_rmse"] for kind in kinds if f"{kind}_rmse" in row}
                 say(f"epoch {row['epoch']:<5.4g} {row['seconds']:8.1f} s   {error_text(by_kind, '.3e', '   ')}")
                 if skipped := optimize.skipped():
@@ -181,6 +187,27 @@ def build_model(
     if "energy" in config.loss.kinds():
         model.fit_energy_bias(training)
     return model
+
+
+def build_table(model: DeepPotential, frames: Sequence[Frame], nodes: Sequence[Any] | None) -> Table:
+    """The table for these frames, or that of a checkpoint."""
+    architecture = model.architecture.descriptor
+    last = max(largest_scalar(architecture, frame) for frame in frames)
+    return Table(float(nodes[1]), int(nodes[0])) if nodes else Table(last)
+
+
+def refine(model: DeepPotential, frames: Sequence[Frame], processes: Processes, say: Callable[[str], Any]) -> None:
+    """Double the nodes of the table until it is exact enough on a few frames."""
+    table, few = model.table, frames[:: -(-len(frames) // CHECKED)]
+    limit = TABLE_ERROR[model.architecture.precision]
+    while table and table.nodes.number < MOST_NODES and processes.any((error := table.error(model, few)) > limit):
+        table.refine()
+        say(f"The table of the embedding nets was off by {error:.1e}: from now on it has {table.nodes.number} nodes.")
+
+
+CHECKED = 3  # frames
+MOST_NODES = 4096
+TABLE_ERROR = {"float64": 1e-6, "float32": 1e-4}
 
 
 class LearningCurve:

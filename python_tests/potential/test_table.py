@@ -1,0 +1,230 @@
+"""The network on a table: against the exact one and against finite differences, and how its error falls."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from helpers import checkpoint_of, curve_of, input_of, make_model, run
+
+from rlekf_ext.errors import DataError
+from rlekf_ext.potential.input import read_input
+from rlekf_ext.potential.model import DeepPotential
+from rlekf_ext.potential.neighbors import collate, make_frame
+from rlekf_ext.potential.table import Nodes, Table, geometry_of, largest_scalar
+from rlekf_ext.potential.train import train
+
+RCUT = 4.0
+SHAPES = {
+    "two elements": {},
+    "one-sided": {"type_one_side": True},
+    "time steps": {"resnet_dt": True, "neuron": (3, 6, 6), "fitting_resnet_dt": True},
+    "odd widths": {"neuron": (3, 5, 10), "fitting_neuron": (7, 7, 4)},
+    "a net of one layer": {"neuron": (4,), "fitting_neuron": (5,)},
+}
+
+
+def labelled(seed=0, num_atoms=9, spread=0.3, elements=2, dtype=torch.float64, **labels):
+    random = np.random.default_rng(seed)
+    grid = np.array(list(itertools.product(range(3), repeat=3)))[:num_atoms] * 2.0
+    points = grid + random.uniform(-spread, spread, (num_atoms, 3))
+    types = np.arange(num_atoms) % elements
+    return make_frame(points, 6.2 * np.eye(3) + 0.1 * random.normal(size=(3, 3)), types, RCUT, 2, dtype=dtype, **labels)
+
+
+def model_of(frames_, precision="float64", **shape):
+    return make_model(sel=[60, 60], rcut=RCUT, precision=precision, frames=frames_, **shape)
+
+
+def with_table(model, frame, number=256):
+    model.table = Table(1.05 * largest_scalar(model.architecture.descriptor, frame), number)
+    return model
+
+
+def results(model, frame, by_energy, by_forces, by_virial):
+    """Energy, forces and virial, and the derivatives of a sum of all of them by the weights."""
+    prediction = model(frame)
+    total = (by_energy * prediction.energy).sum() + (by_forces * prediction.forces).sum()
+    total = total + (by_virial * prediction.virial).sum()
+    gradients = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), gradients, strict=True)]
+    return [*(value.detach() for value in prediction[:3]), torch.cat([g.flatten() for g in flat])]
+
+
+def assert_close(found, wanted, tolerance):
+    for a, b in zip(found, wanted, strict=True):
+        assert float((a - b).abs().max()) <= tolerance * float(b.abs().max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("several", [False, True])
+def test_against_the_exact_network(shape, several):
+    frame = collate([labelled(0), labelled(1, 5)]) if several else labelled(0)
+    model = model_of([frame], **SHAPES[shape])
+    weights = (
+        torch.randn(len(frame.num_atoms)),
+        torch.randn(frame.types.shape[0], 3),
+        torch.randn(len(frame.num_atoms), 3, 3),
+    )
+    exact = results(model, frame, *weights)
+    assert_close(results(with_table(model, frame), frame, *weights), exact, 1e-7)
+
+
+def test_an_element_without_atoms_and_one_without_neighbours():
+    lone = make_frame([[0, 0, 0], [1.9, 0, 0], [9, 9, 9]], None, [0, 0, 0], RCUT, 2)
+    model = model_of([lone])
+    weights = torch.ones(1), torch.randn(3, 3), torch.zeros(1, 3, 3)
+    assert_close(results(with_table(model, lone), lone, *weights), results(model_of([lone]), lone, *weights), 1e-7)
+
+
+def test_float32():
+    frame = labelled(0, dtype=torch.float32)
+    model = model_of([frame], "float32")
+    weights = torch.ones(1), torch.randn(9, 3), torch.randn(1, 3, 3)
+    exact = results(model, frame, *weights)
+    assert_close(results(with_table(model, frame), frame, *weights), exact, 2e-4)
+    with pytest.raises(DataError, match=r"float32, the frame torch.float64"):
+        model(labelled(0))
+
+
+def test_energy_alone():
+    frame = labelled(0)
+    model = with_table(model_of([frame]), frame)
+    prediction = model(frame, forces=False)
+    assert prediction.forces is None
+    assert prediction.energy == model(frame).energy
+    gradients = [
+        torch.autograd.grad(model(frame, forces=f).energy.sum(), list(model.parameters())) for f in (False, True)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_forces_are_the_derivative_of_the_interpolated_energy():
+    """Also with few nodes, where the interpolation is far from the network."""
+    random = np.random.default_rng(3)
+    points, types = random.uniform(0, 5, (6, 3)), [0, 1, 0, 1, 1, 0]
+    frame = make_frame(points, None, types, RCUT, 2)
+    model = with_table(model_of([frame]), frame, 12)
+    nodes = model.table.nodes
+
+    def energy(at):
+        moved = make_frame(at, None, types, RCUT, 2)
+        model.table.nodes = nodes
+        return model(moved, forces=False).energy.item()
+
+    forces = model(frame).forces
+    step = 1e-5
+    for atom, axis in ((0, 0), (3, 1), (5, 2)):
+        shift = np.zeros((6, 3))
+        shift[atom, axis] = step
+        slope = (energy(points + shift) - energy(points - shift)) / (2 * step)
+        assert -slope == pytest.approx(forces[atom, axis].item(), rel=1e-6, abs=1e-8)
+
+
+def test_gradients_of_forces_are_the_derivative_by_the_weights():
+    frame = labelled(2)
+    model = with_table(model_of([frame]), frame, 16)
+    direction = torch.randn(9, 3)
+
+    def along():
+        return (model(frame).forces * direction).sum()
+
+    gradients = torch.autograd.grad(along(), list(model.parameters()))
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        shift, value = torch.randn_like(p), []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p += sign * 1e-5 * shift
+            value.append(along().item())
+            with torch.no_grad():
+                p -= sign * 1e-5 * shift
+        assert (value[0] - value[1]) / 2e-5 == pytest.approx(float((gradient * shift).sum()), rel=1e-5, abs=1e-8)
+
+
+def test_the_error_falls_with_the_nodes():
+    frame = labelled(0)
+    model = model_of([frame])
+    errors = [
+        Table(largest_scalar(model.architecture.descriptor, frame), number).error(model, [frame])
+        for number in (16, 32, 64, 128)
+    ]
+    assert all(later < 0.05 * former for former, later in itertools.pairwise(errors[:3]))
+    assert errors[-1] < 1e-6
+    assert model.table is None
+
+
+def test_a_denser_frame_widens_the_table():
+    frame, dense = labelled(0), labelled(0, spread=0.9)
+    model = with_table(model_of([frame]), frame)
+    before = model.table.nodes
+    largest = largest_scalar(model.architecture.descriptor, dense)
+    assert largest > before.last
+    model(dense)
+    after = model.table.nodes
+    assert after.last >= largest
+    assert after.last / (after.number - 1) == pytest.approx(before.last / (before.number - 1))
+    assert model.table.error(model, [dense]) < 1e-6
+
+
+def test_interpolation_is_exact_for_polynomials():
+    """Coefficients of one edge, against the polynomials themselves."""
+    frame = make_frame([[0, 0, 0], [1.7, 0, 0]], None, [0, 0], RCUT, 1)
+    model = DeepPotential(
+        {"type_map": ["A"], "descriptor": {"sel": [1], "rcut": RCUT, "neuron": [2], "axis_neuron": 1}}
+    )
+    nodes = Nodes(20, 1.0)
+    geometry = geometry_of(model, frame, nodes)
+    s = largest_scalar(model.architecture.descriptor, frame)
+    x = torch.linspace(0, 1, 20, dtype=torch.float64)
+    for power in range(8):
+        values = geometry.coefficients[0, 0, 0] @ x**power
+        assert float(values) == pytest.approx(s * s**power, rel=1e-12)  # R_0 = s, nnei = 1
+    _, _, values, slopes, _, _ = geometry.stencils
+    assert values.sum(1) == pytest.approx([1, 1])
+    assert slopes.sum(1) == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_the_same_bits_with_any_number_of_threads():
+    frame = labelled(0)
+    model = with_table(model_of([frame]), frame)
+    weights, before, found = (torch.ones(1), torch.ones(9, 3), torch.ones(1, 3, 3)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            geometry = geometry_of(model, frame, model.table.nodes)
+            moved = torch.ops.rlekf.along(geometry.edges, *geometry.stencils, *geometry.coefficients.shape[2:])
+            found.append([geometry.coefficients, moved])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    del weights
+
+
+def test_values_that_are_not_finite_are_seen():
+    frame = labelled(0)
+    model = with_table(model_of([frame]), frame)
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(np.nan)
+    assert model(frame).energy.isnan().all()
+
+
+# In the trainer
+
+
+def test_training_on_the_table_is_as_training_without(tmp_path):
+    curves = []
+    for table in (True, False):
+        folder = tmp_path / str(table)
+        folder.mkdir()
+        run(input_of(folder, numb_steps=6, table=table))
+        curves.append(np.array([[float(v) for v in row] for row in curve_of(folder)]))
+        assert (checkpoint_of(folder)["progress"].get("nodes") is not None) == table
+    np.testing.assert_allclose(*curves, rtol=0.02)
+
+
+def test_too_few_nodes_are_doubled(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rlekf_ext.potential.train.Table", lambda last, number=8: Table(last, number))
+    train(read_input(input_of(tmp_path, numb_steps=3)))
+    assert "The table of the embedding nets was off by" in capsys.readouterr().out
+    assert checkpoint_of(tmp_path)["progress"]["nodes"][0] >= 32
