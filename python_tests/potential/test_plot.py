@@ -103,8 +103,7 @@ def test_lcurve_of_a_run_that_has_just_begun(tmp_path):
 def test_epochs_of_the_trainers_json(tmp_path, shown):
     (tmp_path / "lcurve.json").write_text(json.dumps({"epochs": EPOCHS}))
     plot_lcurve(tmp_path / "lcurve.json", tmp_path / "curve.png")
-    energy, force = lines_of(shown[0])
-    np.testing.assert_allclose(energy["held out"][:, 1], [3, 1])
+    np.testing.assert_allclose(lines_of(shown[0])[0]["held out"][:, 1], [3, 1])
     assert shown[0].axes[0].get_xlabel() == "epoch"
 
 
