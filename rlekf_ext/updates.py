@@ -276,6 +276,8 @@ ERRORS: dict[str, Callable[..., Tensor]] = {"energy": energy_error, "force": for
 def _check_made_with(optimizer: RLEKF, options: Options, given: Mapping[str, Any]) -> None:
     """Raises OptionError if the optimizer's options differ from those that the preset or the given options set."""
     named = {**PRESETS[options.preset], **given}
+    if "block_size" not in given:  # the memory of P is the caller's choice
+        named.pop("block_size", None)
     for name in (f.name for f in fields(OptimizerOptions) if f.name in named):
         wanted, found = getattr(options, name), getattr(optimizer.options, name)
         if found != wanted:

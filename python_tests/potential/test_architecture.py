@@ -56,7 +56,7 @@ def test_differences_name_the_setting():
         ("descriptor/sel", [1, -2], "model/descriptor/sel[1] must be >= 0 but is: -2."),
         ("descriptor/sel", [0, 0], "model/descriptor/sel must have a number above 0 but is: [0, 0]."),
         ("descriptor/rcut", 0, "model/descriptor/rcut must be > 0 but is: 0."),
-        ("descriptor/rcut_smth", 5.0, "model/descriptor/rcut_smth must be < rcut = 5.0 but is: 5.0."),
+        ("descriptor/rcut_smth", 5.0, "model/descriptor/rcut_smth must be < rcut = 5.0 Å but is: 5.0 Å."),
         ("descriptor/axis_neuron", 9, "axis_neuron must be <= 8, the last number of neuron, but is: 9."),
         ("descriptor/activation_function", "relu", "model/descriptor/activation_function is not a known option"),
         ("fitting_net/neuron", [], "model/fitting_net/neuron must be a list of whole numbers, not empty"),

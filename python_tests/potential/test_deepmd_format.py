@@ -161,7 +161,7 @@ def test_the_arrays_have_the_shapes_of_deepmd(file):
             r'model/descriptor/sel must be a list of whole numbers, not empty, but is: \[7, "9"\]',
         ),
         ("model/descriptor/rcut", float("inf"), "model/descriptor/rcut must be a number but is: Infinity"),
-        ("model/descriptor/rcut_smth", 5.0, "model/descriptor/rcut_smth must be < rcut = 4.0 but is: 5.0"),
+        ("model/descriptor/rcut_smth", 5.0, "model/descriptor/rcut_smth must be < rcut = 4.0 Å but is: 5.0"),
         ("model/descriptor/neuron", [3, 10**9], r"model/descriptor/neuron\[1\] must be <= 10000 but is: 1000000000"),
         (
             "model/descriptor/type_one_side",

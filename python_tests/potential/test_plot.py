@@ -100,6 +100,13 @@ def test_lcurve_of_a_run_that_has_just_begun(tmp_path):
     assert plot_lcurve(tmp_path / "lcurve.out", tmp_path / "curve.png").stat().st_size > 0
 
 
+def test_epochs_of_the_trainers_json(tmp_path, shown):
+    (tmp_path / "lcurve.json").write_text(json.dumps({"epochs": EPOCHS}))
+    plot_lcurve(tmp_path / "lcurve.json", tmp_path / "curve.png")
+    np.testing.assert_allclose(lines_of(shown[0])[0]["held out"][:, 1], [3, 1])
+    assert shown[0].axes[0].get_xlabel() == "epoch"
+
+
 def test_read_curve_of_the_trainers_json(tmp_path):
     file = tmp_path / "lcurve.json"
     file.write_text(json.dumps({"step": 2, "epochs": EPOCHS}))
@@ -117,7 +124,6 @@ def test_read_curve_of_the_trainers_json(tmp_path):
         ("text.out", "Dear diary,\ntoday\n", "is not an lcurve.out"),
         ("cut.out", OURS.replace("7.95e-02", ""), "is not an lcurve.out"),
         ("total.out", "# step rmse_trn lr\n 1 2 4\n", "has no columns step and rmse_e_trn or rmse_f_trn"),
-        ("lcurve.json", json.dumps({"epochs": EPOCHS}), "has no columns step"),
         ("input.json", json.dumps({"model": {}}), "has no columns step"),
         ("words.out", OURS.replace("7.95e-02", "seven"), "is not an lcurve.out"),
         ("broken.json", "{", "is not JSON: "),

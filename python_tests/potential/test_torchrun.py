@@ -62,7 +62,7 @@ def test_several_processes_train_what_one_does(tmp_path, batch, capsys):
     given = prepare(several, optimizer, numb_steps=5)
     text = torchrun(several, 2)
     assert text.count("2 processes share P and the frames of each batch.") == 1
-    assert text.count("frames train") == 1
+    assert text.count("frames for training") == 1
     assert len(re.findall(r"^epoch 1 ", text, re.MULTILINE)) == 1
     assert sorted(path.name for path in (several / "out").iterdir()) == [
         "lcurve.out",
