@@ -9,6 +9,7 @@ in turn, so that a slow moment of the machine affects all of them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from rows import MACHINE, append, machine
 from rlekf_ext import RLEKF
 from rlekf_ext.batch_parts import force_groups
 from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.train import build_model
+from rlekf_ext.potential.table import geometry_of
+from rlekf_ext.potential.train import build_model, build_table
 from rlekf_ext.updates import energy_error, force_error
 
 RESULTS = ROOT / "benchmarks/results/frame.csv"
@@ -34,29 +36,36 @@ def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callabl
     """The number of weights, and every part as a function."""
     frames = load(system, data, 8)["train"]
     config = config_of(system, network, method_of("RLEKF"), seed=1)
-    model, frame = build_model(config, frames), frames[0]
-    parameters = list(model.parameters())
+    frame = frames[0]
     groups = force_groups(len(frame.types), 6, 4, torch.Generator().manual_seed(1))
-
-    def gradient(error: torch.Tensor) -> object:
-        return torch.autograd.grad(error, parameters, allow_unused=True)
-
-    found: dict[str, Callable[[], object]] = {
-        "energy: forward": lambda: energy_error(model, frame),
-        "energy: forward and gradient": lambda: gradient(energy_error(model, frame)),
-        "force: forward": lambda: force_error(model, frame, groups[0]),
-        "force: forward and gradient": lambda: gradient(force_error(model, frame, groups[0])),
-    }
+    found: dict[str, Callable[[], object]] = {}
+    for label in ("", "on the table: "):
+        model = build_model(config, frames)
+        model.table = build_table(model, frames, wanted=bool(label))
+        parameters = list(model.parameters())
+        timed = {
+            "energy": lambda m=model: energy_error(m, frame),
+            "force": lambda m=model: force_error(m, frame, groups[0]),
+        }
+        for kind, error in timed.items():
+            found[f"{label}{kind}: forward"] = error
+            found[f"{label}{kind}: forward and gradient"] = lambda e=error, p=parameters: torch.autograd.grad(
+                e(), p, allow_unused=True
+            )
+    found["environment"] = lambda: model.descriptor._environment(frame)
+    found["on the table: environment"] = lambda: geometry_of(model, frame, model.table.nodes)
     jacobian = torch.randn(sum(p.numel() for p in parameters), dtype=torch.float64)
     for size in BLOCK_SIZES:
         optimizer = RLEKF(parameters, block_size=size, transpose=True)
         found[f"filter, N_b = {size}"] = lambda o=optimizer: o.update(jacobian, 0.0)  # type: ignore[misc]
-    for label in ("paper's settings", "RLEKF", "Adam 2e-3"):
+    for label, table in itertools.product(("paper's settings", "RLEKF", "Adam 2e-3"), (False, True)):
         other = config_of(system, network, method_of(label), seed=1)
-        steps = build_optimizer(other, build_model(other, frames), 10**6)
+        model = build_model(other, frames)
+        steps = build_optimizer(other, model, 10**6)
         steps.start(frames)
+        model.table = build_table(model, frames, wanted=table)
         name = "Adam: an iteration" if label.startswith("Adam") else f"{label}: a frame, N_b = 1024"
-        found[name] = lambda s=steps: s([frame], 0)  # type: ignore[misc]
+        found["on the table: " * table + name] = lambda s=steps: s([frame], 0)  # type: ignore[misc]
     return len(jacobian), found
 
 

@@ -5,14 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import checkpoint_of, curve_of, input_of, make_model, run
+from helpers import checkpoint_of, curve_of, input_of, make_model, run, weights_of
 
 from rlekf_ext.errors import DataError
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import collate, make_frame
 from rlekf_ext.potential.table import Nodes, Table, geometry_of, largest_scalar
-from rlekf_ext.potential.train import train
+from rlekf_ext.potential.train import build_table, train
 
 RCUT = 4.0
 SHAPES = {
@@ -223,8 +223,24 @@ def test_training_on_the_table_is_as_training_without(tmp_path):
     np.testing.assert_allclose(*curves, rtol=0.02)
 
 
+def test_a_table_is_used_where_it_is_faster():
+    few, many = labelled(0), collate([labelled(seed, 27, elements=1) for seed in range(20)])
+    for frame, wanted, expected in ((few, None, False), (many, None, True), (few, True, True), (many, False, False)):
+        table = build_table(model_of([frame], type_one_side=True), [frame], wanted)
+        assert (table is not None) == expected
+
+
+def test_restart_on_the_table_is_bit_for_bit(tmp_path):
+    for name in ("whole", "halves"):
+        (tmp_path / name).mkdir()
+    run(input_of(tmp_path / "whole", numb_steps=6, table=True))
+    run(input_of(tmp_path / "halves", numb_steps=3, table=True))
+    run(input_of(tmp_path / "halves", numb_steps=6, table=True), restart=True)
+    assert torch.equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "halves"))
+
+
 def test_too_few_nodes_are_doubled(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("rlekf_ext.potential.train.Table", lambda last, number=8: Table(last, number))
-    train(read_input(input_of(tmp_path, numb_steps=3)))
+    train(read_input(input_of(tmp_path, numb_steps=3, table=True)))
     assert "The table of the embedding nets was off by" in capsys.readouterr().out
     assert checkpoint_of(tmp_path)["progress"]["nodes"][0] >= 32

@@ -74,8 +74,7 @@ def train(
         del checkpoint  # its tensors are parts of the file, which is about to be replaced
     else:
         optimize.start(everything)
-    if settings.table:
-        model.table = build_table(model, [*everything, *held_out], progress.get("nodes"))
+    model.table = build_table(model, [*everything, *held_out], settings.table, progress.get("nodes"))
     processes.agree(model.state_dict().values())  # the last bit may differ between kinds of CPU
     if processes.size > 1:
         say(f"{processes.size} processes share P and the frames of each batch.")
@@ -189,11 +188,17 @@ def build_model(
     return model
 
 
-def build_table(model: DeepPotential, frames: Sequence[Frame], nodes: Sequence[Any] | None) -> Table:
-    """The table for these frames, or that of a checkpoint."""
+def build_table(
+    model: DeepPotential, frames: Sequence[Frame], wanted: bool | None = None, nodes: Sequence[Any] | None = None
+) -> Table | None:
+    """The table for these frames, or that of a checkpoint; None if it is not wanted or would not be faster."""
     architecture = model.architecture.descriptor
-    last = max(largest_scalar(architecture, frame) for frame in frames)
-    return Table(float(nodes[1]), int(nodes[0])) if nodes else Table(last)
+    table = Table(max(largest_scalar(architecture, frame) for frame in frames))
+    if nodes:
+        table = Table(float(nodes[1]), int(nodes[0]))
+    edges = sum(frame.neighbors.numel() for frame in frames) / len(frames)
+    rows = table.nodes.number * len(model.descriptor.embeddings)
+    return table if (edges >= EDGES_PER_NODE * rows if wanted is None else wanted) else None
 
 
 def refine(model: DeepPotential, frames: Sequence[Frame], processes: Processes, say: Callable[[str], Any]) -> None:
@@ -205,6 +210,7 @@ def refine(model: DeepPotential, frames: Sequence[Frame], processes: Processes, 
         say(f"The table of the embedding nets was off by {error:.1e}: from now on it has {table.nodes.number} nodes.")
 
 
+EDGES_PER_NODE = 4  # below it, the exact network is as fast
 CHECKED = 3  # frames
 MOST_NODES = 4096
 TABLE_ERROR = {"float64": 1e-6, "float32": 1e-4}
