@@ -187,8 +187,8 @@ class Training:
     save_ckpt: str = option("model.ckpt", "The checkpoint is this with `.pt`.")
     table: bool | None = option(
         None,
-        "Whether embedding nets are interpolated in training (see [performance](performance.md#the-network-on-a-table)). "
-        "null: where that is faster. Evaluation is always exact.",
+        "Whether embedding nets are interpolated in training ([why](performance.md#the-network-on-a-table)). null: where "
+        "that is faster. Evaluation is always exact.",
     )
     disp_training: bool = True
     time_training: bool = True
