@@ -199,6 +199,17 @@ def columns(file: str, names: Sequence[str]) -> str:
         return table(names, [[row[name] for name in names] for row in csv.DictReader(rows)])
 
 
+def on_the_table(_: Study) -> str:
+    """Times with the exact network and with the table, "exact : table"."""
+    with (ROOT / "benchmarks/results/network.csv").open(newline="") as file:
+        ms = {(f"{row['system']}, {row['network']}", row["part"]): row["ms"] for row in csv.DictReader(file)}
+    cases = list(dict.fromkeys(case for case, _ in ms))
+    prefix = "on the table: "
+    parts = [part.removeprefix(prefix) for part in dict.fromkeys(part for _, part in ms) if part.startswith(prefix)]
+    rows = [[part, *(f"{ms[case, part]} : {ms[case, prefix + part]}" for case in cases)] for part in parts]
+    return table(["ms, exact : table", *cases], rows)
+
+
 TABLES: dict[str, Callable[[Study], str]] = {
     "summary": summary,
     "table 1": table_1,
@@ -209,6 +220,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "costs": costs,
     "costs, paper's network": lambda study: costs(study, "paper"),
     "a frame": lambda _: columns("frame.csv", ["network", "part", "ms"]),
+    "network on a table": on_the_table,
     "variants": variants,
     "skip connections": skip_connections,
     "theorem 1": lambda _: columns(
@@ -217,7 +229,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
 }
 
 
-PAGES = ROOT / "README.md", ROOT / "docs/study.md"
+PAGES = ROOT / "README.md", ROOT / "docs/study.md", ROOT / "docs/performance.md"
 
 
 def write_tables(text: str, study: Study) -> str:

@@ -187,7 +187,7 @@ class Training:
     save_ckpt: str = option("model.ckpt", "The checkpoint is this with `.pt`.")
     table: bool | None = option(
         None,
-        "Whether embedding nets are interpolated in training ([why](performance.md#the-network-on-a-table)). null: where "
+        "Whether embedding nets are interpolated in training ([why](performance.md#the-network-on-a-table)). null: if "
         "that is faster. Evaluation is always exact.",
     )
     disp_training: bool = True
