@@ -30,11 +30,11 @@ struct Edges {
 /// What edges are made from.
 template <typename Scalar>
 struct EdgeInputs {
-  const Scalar* edges;         // (E, 3)
-  const int64_t* neighbor;     // (E), element of the atom that it points to
-  const int64_t* center;       // (n), element of each atom
-  const Scalar *davg, *dstd;   // (T, 4)
-  const int64_t* sel;          // (T)
+  const Scalar* edges;           // (E, 3)
+  const int64_t* neighbor;       // (E), element of the atom that it points to
+  const int64_t* center;         // (n), element of each atom
+  const Scalar *davg, *dstd;     // (T, 4)
+  const int64_t* sel;            // (T)
   double rcut, rcut_smth, last;  // last: s at the last node
 };
 

@@ -89,11 +89,16 @@ Scalar* data_of(const Tensor& tensor) {
 template <typename Scalar>
 Edges<Scalar> edges_of(const Tensor& first_edge, const Tensor& place, const Tensor& values, const Tensor& slopes,
                        const Tensor& rows, const Tensor& jacobian, int64_t num_types, int64_t num_nodes) {
-  return {first_edge.size(0) - 1,    num_types,
-          num_nodes,                 place.size(0),
-          data_of<int64_t>(first_edge), data_of<int64_t>(place),
-          data_of<Scalar>(values),   data_of<Scalar>(slopes),
-          data_of<Scalar>(rows),     data_of<Scalar>(jacobian)};
+  return {first_edge.size(0) - 1,
+          num_types,
+          num_nodes,
+          place.size(0),
+          data_of<int64_t>(first_edge),
+          data_of<int64_t>(place),
+          data_of<Scalar>(values),
+          data_of<Scalar>(slopes),
+          data_of<Scalar>(rows),
+          data_of<Scalar>(jacobian)};
 }
 
 /// Calls function with a value of the type of the tensor's numbers.
@@ -106,9 +111,11 @@ void with_scalar(const Tensor& tensor, const Function& function) {
   else function(double{});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tabulate(
-    const Tensor& edges, const Tensor& first_edge, const Tensor& neighbor, const Tensor& center, const Tensor& davg,
-    const Tensor& dstd, const Tensor& sel, int64_t num_nodes, double rcut, double rcut_smth, double last) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tabulate(const Tensor& edges, const Tensor& first_edge,
+                                                                    const Tensor& neighbor, const Tensor& center,
+                                                                    const Tensor& davg, const Tensor& dstd,
+                                                                    const Tensor& sel, int64_t num_nodes, double rcut,
+                                                                    double rcut_smth, double last) {
   const int64_t num_edges = edges.size(0), num_atoms = first_edge.size(0) - 1, num_types = sel.size(0);
   STD_TORCH_CHECK(num_nodes >= kStencil, "rlekf: a table should have at least ", kStencil, " nodes but has ", num_nodes,
                   ".");
@@ -120,9 +127,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tabulate(
   Tensor jacobian = torch::stable::new_empty(edges, {num_edges, 5, 3});
   with_scalar(edges, [&](auto zero) {
     using Scalar = decltype(zero);
-    const EdgeInputs<Scalar> inputs{data_of<Scalar>(edges), data_of<int64_t>(neighbor), data_of<int64_t>(center),
-                                    data_of<Scalar>(davg),  data_of<Scalar>(dstd),      data_of<int64_t>(sel),
-                                    rcut,                   rcut_smth,                  last};
+    const EdgeInputs<Scalar> inputs{data_of<Scalar>(edges),
+                                    data_of<int64_t>(neighbor),
+                                    data_of<int64_t>(center),
+                                    data_of<Scalar>(davg),
+                                    data_of<Scalar>(dstd),
+                                    data_of<int64_t>(sel),
+                                    rcut,
+                                    rcut_smth,
+                                    last};
     cpu::tabulate(edges_of<Scalar>(first_edge, place, values, slopes, rows, jacobian, num_types, num_nodes), inputs,
                   data_of<Scalar>(coefficients), torch_threads());
   });

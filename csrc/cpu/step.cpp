@@ -38,7 +38,6 @@ struct alignas(64) Segment {
   double& operator[](int64_t i) { return reinterpret_cast<double*>(lanes)[i]; }
 };
 
-
 /// The sums of eight vectors, as one vector.
 RLEKF_INLINE Lanes sums(const Lanes (&v)[kLanes]) {
   using Picks = int64_t __attribute__((vector_size(kLanes * sizeof(int64_t))));

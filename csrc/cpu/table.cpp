@@ -153,16 +153,16 @@ RLEKF_INLINE void along_of_atom(const Edges<Scalar>& edges, const Scalar* direct
 }
 
 // One function for each instruction set and scalar: target_clones takes no templates that are inlined.
-#define RLEKF_OVER_ATOMS(name, Scalar, call, ...)                             \
-  RLEKF_EVERY_ISA void name(__VA_ARGS__, int64_t begin, int64_t end) {        \
-    for (int64_t atom = begin; atom < end; ++atom) call;                      \
+#define RLEKF_OVER_ATOMS(name, Scalar, call, ...)                      \
+  RLEKF_EVERY_ISA void name(__VA_ARGS__, int64_t begin, int64_t end) { \
+    for (int64_t atom = begin; atom < end; ++atom) call;               \
   }
-#define RLEKF_FOR_SCALAR(Scalar)                                                                                       \
-  RLEKF_OVER_ATOMS(tabulate_atoms, Scalar, tabulate_atom(edges, in, all, atom), const Edges<Scalar>& edges,            \
-                   const EdgeInputs<Scalar>& in, Scalar* all)                                                          \
-  RLEKF_OVER_ATOMS(by_edge_of_atoms, Scalar, by_edge_of_atom(edges, y, result, atom), const Edges<Scalar>& edges,      \
-                   const Scalar* y, Scalar* result)                                                                    \
-  RLEKF_OVER_ATOMS(along_of_atoms, Scalar, along_of_atom(edges, direction, all, atom), const Edges<Scalar>& edges,     \
+#define RLEKF_FOR_SCALAR(Scalar)                                                                                   \
+  RLEKF_OVER_ATOMS(tabulate_atoms, Scalar, tabulate_atom(edges, in, all, atom), const Edges<Scalar>& edges,        \
+                   const EdgeInputs<Scalar>& in, Scalar* all)                                                      \
+  RLEKF_OVER_ATOMS(by_edge_of_atoms, Scalar, by_edge_of_atom(edges, y, result, atom), const Edges<Scalar>& edges,  \
+                   const Scalar* y, Scalar* result)                                                                \
+  RLEKF_OVER_ATOMS(along_of_atoms, Scalar, along_of_atom(edges, direction, all, atom), const Edges<Scalar>& edges, \
                    const Scalar* direction, Scalar* all)
 RLEKF_FOR_SCALAR(double)
 RLEKF_FOR_SCALAR(float)
@@ -170,9 +170,7 @@ RLEKF_FOR_SCALAR(float)
 template <typename Work>
 void over_atoms(int64_t num_atoms, const Parallel& parallel, const Work& work) {
   const int64_t count = (num_atoms + kAtomsAtOnce - 1) / kAtomsAtOnce;
-  parallel.run(count, [&](int64_t i) {
-    work(i * kAtomsAtOnce, std::min((i + 1) * kAtomsAtOnce, num_atoms));
-  });
+  parallel.run(count, [&](int64_t i) { work(i * kAtomsAtOnce, std::min((i + 1) * kAtomsAtOnce, num_atoms)); });
 }
 
 }  // namespace
@@ -196,9 +194,9 @@ void along(const Edges<Scalar>& edges, const Scalar* direction, Scalar* coeffici
              [&](int64_t begin, int64_t end) { along_of_atoms(edges, direction, coefficients, begin, end); });
 }
 
-#define RLEKF_INSTANTIATE(Scalar)                                                                          \
-  template void tabulate(const Edges<Scalar>&, const EdgeInputs<Scalar>&, Scalar*, const Parallel&);       \
-  template void by_edge(const Edges<Scalar>&, const Scalar*, Scalar*, const Parallel&);                    \
+#define RLEKF_INSTANTIATE(Scalar)                                                                    \
+  template void tabulate(const Edges<Scalar>&, const EdgeInputs<Scalar>&, Scalar*, const Parallel&); \
+  template void by_edge(const Edges<Scalar>&, const Scalar*, Scalar*, const Parallel&);              \
   template void along(const Edges<Scalar>&, const Scalar*, Scalar*, const Parallel&);
 RLEKF_INSTANTIATE(double)
 RLEKF_INSTANTIATE(float)

@@ -1,27 +1,15 @@
 // rlekf::cpu::project and correct against a dense filter, with std::thread instead of torch's threads.
 
 #include <cstdlib>
-#include <thread>
 #include <utility>
 
 #include "filters.h"
+#include "threads.h"
 
 namespace {
 
 using namespace rlekf;
 using namespace rlekf::tests;
-
-cpu::Parallel std_threads(int64_t num_workers) {
-  return {num_workers, [num_workers](int64_t count, const std::function<void(int64_t)>& task) {
-            std::vector<std::thread> threads;
-            for (int64_t worker = 0; worker < num_workers; ++worker) {
-              threads.emplace_back([=, &task] {
-                for (int64_t i = worker; i < count; i += num_workers) task(i);
-              });
-            }
-            for (std::thread& thread : threads) thread.join();
-          }};
-}
 
 struct CpuFilter : PackedFilter<double> {
   cpu::Parallel parallel;

@@ -201,6 +201,31 @@ def test_the_same_bits_with_any_number_of_threads():
     del weights
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_schemas_and_fake_kernels(dtype):
+    frame = labelled(0, dtype=dtype)
+    model = model_of([frame], str(dtype).removeprefix("torch."))
+    geometry = geometry_of(model, frame, Nodes(20, 1.0))
+    shape = geometry.coefficients.shape
+    calls = {
+        "by_edge": (geometry.coefficients, *geometry.stencils),
+        "along": (geometry.edges, *geometry.stencils, *shape[2:]),
+    }
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.rlekf, name).default, arguments)
+    descriptor, sel = model.descriptor, torch.tensor(model.architecture.descriptor.sel)
+    types = frame.types[geometry.order]
+    inputs = (
+        geometry.edges,
+        geometry.stencils[0],
+        frame.types[geometry.neighbor],
+        types,
+        descriptor.davg,
+        descriptor.dstd,
+    )
+    torch.library.opcheck(torch.ops.rlekf.tabulate.default, (*inputs, sel, 20, RCUT, 0.5, 1.0))
+
+
 def test_values_that_are_not_finite_are_seen():
     frame = labelled(0)
     model = with_table(model_of([frame]), frame)

@@ -79,3 +79,21 @@ def _(weights, pending, state, layout, cross, gram, jacobian, innovation):
 @torch.library.register_fake("rlekf::step")
 def _(weights, tiles, pending, state, layout, jacobian, innovation):
     return None
+
+
+@torch.library.register_fake("rlekf::tabulate")
+def _(edges, first_edge, neighbor, center, davg, dstd, sel, num_nodes, rcut, rcut_smth, last):
+    num_edges = edges.shape[0]
+    shapes = ((first_edge.shape[0] - 1, 4, sel.shape[0], num_nodes), (num_edges, 8), (num_edges, 4), (num_edges, 5, 3))
+    coefficients, values, rows, jacobian = (edges.new_empty(shape) for shape in shapes)
+    return coefficients, torch.empty_like(neighbor), values, torch.empty_like(values), rows, jacobian
+
+
+@torch.library.register_fake("rlekf::by_edge")
+def _(by_coefficient, first_edge, place, values, slopes, rows, jacobian):
+    return rows.new_empty(place.shape[0], 3)
+
+
+@torch.library.register_fake("rlekf::along")
+def _(direction, first_edge, place, values, slopes, rows, jacobian, num_types, num_nodes):
+    return rows.new_empty(first_edge.shape[0] - 1, 4, num_types, num_nodes)
