@@ -20,8 +20,8 @@ INPUTS = {
     "validation": {"training": {**DATA, "validation_data": {"systems": "c"}}},
     "LKF": {"training": DATA, "optimizer": {"type": "LKF"}},
     "virials": {"training": DATA, "loss": {"type": "ener", "start_pref_v": 1.0, "limit_pref_v": 1.0}},
-    "patterns": {"training": {**DATA, "training_data": {"systems": "a", "rglob_patterns": ["x*"]}}},
-    "probabilities": {"training": {**DATA, "training_data": {"systems": ["a", "b"], "sys_probs": [0.2, 0.8]}}},
+    "patterns": {"training": {**DATA, "training_data": {**DATA["training_data"], "rglob_patterns": ["x*"]}}},
+    "probabilities": {"training": {**DATA, "training_data": {**DATA["training_data"], "sys_probs": [0.2, 0.8]}}},
     "v1": {
         "training": V1,
         "learning_rate": {"type": "exp", "start_lr": 1e-3, "decay_steps": 5000, "decay_rate": 0.95},
