@@ -144,6 +144,7 @@ NOT_COMMANDS = {
     ("docs/algorithm.md", "K_l"),
     ("docs/algorithm.md", "P"),
     ("docs/algorithm.md", "if"),
+    ("docs/performance.md", "T"),
     ("CONTRIBUTING.md", "setup.py,"),
 }
 # What the text around a Python block says that the reader has, by page and number of the block.
