@@ -105,7 +105,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 def run_test(arguments: argparse.Namespace) -> int:
     from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
     from rlekf_ext.potential.data import frames
-    from rlekf_ext.potential.evaluate import compare
+    from rlekf_ext.potential.evaluate import UNITS, compare
     from rlekf_ext.potential.load import load_systems
     from rlekf_ext.potential.uncertainty import filter_of, uncertainty
 
@@ -117,9 +117,9 @@ def run_test(arguments: argparse.Namespace) -> int:
     labelled = frames(systems, rcut, len(model.type_map), model.dtype)
     comparison = compare(model, labelled)
     print(f"frames       {len(labelled)}")
-    for kind, unit in (("energy", "meV/atom"), ("force", "meV/Å"), ("virial", "meV/atom")):
+    for kind, unit in UNITS.items():
         if len(getattr(comparison, kind)):
-            print(f"{f'{kind} RMSE':<13}{1e3 * getattr(comparison, f'{kind}_rmse'):.4g} {unit}")
+            print(f"{f'{kind} RMSE':<13}{1e3 * getattr(comparison, f'{kind}_rmse'):.4g} m{unit}")
     if arguments.detail:
         from rlekf_ext.potential.plot import plot_parity
 

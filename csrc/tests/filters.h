@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../step.h"
+#include "expect.h"
 
 namespace rlekf::tests {
 
@@ -106,14 +107,6 @@ struct PackedFilter {
     return state.scale * value;
   }
 };
-
-inline int failures = 0;
-
-inline void expect_close(const char* what, double got, double wanted, double tolerance) {
-  if (std::abs(got - wanted) <= tolerance) return;
-  std::printf("FAILED %s: got %.17g, wanted %.17g, tolerance %g\n", what, got, wanted, tolerance);
-  ++failures;
-}
 
 /// `steps` passes of `count` measurements through both filters; the two must agree.
 template <typename Filter>

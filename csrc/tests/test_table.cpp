@@ -8,19 +8,15 @@
 #include <vector>
 
 #include "../table.h"
+#include "expect.h"
 #include "threads.h"
 
 namespace {
 
 using namespace rlekf;
 
-int failures = 0;
-
-void expect_close(const char* what, double got, double wanted, double tolerance) {
-  if (std::abs(got - wanted) <= tolerance) return;
-  std::printf("FAILED %s: got %.17g, wanted %.17g\n", what, got, wanted);
-  ++failures;
-}
+using tests::expect_close;
+using tests::failures;
 
 constexpr int64_t kAtoms = 5, kTypes = 2, kNodes = 24, kEdgesEach = 7, kEdges = kAtoms * kEdgesEach;
 constexpr int64_t kStride = kTypes * kNodes;

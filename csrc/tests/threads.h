@@ -1,4 +1,4 @@
-// std::thread in place of torch's threads.
+// std::thread instead of torch's threads.
 
 #pragma once
 

@@ -101,7 +101,7 @@ def test_energy_alone():
 
 
 def test_forces_are_the_derivative_of_the_interpolated_energy():
-    """Also with few nodes, where the interpolation is far from the network."""
+    """Even with few nodes, when the interpolation is far from the network."""
     random = np.random.default_rng(3)
     points, types = random.uniform(0, 5, (6, 3)), [0, 1, 0, 1, 1, 0]
     frame = make_frame(points, None, types, RCUT, 2)
@@ -188,7 +188,7 @@ def test_interpolation_is_exact_for_polynomials():
 def test_the_same_bits_with_any_number_of_threads():
     frame = labelled(0)
     model = with_table(model_of([frame]), frame)
-    weights, before, found = (torch.ones(1), torch.ones(9, 3), torch.ones(1, 3, 3)), torch.get_num_threads(), []
+    before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -198,7 +198,6 @@ def test_the_same_bits_with_any_number_of_threads():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    del weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

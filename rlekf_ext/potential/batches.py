@@ -39,8 +39,9 @@ class Frames:
 
     def batches(self, seed: int) -> Batches:
         """Batches without end. Raises InputError for probabilities that do not fit the systems."""
-        counts = [math.ceil(len(some) / size) for some, size in zip(self.frames, self.batch_sizes, strict=True)]
-        return Batches(self.frames, self.batch_sizes, seed, probabilities(self.data, self.systems, counts))
+        sizes = self.batch_sizes
+        chances = probabilities(self.data, self.systems, num_batches(self.frames, sizes))
+        return Batches(self.frames, sizes, seed, chances)
 
 
 def load_frames(config: Config, quiet: bool = False, say: Callable[[str], Any] = tqdm.write) -> tuple[Frames, Frames]:
@@ -76,7 +77,7 @@ def load_frames(config: Config, quiet: bool = False, say: Callable[[str], Any] =
 
     data, apart = settings.training_data, settings.validation_data
     found = load(data)
-    labelled = [system for system in found if any(system.has_label(kind) for kind in kinds_used(config))]
+    labelled = [system for system in found if set(system.labels) & set(kinds_used(config))]
     if labelled and len(labelled) < len(found):
         say(f"Frames without a label that is used, left out: {sum(map(len, found)) - sum(map(len, labelled))}")
     training = labelled or found
@@ -101,11 +102,11 @@ def labels_used(config: Config, training: Sequence[Frame]) -> str:
     other: list[str] = []
     without = "optimizer/order leaves it out" if config.optimizer.has_order else "LKF does not take it"
     for kind in KINDS:
-        count = sum(getattr(frame, "forces" if kind == "force" else kind) is not None for frame in training)
-        if kind in kinds_used(config):
-            (used if count else other).append(
-                f"{kind} ({counted(count, 'frame')})" if count else f"{kind}: no frame has it"
-            )
+        count = sum(kind in frame.labels for frame in training)
+        if kind in kinds_used(config) and count:
+            used.append(f"{kind} ({counted(count, 'frame')})")
+        elif kind in kinds_used(config):
+            other.append(f"{kind}: no frame has it")
         elif count:
             wanted = kind in config.loss.kinds()
             off = f"loss/start_pref_{kind[0]} and limit_pref_{kind[0]} are 0"
@@ -128,18 +129,23 @@ def batch_sizes(data: TrainingData, systems: Sequence[System]) -> list[int]:
     return [math.ceil(limit / n) if rule == "auto" else max(1, limit // n) for n in atoms]
 
 
-def probabilities(data: TrainingData, systems: Sequence[System], num_batches: Sequence[int]) -> list[float] | None:
-    """How likely each system is when a batch is drawn; None: each batch once per epoch (prob_sys_size).
+def num_batches(systems: Sequence[Sequence[Frame]], sizes: Sequence[int]) -> list[int]:
+    """How many batches of at most this size hold the frames of each system."""
+    return [math.ceil(len(some) / size) for some, size in zip(systems, sizes, strict=True)]
+
+
+def probabilities(data: TrainingData, systems: Sequence[System], counts: Sequence[int]) -> list[float] | None:
+    """How likely each system, which has `counts` batches, is when a batch is drawn; None: each batch once per epoch.
 
     Raises InputError for a block of auto_prob without systems, and if no system is likely at all.
     """
     if data.sys_probs is None and data.auto_prob == "prob_sys_size":
         return None
-    counts, numbers = np.array(num_batches, dtype=float), np.array([system.number for system in systems])
+    numbers, batches = np.array([system.number for system in systems]), np.array(counts, dtype=float)
     found = np.zeros(len(systems))
 
     def share(weight: float, among: np.ndarray) -> None:
-        found[among] += weight * counts[among] / counts[among].sum()
+        found[among] += weight * batches[among] / batches[among].sum()
 
     if data.sys_probs is not None:
         given = np.array(_of_each(data.sys_probs, data, systems))
@@ -206,7 +212,7 @@ class Batches:
         probabilities: Sequence[float] | None = None,
     ):
         self._systems, self._sizes, self._probabilities = systems, sizes, probabilities
-        self._length = sum(math.ceil(len(some) / size) for some, size in zip(systems, sizes, strict=True))
+        self._length = sum(num_batches(systems, sizes))
         self._generator = torch.Generator().manual_seed(seed)
         self._shuffle()
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rlekf_ext.errors import DataError, OptionError
+from rlekf_ext.options import KINDS
 from rlekf_ext.potential.neighbors import Frame, make_frame, shortest_distance
 
 MOST_NEIGHBORS = 3000  # some twenty times what usual cutoffs give
@@ -41,9 +42,10 @@ class System:
         chosen = {name: array[frames] for name, array in own.items() if array is not None}
         return replace(self, places=places[frames], **chosen)
 
-    def has_label(self, kind: str) -> bool:
-        """Whether the frames have labels of a kind: energy, force or virial."""
-        return {"energy": self.energies, "force": self.forces, "virial": self.virials}[kind] is not None
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The kinds of label that the frames have: of energy, force, virial."""
+        return tuple(kind for kind, name in zip(KINDS, LABELS, strict=True) if getattr(self, name) is not None)
 
     def frame_name(self, i: int) -> str:
         """Frame i, as a message names it."""

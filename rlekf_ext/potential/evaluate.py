@@ -11,12 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlekf_ext.options import KINDS
 from rlekf_ext.potential.files import write_atomically
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, collate
 from rlekf_ext.processes import Processes
 
 ATOMS_AT_ONCE = 512  # frames are evaluated together up to this many atoms: enough to hide the cost of small operations
+
+
+UNITS = dict(zip(KINDS, ("eV/atom", "eV/Å", "eV/atom"), strict=True))  # of errors
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def _save_table(path: Path, rows: np.ndarray, header: str) -> None:
 @torch.no_grad()
 def compare(model: DeepPotential, frames: Sequence[Frame]) -> Comparison:
     """Evaluate labelled frames, several at once. Raises DataError for a frame that does not fit the network."""
-    found: dict[str, list[Tensor]] = {"energy": [], "force": [], "virial": []}
+    found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     waiting: list[Frame] = []
     for i, frame in enumerate(frames):
         model.descriptor.check(frame)
@@ -83,7 +87,7 @@ def compare(model: DeepPotential, frames: Sequence[Frame]) -> Comparison:
         following = frames[i + 1] if i + 1 < len(frames) else None
         if (
             following is None
-            or _labels(following) != _labels(frame)
+            or following.labels != frame.labels
             or sum(len(f.types) for f in [*waiting, following]) > ATOMS_AT_ONCE
         ):
             batch = collate(waiting)
@@ -102,16 +106,11 @@ def compare(model: DeepPotential, frames: Sequence[Frame]) -> Comparison:
 def rmse(model: DeepPotential, frames: Sequence[Frame], processes: Processes) -> dict[str, float]:
     """RMSE of energies and virials (eV/atom) and force components (eV/Å), NaN without labels; each process evaluates
     some of the frames."""
-    kinds = ("energy", "force", "virial")
-    sums = torch.zeros(len(kinds), 2, dtype=torch.float64)
+    sums = torch.zeros(len(KINDS), 2, dtype=torch.float64)
     if own := frames[processes.rank :: processes.size]:
         found = compare(model, own)
-        sums = torch.tensor([_squares(getattr(found, kind)) for kind in kinds], dtype=torch.float64)
-    return {kind: _root_mean(*row) for kind, row in zip(kinds, processes.sum(sums).tolist(), strict=True)}
-
-
-def _labels(frame: Frame) -> tuple[bool, ...]:
-    return tuple(label is not None for label in (frame.energy, frame.forces, frame.virial))
+        sums = torch.tensor([_squares(getattr(found, kind)) for kind in KINDS], dtype=torch.float64)
+    return {kind: _root_mean(*row) for kind, row in zip(KINDS, processes.sum(sums).tolist(), strict=True)}
 
 
 def _squares(pairs: np.ndarray) -> tuple[float, int]:

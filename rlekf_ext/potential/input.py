@@ -97,7 +97,7 @@ class LearningRate:
     type: str = option("exp", choices=("exp",))
     start_lr: float = option(1e-3, above=0)
     stop_lr: float = option(5e-8, above=0)
-    decay_steps: int = option(5000, "The rate changes every so many batches.", low=1)
+    decay_steps: int = option(5000, "Batches per change of the rate.", low=1)
     decay_rate: float | None = option(None, "The factor of a change. null: the one that leads to `stop_lr`.", above=0)
 
 

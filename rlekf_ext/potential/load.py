@@ -18,13 +18,13 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from rlekf_ext.errors import DataError
+from rlekf_ext.options import KINDS
 from rlekf_ext.potential.data import System
 from rlekf_ext.potential.files import is_hdf5
 from rlekf_ext.potential.load_dpdata import read_dpdata
 from rlekf_ext.potential.load_lmdb import read_lmdb
 from rlekf_ext.potential.stores import Folder, Store, find_systems, open_hdf5
 
-LABELS = ("energy", "force", "virial")
 LAYOUT = ("deepmd/npy", "deepmd/raw", "deepmd", "deepmd/comp", "deepmd/npy/mixed", "deepmd/hdf5", "deepmd/hdf5/mixed")
 LMDB = ("deepmd/lmdb", "lmdb")
 KNOWN = ("OUTCAR", "vasprun.xml", "MOVEMENT", "*.extxyz", "*.hdf5", "*.h5", "*.lmdb")
@@ -173,7 +173,7 @@ def _read_set(part: Store, suffix: str, periodic: bool) -> dict[str, np.ndarray]
         if f"{label}{suffix}" not in part:
             hint = "; a system without periodic boundaries has an empty file nopbc next to type.raw"
             raise DataError(f"{part.file(f'{label}{suffix}')} is missing{hint if label == 'box' else ''}.")
-    here = [label for label in (*required, *LABELS) if f"{label}{suffix}" in part]
+    here = [label for label in (*required, *KINDS) if f"{label}{suffix}" in part]
     return {label: part.array(f"{label}{suffix}") for label in here}
 
 
@@ -226,12 +226,12 @@ def _parts(block: dict[str, Any], place: Callable[[str], str], start: int = 0) -
     num_frames = len(block["coord"]) if block["coord"].ndim > 1 else 1  # DeePMD-kit: a flat coord.npy is one frame
     arrays = {
         label: _checked(block[label], place(label), start, num_frames, num_atoms, label)
-        for label in ("coord", "box", *LABELS)
+        for label in ("coord", "box", *KINDS)
         if label in block
     }
     arrays["places"] = np.arange(start, start + num_frames)
-    if not any(label in arrays for label in LABELS):
-        energy, force, virial = map(place, LABELS)
+    if not any(label in arrays for label in KINDS):
+        energy, force, virial = map(place, KINDS)
         raise DataError(f"No label{f' at frame {start}' * (start > 0)}: neither {energy}, {force} nor {virial} exists.")
     if types.ndim == 1:
         return [(types, arrays)]

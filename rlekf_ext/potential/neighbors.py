@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlekf_ext.errors import DataError, OptionError
+from rlekf_ext.options import KINDS
 
 # Two nuclei this close are a mistake in the data, and 1/r would drown every other neighbour.
 SHORTEST_DISTANCE = 0.1  # Å
@@ -54,6 +55,12 @@ class Frame:
                 keep = field.name == "energy" or not value.is_floating_point()
                 moved[field.name] = value.to(device=device, dtype=None if keep else dtype)
         return replace(self, **moved)  # type: ignore[arg-type]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The kinds of label that it has: of energy, force, virial."""
+        given = zip(KINDS, (self.energy, self.forces, self.virial), strict=True)
+        return tuple(kind for kind, label in given if label is not None)
 
     def shortest_edge(self) -> float:
         """The distance of the two nearest atoms in Å, infinite if no atom has a neighbour within the cutoff."""

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 from rlekf_ext.errors import InputError
 from rlekf_ext.options import KINDS
-from rlekf_ext.potential.evaluate import Comparison
+from rlekf_ext.potential.evaluate import UNITS, Comparison
 from rlekf_ext.potential.files import reading, write_atomically
 from rlekf_ext.potential.uncertainty import Uncertainty
 
@@ -100,7 +100,7 @@ def plot_parity(comparisons: Mapping[str, Comparison], output: str | Path) -> Pa
         1, len(shown), figsize=(4.5 * len(shown), 4.2), constrained_layout=True, squeeze=False
     )
     for axes, kind in zip(panels[0], shown, strict=True):
-        what, factor, unit, dots = PARITY[kind]
+        what, factor, dots = PARITY[kind]
         for order, (color, (label, comparison)) in enumerate(zip(COLORS, comparisons.items(), strict=False)):
             pairs = getattr(comparison, kind)
             center = pairs[:, 0].mean() if kind == "energy" else 0.0
@@ -108,7 +108,7 @@ def plot_parity(comparisons: Mapping[str, Comparison], output: str | Path) -> Pa
                 *(factor * (pairs.T - center)),
                 color=color,
                 zorder=9 - order,
-                label=f"{label}: {1e3 * getattr(comparison, f'{kind}_rmse'):.3g} {unit}",
+                label=f"{label}: {1e3 * getattr(comparison, f'{kind}_rmse'):.3g} m{UNITS[kind]}",
                 **dots,
             )
         axes.axline((0, 0), slope=1, color="black", linewidth=0.8, zorder=0)
@@ -117,10 +117,10 @@ def plot_parity(comparisons: Mapping[str, Comparison], output: str | Path) -> Pa
     return _save(figure, output)
 
 
-PARITY: dict[str, tuple[str, float, str, dict[str, Any]]] = {
-    "energy": ("energy − DFT mean (meV/atom)", 1e3, "meV/atom", {"s": 12, "alpha": 0.7}),
-    "force": ("force component (eV/Å)", 1.0, "meV/Å", {"s": 6, "alpha": 0.4}),
-    "virial": ("virial component (eV/atom)", 1.0, "meV/atom", {"s": 6, "alpha": 0.4}),
+PARITY: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "energy": ("energy − DFT mean (meV/atom)", 1e3, {"s": 12, "alpha": 0.7}),
+    "force": ("force component (eV/Å)", 1.0, {"s": 6, "alpha": 0.4}),
+    "virial": ("virial component (eV/atom)", 1.0, {"s": 6, "alpha": 0.4}),
 }
 
 
@@ -148,9 +148,8 @@ def plot_uncertainty(found: Mapping[str, Uncertainty], output: str | Path) -> Pa
 
 def _panels(lines: Mapping[str, Mapping[str, np.ndarray]], xlabel: str, output: str | Path) -> Path:
     """A panel for each kind of error that some line has."""
-    units = {"energy": "meV/atom", "force": "meV/Å", "virial": "meV/atom"}
     absent = np.array(np.nan)
-    kinds = [kind for kind in units if any(np.isfinite(line.get(kind, absent)).any() for line in lines.values())]
+    kinds = [kind for kind in UNITS if any(np.isfinite(line.get(kind, absent)).any() for line in lines.values())]
     kinds = kinds or ["energy", "force"]
     size = (4.5 * len(kinds), 3.8)
     figure, panels = plt.subplots(1, len(kinds), figsize=size, constrained_layout=True, squeeze=False)
@@ -158,7 +157,7 @@ def _panels(lines: Mapping[str, Mapping[str, np.ndarray]], xlabel: str, output: 
         for color, (label, line) in zip(COLORS, lines.items(), strict=False):
             if kind in line:
                 axes.plot(line["x"], 1e3 * line[kind], "o-", markersize=3, color=color, label=label)
-        axes.set(xlabel=xlabel, ylabel=f"{kind} RMSE ({units[kind]})", yscale="log")
+        axes.set(xlabel=xlabel, ylabel=f"{kind} RMSE (m{UNITS[kind]})", yscale="log")
         axes.grid(True, which="both", alpha=0.25)
         axes.legend()
     return _save(figure, output)

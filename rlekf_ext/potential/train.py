@@ -19,7 +19,7 @@ from rlekf_ext.potential.architecture import differences
 from rlekf_ext.potential.batches import kinds_used, labels_used, load_frames
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, run_of, save_checkpoint
 from rlekf_ext.potential.data import auto_sel
-from rlekf_ext.potential.evaluate import rmse
+from rlekf_ext.potential.evaluate import UNITS, rmse
 from rlekf_ext.potential.files import check_writable, reading, write_atomically, writing
 from rlekf_ext.potential.input import Config
 from rlekf_ext.potential.model import DeepPotential
@@ -262,9 +262,8 @@ class LearningCurve:
 
 def error_text(errors: Mapping[str, float], digits: str, between: str = ", ") -> str:
     """Errors with their units, of the kinds that have labels."""
-    units = {"energy": "eV/atom", "force": "eV/Å", "virial": "eV/atom"}
     shown = [(kind, value) for kind, value in errors.items() if not math.isnan(value)]
-    return between.join(f"{kind[0].upper()} {value:{digits}} {units[kind]}" for kind, value in shown)
+    return between.join(f"{kind[0].upper()} {value:{digits}} {UNITS[kind]}" for kind, value in shown)
 
 
 def end_of_epoch(
