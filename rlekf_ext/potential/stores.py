@@ -142,10 +142,10 @@ def open_hdf5(path: Path, inside: str) -> Iterator[Group]:
     with _readable(str(path), "a readable HDF5 file"):
         file = h5py.File(path, "r")
     with file:
-        if inside.strip("/") and inside not in file:
-            names = ", ".join(f"{path}#/{name}" for name in file)
-            raise DataError(f"{path} has no group {inside}; it has {names or 'none'}.")
         with _readable(f"{path}#{inside}", "a readable group"):
+            if inside.strip("/") and inside not in file:
+                names = ", ".join(f"{path}#/{name}" for name in file)
+                raise DataError(f"{path} has no group {inside}; it has {names or 'none'}.")
             group = file[inside or "/"]
         if not isinstance(group, Mapping):
             raise DataError(f"{path}#{inside} is no group but an array.")
