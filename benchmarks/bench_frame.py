@@ -23,7 +23,7 @@ from rows import MACHINE, append, machine
 from rlekf_ext import RLEKF
 from rlekf_ext.batch_parts import force_groups
 from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.table import geometry_of
+from rlekf_ext.potential.table import OnATable, geometry_of
 from rlekf_ext.potential.train import build_model, build_table
 from rlekf_ext.updates import energy_error, force_error
 

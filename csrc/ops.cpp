@@ -22,17 +22,19 @@ STABLE_TORCH_LIBRARY(rlekf, m) {
   m.def(
       "step(Tensor(a!) weights, Tensor(b!) tiles, Tensor(c!) pending, Tensor(d!) state, Tensor layout, Tensor jacobian,"
       " Tensor innovation) -> ()");
-  // The network's geometry on a table: table.h.
+  // The network on a table: network.h. `geometry` is what tabulate returns, then the structure of each atom; `normal` is
+  // davg and dstd, (T, 4) each; `sizes` are embedding nets, layers of each, layers of a fitting net, M_<; `timesteps` says
+  // which of the two kinds of net have them.
   m.def(
-      "tabulate(Tensor edges, Tensor first_edge, Tensor neighbor, Tensor center, Tensor davg, Tensor dstd, Tensor sel,"
-      " int num_nodes, float rcut, float rcut_smth, float last)"
-      " -> (Tensor coefficients, Tensor place, Tensor values, Tensor slopes, Tensor rows, Tensor jacobian)");
+      "tabulate(Tensor edges, Tensor neighbors, Tensor types, int[] slots, Tensor[] normal, int[] sel, int num_nodes,"
+      " float rcut, float rcut_smth, float last) -> Tensor[]");
   m.def(
-      "by_edge(Tensor by_coefficient, Tensor first_edge, Tensor place, Tensor values, Tensor slopes, Tensor rows,"
-      " Tensor jacobian) -> Tensor");
+      "predict(Tensor[] parameters, Tensor[] geometry, Tensor[] normal, int[] sel, float last, int[] sizes,"
+      " bool[] timesteps, int num_structures, bool forces, bool virials)"
+      " -> (Tensor energies, Tensor forces, Tensor virials, Tensor saved)");
   m.def(
-      "along(Tensor direction, Tensor first_edge, Tensor place, Tensor values, Tensor slopes, Tensor rows,"
-      " Tensor jacobian, int num_types, int num_nodes) -> Tensor");
+      "gradients(Tensor[] parameters, Tensor[] geometry, Tensor[] normal, int[] sel, float last, int[] sizes,"
+      " bool[] timesteps, Tensor saved, Tensor by_energies, Tensor? by_forces, Tensor? by_virials) -> Tensor");
 }
 
 namespace rlekf {

@@ -198,6 +198,10 @@ class RLEKF(torch.optim.Optimizer):
             raise OptionError(f"A parameter group has an lr of its own and nothing else, but this one has: {unknown}.")
         super().add_param_group(param_group)
 
+    def has_all_reversed(self, model: torch.nn.Module) -> bool:
+        """Whether the weights are all those of this model, in its order, each tensor with its dimensions reversed."""
+        return self._transpose and list(map(id, self.parameters())) == list(map(id, model.parameters()))
+
     def __getstate__(self) -> dict[str, Any]:
         own = ("filter", "options", "_transpose", "_warned")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}

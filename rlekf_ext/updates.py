@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,9 @@ class FrameUpdater:
         else:
             _check_made_with(optimizer, self.options, options)
         self.optimizer = optimizer
+        # The model's own derivatives, if it has them and they are of the weights of the filter, in its order.
+        own = getattr(model, "linearized", None)
+        self._by_model = own if own and optimizer.has_all_reversed(model) else None  # type: ignore[arg-type]
         self._processes, self._say = Processes(process_group), say
         self._generator = torch.Generator().manual_seed(seed)
         self._means: dict[str, Tensor] = {}
@@ -181,22 +184,22 @@ class FrameUpdater:
         message = torch.zeros(count * (num_weights + 1), dtype=torch.float64, device=parameters[0].device)
         errors = message[:count].view(len(updates), num_rows)
         jacobians = message[count:].view(len(updates), num_rows, num_weights)
-        for i, (kind, group) in enumerate(updates):
-            for own in parts:
+        for own in parts:
+            linearized = self._linearized(own.frame, [kind for kind, _ in updates])
+            for i, (kind, group) in enumerate(updates):
                 atoms, share = own.groups[group] if kind == "force" else (None, own.share)
                 if share:
-                    error, jacobian = self._differentiated(ERRORS[kind], own.frame, atoms)
+                    error, factor = ERRORS[kind](linearized.prediction, own.frame, atoms)
                     errors[i, own.row] += share * error
-                    jacobians[i, own.row] += share * jacobian
+                    jacobians[i, own.row].add_(linearized.jacobian(kind, -share * factor))
         self._processes.sum(message)
         return errors.clone(), jacobians
 
-    def _differentiated(self, error: Callable[..., Tensor], *arguments: Any) -> tuple[Tensor, Tensor]:
-        """ε () and H = -dε/dw (N,), in the order of the optimizer."""
-        with torch.enable_grad():
-            value = error(self.model, *arguments)
-            gradients = torch.autograd.grad(-value, self.optimizer.parameters(), allow_unused=True)
-        return value.detach().to(torch.float64), self.optimizer.flatten(gradients)
+    def _linearized(self, frame: Any, kinds: Sequence[str]) -> Linearized:
+        """The frame at the current weights, for updates of these kinds."""
+        forces, virials = any(kind != "energy" for kind in kinds), "virial" in kinds
+        own = self._by_model(frame, forces, virials) if self._by_model else None
+        return own or _ByAutograd(self.model, self.optimizer, frame, forces, len(kinds) > 1)
 
     def _scales(self, kind: str, errors: Tensor, whole: Whole, factor: float) -> tuple[float | Tensor, float | Tensor]:
         """What H and ε of the measurements with these errors are multiplied by."""
@@ -253,24 +256,62 @@ def schedule(order: Sequence[str], num_groups: int) -> list[str]:
             return kinds
 
 
-def energy_error(model: Callable[..., Any], frame: Any, _: Any = None) -> Tensor:
-    """mean |E - E_DFT| / atoms in eV/atom (Algorithm 2, line 6): its gradient is -H."""
-    prediction = model(frame, forces=False)
-    return ((prediction.energy - frame.energy).abs() / frame.num_atoms).mean()
+class Linearized(Protocol):
+    """A frame at the current weights."""
+
+    prediction: Any  # of the model; nothing of it requires a gradient, unless autograd needs it
+
+    def jacobian(self, kind: str, factor: Tensor) -> Tensor:
+        """The derivative by the weights (N,), in the order of the optimizer, of the sum of the predicted energies,
+        forces or virials times their factors."""
 
 
-def force_error(model: Callable[..., Any], frame: Any, atoms: Tensor) -> Tensor:
-    """mean |F - F_DFT| over the 3x components of these atoms, in eV/Å (Algorithm 2, line 6)."""
-    return (model(frame, forces=True).forces[atoms] - frame.forces[atoms]).abs().mean()
+class _ByAutograd:
+    """For any model."""
+
+    def __init__(self, model: Callable[..., Any], optimizer: RLEKF, frame: Any, forces: bool, several: bool):
+        self._optimizer, self._several = optimizer, several
+        with torch.enable_grad():
+            self.prediction = model(frame, forces=forces)
+
+    def jacobian(self, kind: str, factor: Tensor) -> Tensor:
+        with torch.enable_grad():
+            total = (factor * getattr(self.prediction, PREDICTED[kind])).sum()
+        found = torch.autograd.grad(
+            total, self._optimizer.parameters(), allow_unused=True, retain_graph=self._several
+        )
+        return self._optimizer.flatten(found)
 
 
-def virial_error(model: Callable[..., Any], frame: Any, _: Any = None) -> Tensor:
-    """mean |W - W_DFT| / atoms over the nine components, in eV/atom."""
-    difference = (model(frame, forces=True).virial - frame.virial).abs()
-    return (difference.mean((1, 2)) / frame.num_atoms).mean()
+def energy_error(prediction: Any, frame: Any, _: Any = None) -> tuple[Tensor, Tensor]:
+    """ε = mean |E - E_DFT| / atoms, in eV/atom, and its derivative by the energies (Algorithm 2, line 6)."""
+    difference = prediction.energy.detach() - frame.energy
+    factor = difference.sign() / (frame.num_atoms * difference.numel())
+    return (factor * difference).sum(), factor
 
 
-ERRORS: dict[str, Callable[..., Tensor]] = {"energy": energy_error, "force": force_error, "virial": virial_error}
+def force_error(prediction: Any, frame: Any, atoms: Tensor) -> tuple[Tensor, Tensor]:
+    """ε = mean |F - F_DFT| over the components of these atoms, in eV/Å, and its derivative by the forces (Algorithm 2,
+    line 6)."""
+    difference = prediction.forces.detach()[atoms] - frame.forces[atoms]
+    factor = torch.zeros_like(frame.forces)
+    factor[atoms] = difference.sign() / difference.numel()
+    return difference.abs().mean(), factor
+
+
+def virial_error(prediction: Any, frame: Any, _: Any = None) -> tuple[Tensor, Tensor]:
+    """ε = mean |W - W_DFT| / atoms over the nine components, in eV/atom, and its derivative by the virials."""
+    difference = prediction.virial.detach() - frame.virial
+    factor = difference.sign() / (frame.num_atoms[:, None, None] * difference.numel())
+    return (factor * difference).sum(), factor
+
+
+ERRORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "energy": energy_error,
+    "force": force_error,
+    "virial": virial_error,
+}
+PREDICTED = {"energy": "energy", "force": "forces", "virial": "virial"}
 
 
 def _check_made_with(optimizer: RLEKF, options: Options, given: Mapping[str, Any]) -> None:

@@ -14,6 +14,34 @@
 
 namespace rlekf::cpu {
 
+/// 64 bytes of float or double.
+template <typename Scalar>
+struct Vectors;
+template <>
+struct Vectors<double> {
+  using Aligned = double __attribute__((vector_size(64)));
+  using Anywhere = double __attribute__((vector_size(64), aligned(8), may_alias));
+  using Bits = int64_t __attribute__((vector_size(64)));
+};
+template <>
+struct Vectors<float> {
+  using Aligned = float __attribute__((vector_size(64)));
+  using Anywhere = float __attribute__((vector_size(64), aligned(4), may_alias));
+  using Bits = int32_t __attribute__((vector_size(64)));
+};
+template <typename Scalar>
+using Vector = typename Vectors<Scalar>::Aligned;
+
+template <typename Scalar>
+RLEKF_INLINE Vector<Scalar> read(const Scalar* from) {
+  return *reinterpret_cast<const typename Vectors<Scalar>::Anywhere*>(from);
+}
+
+template <typename Scalar>
+RLEKF_INLINE void write(Scalar* to, const Vector<Scalar>& from) {
+  *reinterpret_cast<typename Vectors<Scalar>::Anywhere*>(to) = from;
+}
+
 constexpr int kLanes = 8;
 
 using Lanes = double __attribute__((vector_size(kLanes * sizeof(double))));

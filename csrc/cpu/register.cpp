@@ -3,11 +3,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "../ops.h"
-#include "../table.h"
+#include "../network.h"
 
 namespace rlekf {
 namespace {
@@ -86,83 +87,167 @@ Scalar* data_of(const Tensor& tensor) {
   return static_cast<Scalar*>(tensor.mutable_data_ptr());
 }
 
-template <typename Scalar>
-Edges<Scalar> edges_of(const Tensor& first_edge, const Tensor& place, const Tensor& values, const Tensor& slopes,
-                       const Tensor& rows, const Tensor& jacobian, int64_t num_types, int64_t num_nodes) {
-  return {first_edge.size(0) - 1,
-          num_types,
-          num_nodes,
-          place.size(0),
-          data_of<int64_t>(first_edge),
-          data_of<int64_t>(place),
-          data_of<Scalar>(values),
-          data_of<Scalar>(slopes),
-          data_of<Scalar>(rows),
-          data_of<Scalar>(jacobian)};
-}
-
 /// Calls function with a value of the type of the tensor's numbers.
 template <typename Function>
-void with_scalar(const Tensor& tensor, const Function& function) {
+auto with_scalar(const Tensor& tensor, const Function& function) {
   using torch::headeronly::ScalarType;
   const bool single = tensor.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(single || tensor.scalar_type() == ScalarType::Double, "rlekf: edges should be float64 or float32.");
-  if (single) function(float{});
-  else function(double{});
+  return single ? function(float{}) : function(double{});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tabulate(const Tensor& edges, const Tensor& first_edge,
-                                                                    const Tensor& neighbor, const Tensor& center,
-                                                                    const Tensor& davg, const Tensor& dstd,
-                                                                    const Tensor& sel, int64_t num_nodes, double rcut,
-                                                                    double rcut_smth, double last) {
-  const int64_t num_edges = edges.size(0), num_atoms = first_edge.size(0) - 1, num_types = sel.size(0);
-  STD_TORCH_CHECK(num_nodes >= kStencil, "rlekf: a table should have at least ", kStencil, " nodes but has ", num_nodes,
-                  ".");
-  Tensor coefficients = torch::stable::new_empty(edges, {num_atoms, 4, num_types, num_nodes});
-  Tensor place = torch::stable::new_empty(neighbor, {num_edges});
-  Tensor values = torch::stable::new_empty(edges, {num_edges, kStencil});
-  Tensor slopes = torch::stable::new_empty(edges, {num_edges, kStencil});
-  Tensor rows = torch::stable::new_empty(edges, {num_edges, 4});
-  Tensor jacobian = torch::stable::new_empty(edges, {num_edges, 5, 3});
-  with_scalar(edges, [&](auto zero) {
-    using Scalar = decltype(zero);
-    const EdgeInputs<Scalar> inputs{data_of<Scalar>(edges),
-                                    data_of<int64_t>(neighbor),
-                                    data_of<int64_t>(center),
-                                    data_of<Scalar>(davg),
-                                    data_of<Scalar>(dstd),
-                                    data_of<int64_t>(sel),
-                                    rcut,
-                                    rcut_smth,
-                                    last};
-    cpu::tabulate(edges_of<Scalar>(first_edge, place, values, slopes, rows, jacobian, num_types, num_nodes), inputs,
-                  data_of<Scalar>(coefficients), torch_threads());
-  });
-  return {coefficients, place, values, slopes, rows, jacobian};
+/// At least `size` numbers at a cache line's start, which the calling thread keeps until it ends.
+template <typename Scalar>
+Scalar* aligned_scratch(int64_t size) {
+  constexpr int64_t kLine = 64 / sizeof(double);
+  const auto start = reinterpret_cast<uintptr_t>(scratch(size + kLine));
+  return reinterpret_cast<Scalar*>((start + 63) / 64 * 64);
 }
 
-Tensor by_edge(const Tensor& by_coefficient, const Tensor& first_edge, const Tensor& place, const Tensor& values,
-               const Tensor& slopes, const Tensor& rows, const Tensor& jacobian) {
-  Tensor result = torch::stable::new_empty(rows, {place.size(0), 3});
-  with_scalar(rows, [&](auto zero) {
-    using Scalar = decltype(zero);
-    cpu::by_edge(edges_of<Scalar>(first_edge, place, values, slopes, rows, jacobian, by_coefficient.size(2),
-                                  by_coefficient.size(3)),
-                 data_of<Scalar>(by_coefficient), data_of<Scalar>(result), torch_threads());
-  });
-  return result;
+using Tensors = std::vector<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+enum Part { kOrder, kFirstAtom, kFirstEdge, kEdges, kNeighbor, kFirstIncoming, kIncoming, kCoefficients, kStructure };
+
+template <typename Scalar>
+Geometry<Scalar> geometry_of(const Tensors& parts, int64_t num_structures) {
+  const Tensor& coefficients = parts[kCoefficients];
+  return {coefficients.size(0),
+          coefficients.size(2),
+          coefficients.size(3),
+          parts[kEdges].size(0),
+          num_structures,
+          data_of<int64_t>(parts[kOrder]),
+          data_of<int64_t>(parts[kFirstAtom]),
+          data_of<int64_t>(parts[kFirstEdge]),
+          data_of<Edge<Scalar>>(parts[kEdges]),
+          data_of<int64_t>(parts[kNeighbor]),
+          data_of<int64_t>(parts[kFirstIncoming]),
+          data_of<int64_t>(parts[kIncoming]),
+          data_of<Scalar>(coefficients),
+          parts.size() > kStructure ? data_of<int64_t>(parts[kStructure]) : nullptr};
 }
 
-Tensor along(const Tensor& direction, const Tensor& first_edge, const Tensor& place, const Tensor& values,
-             const Tensor& slopes, const Tensor& rows, const Tensor& jacobian, int64_t num_types, int64_t num_nodes) {
-  Tensor result = torch::stable::new_empty(rows, {first_edge.size(0) - 1, 4, num_types, num_nodes});
-  with_scalar(rows, [&](auto zero) {
+template <typename Scalar>
+Normalization<Scalar> normalization_of(const Tensors& normal, const Sizes& sel, double last) {
+  return {data_of<Scalar>(normal[0]), data_of<Scalar>(normal[1]), sel, last};
+}
+
+/// The layers of a net, whose parameters start at `next`; both it and `first` move on to those of the net after it.
+template <typename Scalar>
+Net<Scalar> net_of(const Tensors& parameters, int64_t num_layers, bool timesteps, bool output, size_t& next,
+                   int64_t& first) {
+  Net<Scalar> net;
+  for (int64_t l = 0; l < num_layers; ++l) {
+    const Tensor &weight = parameters[next], &bias = parameters[next + 1];
+    const int64_t inputs = weight.size(0), outputs = weight.size(1);
+    const bool hidden = !output || l + 1 < num_layers;
+    const int64_t copies = hidden && (outputs == inputs || outputs == 2 * inputs) ? outputs / inputs : 0;
+    const bool timestep = timesteps && copies > 0;
+    net.push_back({inputs, outputs, hidden, copies, data_of<Scalar>(weight), data_of<Scalar>(bias),
+                   timestep ? data_of<Scalar>(parameters[next + 2]) : nullptr, first});
+    next += timestep ? 3 : 2;
+    first += (inputs + (timestep ? 2 : 1)) * outputs;
+  }
+  return net;
+}
+
+template <typename Scalar>
+Network<Scalar> network_of(const Tensors& parameters, const Normalization<Scalar>& normalization, const Sizes& sizes,
+                           const std::vector<bool>& timesteps) {
+  for (const Tensor& parameter : parameters) {
+    STD_TORCH_CHECK(parameter.is_contiguous(), "rlekf: the parameters of a network should be contiguous.");
+  }
+  Network<Scalar> network{normalization, {}, {}, sizes[3], 0};
+  size_t next = 0;
+  for (int64_t i = 0; i < sizes[0]; ++i) {
+    network.embeddings.push_back(
+        net_of<Scalar>(parameters, sizes[1], timesteps[0], false, next, network.num_weights));
+  }
+  for (size_t t = 0; t < normalization.sel.size(); ++t) {
+    network.fittings.push_back(net_of<Scalar>(parameters, sizes[2], timesteps[1], true, next, network.num_weights));
+  }
+  return network;
+}
+
+Tensors tabulate(const Tensor& edges, const Tensor& neighbors, const Tensor& types, Sizes slots, Tensors normal,
+                 Sizes sel, int64_t num_nodes, double rcut, double rcut_smth, double last) {
+  STD_TORCH_CHECK(num_nodes > 0 && num_nodes % kNodesAtOnce == 0, "rlekf: the nodes of a table should be a multiple of ",
+                  kNodesAtOnce, " but are ", num_nodes, ".");
+  const int64_t num_atoms = types.size(0), num_types = static_cast<int64_t>(sel.size());
+  Tensors parts;
+  for (const int64_t size : {num_atoms, num_types + 1, num_atoms + 1}) {
+    parts.push_back(torch::stable::new_empty(types, {size}));
+  }
+  return with_scalar(edges, [&](auto zero) {
     using Scalar = decltype(zero);
-    cpu::along(edges_of<Scalar>(first_edge, place, values, slopes, rows, jacobian, num_types, num_nodes),
-               data_of<Scalar>(direction), data_of<Scalar>(result), torch_threads());
+    const FrameInputs<Scalar> inputs{num_atoms, data_of<Scalar>(edges), data_of<int64_t>(neighbors),
+                                     data_of<int64_t>(types), slots, rcut, rcut_smth};
+    Geometry<Scalar> sorted{};
+    sorted.num_types = num_types;
+    sorted.order = data_of<int64_t>(parts[kOrder]);
+    sorted.first_atom = data_of<int64_t>(parts[kFirstAtom]);
+    sorted.first_edge = data_of<int64_t>(parts[kFirstEdge]);
+    cpu::sort_atoms(inputs, sorted);
+    const int64_t num_edges = sorted.first_edge[num_atoms];
+    parts.push_back(torch::stable::new_empty(edges, {num_edges, 8}));
+    for (const int64_t size : {num_edges, num_atoms + 1, num_edges}) {
+      parts.push_back(torch::stable::new_empty(types, {size}));
+    }
+    parts.push_back(torch::stable::new_empty(edges, {num_atoms, 4, num_types, num_nodes}));
+    cpu::tabulate(inputs, normalization_of<Scalar>(normal, sel, last), geometry_of<Scalar>(parts, 0), torch_threads());
+    return parts;
   });
-  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> predict(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel,
+                                                   double last, Sizes sizes, std::vector<bool> timesteps,
+                                                   int64_t num_structures, bool forces, bool virials) {
+  const Tensor& like = geometry[kCoefficients];
+  const int64_t num_atoms = like.size(0);
+  Tensor energies = torch::stable::new_empty(like, {num_atoms});
+  Tensor force = torch::stable::new_empty(like, {forces ? num_atoms : 0, 3});
+  Tensor virial = torch::stable::new_empty(like, {forces && virials ? num_structures : 0, 3, 3});
+  return with_scalar(like, [&](auto zero) {
+    using Scalar = decltype(zero);
+    const auto frame = geometry_of<Scalar>(geometry, num_structures);
+    const auto network =
+        network_of(parameters, normalization_of<Scalar>(normal, sel, last), sizes, timesteps);
+    const auto parallel = torch_threads();
+    Tensor saved = torch::stable::new_empty(like, {cpu::saved_size(network, frame, forces)});
+    cpu::predict(network, frame,
+                 {data_of<Scalar>(energies), forces ? data_of<Scalar>(force) : nullptr,
+                  forces && virials ? data_of<Scalar>(virial) : nullptr, data_of<Scalar>(saved)},
+                 aligned_scratch<Scalar>(cpu::scratch_size(network, frame, parallel.num_workers)), parallel);
+    return std::make_tuple(energies, force, virial, saved);
+  });
+}
+
+Tensor gradients(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel, double last, Sizes sizes,
+                 std::vector<bool> timesteps, const Tensor& saved, const Tensor& by_energies,
+                 std::optional<Tensor> by_forces, std::optional<Tensor> by_virials) {
+  return with_scalar(saved, [&](auto zero) {
+    using Scalar = decltype(zero);
+    const int64_t count = by_energies.size(0), num_structures = by_virials ? by_virials->size(1) : 0;
+    const auto frame = geometry_of<Scalar>(geometry, num_structures);
+    const auto network =
+        network_of(parameters, normalization_of<Scalar>(normal, sel, last), sizes, timesteps);
+    const auto parallel = torch_threads();
+    STD_TORCH_CHECK(by_forces.has_value() == by_virials.has_value(),
+                    "rlekf: factors of forces and virials should be given both, or none.");
+    STD_TORCH_CHECK(saved.size(0) == cpu::saved_size(network, frame, by_forces.has_value()),
+                    "rlekf: gradients should be given what predict saved with the same kinds of results.");
+    Tensor result = torch::stable::new_empty(saved, {count, network.num_weights});
+    for (int64_t i = 0; i < count; ++i) {
+      const Factors<Scalar> factors{
+          data_of<Scalar>(by_energies) + i * frame.num_atoms,
+          by_forces ? data_of<Scalar>(*by_forces) + i * frame.num_atoms * 3 : nullptr,
+          by_virials ? data_of<Scalar>(*by_virials) + i * num_structures * 9 : nullptr};
+      cpu::gradients(network, frame, data_of<Scalar>(saved), factors, data_of<Scalar>(result) + i * network.num_weights,
+                     aligned_scratch<Scalar>(cpu::scratch_size(network, frame, parallel.num_workers)), parallel);
+    }
+    return result;
+  });
 }
 
 }  // namespace
@@ -175,6 +260,6 @@ STABLE_TORCH_LIBRARY_IMPL(rlekf, CPU, m) {
   m.impl("correct", TORCH_BOX(&rlekf::correct));
   m.impl("step", TORCH_BOX(&rlekf::step));
   m.impl("tabulate", TORCH_BOX(&rlekf::tabulate));
-  m.impl("by_edge", TORCH_BOX(&rlekf::by_edge));
-  m.impl("along", TORCH_BOX(&rlekf::along));
+  m.impl("predict", TORCH_BOX(&rlekf::predict));
+  m.impl("gradients", TORCH_BOX(&rlekf::gradients));
 }

@@ -11,7 +11,8 @@ from rlekf_ext.errors import DataError
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import collate, make_frame
-from rlekf_ext.potential.table import Nodes, Table, geometry_of, largest_scalar
+from rlekf_ext.ops import network_reference
+from rlekf_ext.potential.table import Nodes, OnATable, Table, geometry_of, largest_scalar
 from rlekf_ext.potential.train import build_table, train
 
 RCUT = 4.0
@@ -163,6 +164,7 @@ def test_a_denser_frame_widens_the_table():
     model(dense)
     after = model.table.nodes
     assert after.last >= largest
+    assert after.number % 16 == 0
     assert after.last / (after.number - 1) == pytest.approx(before.last / (before.number - 1))
     assert model.table.error(model, [dense]) < 1e-6
 
@@ -173,56 +175,107 @@ def test_interpolation_is_exact_for_polynomials():
     model = DeepPotential(
         {"type_map": ["A"], "descriptor": {"sel": [1], "rcut": RCUT, "neuron": [2], "axis_neuron": 1}}
     )
-    nodes = Nodes(20, 1.0)
-    geometry = geometry_of(model, frame, nodes)
+    coefficients = geometry_of(model, frame, Nodes(32, 1.0))[7]
     s = largest_scalar(model.architecture.descriptor, frame)
-    x = torch.linspace(0, 1, 20, dtype=torch.float64)
+    x = torch.linspace(0, 1, 32, dtype=torch.float64)
     for power in range(8):
-        values = geometry.coefficients[0, 0, 0] @ x**power
+        values = coefficients[0, 0, 0] @ x**power
         assert float(values) == pytest.approx(s * s**power, rel=1e-12)  # R_0 = s, nnei = 1
-    _, _, values, slopes, _, _ = geometry.stencils
-    assert values.sum(1) == pytest.approx([1, 1])
-    assert slopes.sum(1) == pytest.approx([0, 0], abs=1e-9)
 
 
-def test_the_same_bits_with_any_number_of_threads():
-    frame = labelled(0)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_the_reference(monkeypatch, shape, dtype):
+    """With few nodes, where the interpolation is far from the network: it is the same interpolation."""
+    frame = collate([labelled(0, dtype=dtype), labelled(1, 5, dtype=dtype), labelled(3, 27, dtype=dtype)])
+    model = with_table(model_of([frame], str(dtype).removeprefix("torch."), **SHAPES[shape]), frame, 16)
+    weights = torch.randn(3), torch.randn(len(frame.types), 3), torch.randn(3, 3, 3)
+    found = results(model, frame, *weights)
+    monkeypatch.setattr("rlekf_ext.potential.table.ops_for", lambda device: network_reference)
+    model.table._latest = None
+    assert_close(found, results(model, frame, *weights), 1e-11 if dtype == torch.float64 else 1e-4)
+
+
+def test_the_parts_of_a_frame_are_those_of_the_reference(monkeypatch):
+    frame = collate([labelled(0), labelled(1, 27)])
+    model = model_of([frame])
+    found = geometry_of(model, frame, Nodes(32, 1.0))
+    monkeypatch.setattr("rlekf_ext.potential.table.ops_for", lambda device: network_reference)
+    for own, wanted in zip(found, geometry_of(model, frame, Nodes(32, 1.0)), strict=True):
+        assert own.dtype == wanted.dtype
+        torch.testing.assert_close(own, wanted, rtol=1e-11, atol=1e-13)
+
+
+def test_several_sums_at_once():
+    frame = labelled(0, 27)
     model = with_table(model_of([frame]), frame)
+    on_table = OnATable(model.table, model, frame)
+    factors = torch.randn(3, 27), torch.randn(3, 27, 3), torch.randn(3, 1, 3, 3)
+    factors = [factor.double() for factor in factors]
+    on_table.predict(True, True)
+    together = on_table.gradients(*factors)
+    for i in range(3):
+        assert torch.equal(on_table.gradients(*(factor[i : i + 1] for factor in factors))[0], together[i])
+
+
+def test_the_same_bits_with_the_same_number_of_threads():
+    frame = labelled(0, 27)
+    model = with_table(model_of([frame]), frame)
+    weights = torch.randn(1), torch.randn(27, 3), torch.randn(1, 3, 3)
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 3, 1, 2, 3):
             torch.set_num_threads(threads)
-            geometry = geometry_of(model, frame, model.table.nodes)
-            moved = torch.ops.rlekf.along(geometry.edges, *geometry.stencils, *geometry.coefficients.shape[2:])
-            found.append([geometry.coefficients, moved])
+            model.table._latest = None
+            found.append(results(model, frame, *weights))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for one, again in zip(found[:3], found[3:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+        assert_close(one, found[0], 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_schemas_and_fake_kernels(dtype):
     frame = labelled(0, dtype=dtype)
-    model = model_of([frame], str(dtype).removeprefix("torch."))
-    geometry = geometry_of(model, frame, Nodes(20, 1.0))
-    shape = geometry.coefficients.shape
-    calls = {
-        "by_edge": (geometry.coefficients, *geometry.stencils),
-        "along": (geometry.edges, *geometry.stencils, *shape[2:]),
-    }
+    model = with_table(model_of([frame], str(dtype).removeprefix("torch.")), frame, 16)
+    on_table = OnATable(model.table, model, frame)
+    calls = {}
+
+    class Recorder:
+        def __getattr__(self, name):
+            def call(*arguments):
+                calls[name] = arguments
+                return getattr(torch.ops.rlekf, name)(*arguments)
+
+            return call
+
+    on_table._ops = Recorder()
+    on_table.predict(True, True)
+    on_table.gradients(*(torch.ones(1, *size, dtype=dtype) for size in ((9,), (9, 3), (1, 3, 3))))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("rlekf_ext.potential.table.ops_for", lambda device: Recorder())
+        geometry_of(model, frame, Nodes(16, 1.0))
+    assert set(calls) == {"tabulate", "predict", "gradients"}
     for name, arguments in calls.items():
-        torch.library.opcheck(getattr(torch.ops.rlekf, name).default, arguments)
-    descriptor, sel = model.descriptor, torch.tensor(model.architecture.descriptor.sel)
-    types = frame.types[geometry.order]
-    inputs = (
-        geometry.edges,
-        geometry.stencils[0],
-        frame.types[geometry.neighbor],
-        types,
-        descriptor.davg,
-        descriptor.dstd,
-    )
-    torch.library.opcheck(torch.ops.rlekf.tabulate.default, (*inputs, sel, 20, RCUT, 0.5, 1.0))
+        detached = [[p.detach() for p in a] if isinstance(a, list) and name != "tabulate" and a and
+                    isinstance(a[0], torch.Tensor) else a for a in arguments]
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(getattr(torch.ops.rlekf, name).default, tuple(detached), test_utils=checks)
+
+
+def test_what_the_ops_refuse():
+    frame = labelled(0)
+    model = with_table(model_of([frame]), frame)
+    on_table = OnATable(model.table, model, frame)
+    on_table.predict(False, False)
+    by = [torch.ones(1, *size, dtype=torch.float64) for size in ((9,), (9, 3), (1, 3, 3))]
+    with pytest.raises(RuntimeError, match="what predict saved with the same kinds of results"):
+        on_table.gradients(*by)
+    with pytest.raises(RuntimeError, match="given both, or none"):
+        on_table.gradients(by[0], by[1], None)
+    with pytest.raises(RuntimeError, match="should be a multiple of 16 but are 20"):
+        geometry_of(model, frame, Nodes(20, 1.0))
 
 
 def test_values_that_are_not_finite_are_seen():

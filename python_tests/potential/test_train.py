@@ -601,9 +601,10 @@ def spoil(monkeypatch, from_update):
     """Energies that are not finite from the update of this number on."""
     original, calls = rlekf_ext.updates.energy_error, []
 
-    def spoilt(model, frame, _):
+    def spoilt(prediction, frame, _):
         calls.append(1)
-        return original(model, frame) * (np.nan if len(calls) > from_update else 1.0)
+        error, factor = original(prediction, frame)
+        return error * (np.nan if len(calls) > from_update else 1.0), factor
 
     monkeypatch.setitem(rlekf_ext.updates.ERRORS, "energy", spoilt)
 
@@ -633,9 +634,10 @@ def test_a_few_skipped_measurements_do_not_stop_training(tmp_path, monkeypatch):
     """Every second update is bad: never two in a row."""
     original, calls = rlekf_ext.updates.energy_error, []
 
-    def every_second(model, frame, _):
+    def every_second(prediction, frame, _):
         calls.append(1)
-        return original(model, frame) * (np.nan if len(calls) % 2 else 1.0)
+        error, factor = original(prediction, frame)
+        return error * (np.nan if len(calls) % 2 else 1.0), factor
 
     monkeypatch.setitem(rlekf_ext.updates.ERRORS, "energy", every_second)
     options = {"type": "RLEKF", "block_size": 40, "order": ["energy"], "max_skipped": 2}

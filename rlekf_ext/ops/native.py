@@ -82,18 +82,22 @@ def _(weights, tiles, pending, state, layout, jacobian, innovation):
 
 
 @torch.library.register_fake("rlekf::tabulate")
-def _(edges, first_edge, neighbor, center, davg, dstd, sel, num_nodes, rcut, rcut_smth, last):
-    num_edges = edges.shape[0]
-    shapes = ((first_edge.shape[0] - 1, 4, sel.shape[0], num_nodes), (num_edges, 8), (num_edges, 4), (num_edges, 5, 3))
-    coefficients, values, rows, jacobian = (edges.new_empty(shape) for shape in shapes)
-    return coefficients, torch.empty_like(neighbor), values, torch.empty_like(values), rows, jacobian
+def _(edges, neighbors, types, slots, normal, sel, num_nodes, rcut, rcut_smth, last):
+    num_atoms, num_types = types.shape[0], len(sel)
+    num_edges = torch.library.get_ctx().new_dynamic_size()
+    sizes = [(num_atoms,), (num_types + 1,), (num_atoms + 1,), (num_edges, 8), (num_edges,), (num_atoms + 1,)]
+    sizes += [(num_edges,), (num_atoms, 4, num_types, num_nodes)]
+    return [(edges if len(size) in (2, 4) else types).new_empty(size) for size in sizes]
 
 
-@torch.library.register_fake("rlekf::by_edge")
-def _(by_coefficient, first_edge, place, values, slopes, rows, jacobian):
-    return rows.new_empty(place.shape[0], 3)
+@torch.library.register_fake("rlekf::predict")
+def _(parameters, geometry, normal, sel, last, sizes, timesteps, num_structures, forces, virials):
+    like, saved = geometry[7], torch.library.get_ctx().new_dynamic_size()
+    num_atoms = like.shape[0]
+    shapes = (num_atoms,), (num_atoms * forces, 3), (num_structures * (forces and virials), 3, 3), (saved,)
+    return tuple(like.new_empty(shape) for shape in shapes)
 
 
-@torch.library.register_fake("rlekf::along")
-def _(direction, first_edge, place, values, slopes, rows, jacobian, num_types, num_nodes):
-    return rows.new_empty(first_edge.shape[0] - 1, 4, num_types, num_nodes)
+@torch.library.register_fake("rlekf::gradients")
+def _(parameters, geometry, normal, sel, last, sizes, timesteps, saved, by_energies, by_forces, by_virials):
+    return saved.new_empty(by_energies.shape[0], sum(p.numel() for p in parameters))

@@ -16,8 +16,17 @@ from torch import Tensor, nn
 from rlekf_ext.potential.architecture import Architecture, plain
 from rlekf_ext.potential.descriptor import Environment, Network, SeE2A, run_networks
 from rlekf_ext.potential.neighbors import Frame
-from rlekf_ext.potential.table import EdgeForces, Table
+from rlekf_ext.potential.table import OnATable, Table
 from rlekf_ext.schema import read
+
+
+class EdgeForces(NamedTuple):
+    """The E edges of a frame, and the derivatives of its energy by them."""
+
+    edges: Tensor  # (E, 3), Å
+    center: Tensor  # (E,) int64, the atom an edge starts from
+    neighbor: Tensor  # (E,) int64, the atom it points to
+    by_edge: Tensor  # (E, 3), eV/Å
 
 
 class Prediction(NamedTuple):
@@ -103,18 +112,31 @@ class DeepPotential(nn.Module):
         Raises DataError if the frame's cutoff, elements, dtype or number of neighbours do not fit the network.
         """
         create_graph = torch.is_grad_enabled() if create_graph is None else create_graph
-        if self.table is not None and create_graph:
-            atomic, edges = self.table.atomic_energies(self, frame, forces)
-        else:
-            atomic, edges = self._exact(frame, create_graph, forces)
         with torch.set_grad_enabled(create_graph):
-            atomic_energy = atomic.double() + self.energy_bias[frame.types]
-            energy = _sum_rows(atomic_energy, frame.structure, len(frame.num_atoms))
-            force, virial = _forces(frame, edges) if edges else (None, None)
+            force = virial = None
+            if self.table is not None and create_graph:
+                atomic, *found = self.table.results(self, frame, forces)
+                if forces:
+                    force, virial = found
+            else:
+                atomic, edges = self._exact(frame, create_graph, forces)
+                if edges:
+                    force, virial = _forces(frame, edges)
+            energy, atomic_energy = self._energies(atomic, frame)
         results = Prediction(energy, force, virial, atomic_energy)
         if create_graph:
             return results
         return Prediction(*(None if result is None else result.detach() for result in results))  # type: ignore[arg-type]
+
+    def linearized(self, frame: Frame, forces: bool, virials: bool) -> Linearized | None:
+        """The frame at the current weights, for the derivatives of its prediction; None without a table. Raises DataError
+        if it does not fit the network."""
+        return Linearized(self, self.table, frame, forces, virials) if self.table else None
+
+    def _energies(self, atomic: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
+        """Energies (B,) and (n,) with bias."""
+        atomic_energy = atomic.double() + self.energy_bias[frame.types]
+        return _sum_rows(atomic_energy, frame.structure, len(frame.num_atoms)), atomic_energy
 
     def _exact(self, frame: Frame, create_graph: bool, forces: bool) -> tuple[Tensor, EdgeForces | None]:
         """The atomic energies without their bias, and the derivatives of their sum."""
@@ -141,6 +163,29 @@ class DeepPotential(nn.Module):
             for blocks, descriptor in zip(environment.batches, descriptors, strict=True)
         ]
         return _joined(energies)[environment.position]
+
+
+class Linearized:
+    """A frame on the table of a model, at its current weights: see rlekf_ext.updates.Linearized."""
+
+    @torch.no_grad()
+    def __init__(self, model: DeepPotential, table: Table, frame: Frame, forces: bool, virials: bool):
+        self._frame, self._on_table, self._forces = frame, OnATable(table, model, frame), forces
+        results = self._on_table.predict(forces, virials)
+        energies = model._energies(results.energies, frame)
+        self.prediction = Prediction(energies[0], results.forces, results.virials, energies[1])
+
+    @torch.no_grad()
+    def jacobian(self, kind: str, factor: Tensor) -> Tensor:
+        frame = self._frame
+        num_atoms, num_structures = len(frame.types), len(frame.num_atoms)
+        factor = factor.to(frame.edges.dtype)
+        by_energies = factor[frame.structure][None] if kind == "energy" else factor.new_zeros(1, num_atoms)
+        if not self._forces:
+            return self._on_table.gradients(by_energies, None, None)[0].double()
+        by_forces = factor[None] if kind == "force" else factor.new_zeros(1, num_atoms, 3)
+        by_virials = factor[None] if kind == "virial" else factor.new_zeros(1, num_structures, 3, 3)
+        return self._on_table.gradients(by_energies, by_forces, by_virials)[0].double()
 
 
 def _forces(frame: Frame, edges: EdgeForces) -> tuple[Tensor, Tensor]:

@@ -10,31 +10,32 @@ it is linear in its values at the nodes. So the sum over the neighbours of an at
 
 D = Tᵀ T_< and the fitting net follow as in the exact network. A gradient by the weights needs no second derivative of
 an embedding net either: as the atoms move along a direction, dC/dτ is geometry again, and dT/dτ = dC/dτ N. Everything
-is the exact derivative of the interpolated energy, which is off by the interpolation alone.
-
-Derivatives are written out: `x_bar` is the derivative of a result by x, `x_dot` that of x along the direction.
+is the exact derivative of the interpolated energy, which is off by the interpolation alone. csrc/cpu/network.cpp
+computes it; ops/network_reference.py says the same in torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlekf_ext.errors import DataError
+from rlekf_ext.ops import network_reference
 from rlekf_ext.potential.architecture import DescriptorArchitecture
-from rlekf_ext.potential.descriptor import Network, switched
+from rlekf_ext.potential.descriptor import switched
 from rlekf_ext.potential.neighbors import Frame
 
 if TYPE_CHECKING:
     from rlekf_ext.potential.model import DeepPotential
 
-OPS = torch.ops.rlekf
+NODES_AT_ONCE = 16  # the number of nodes is a multiple of it: csrc/network.h
 LEAST_FORCE = 1e-3  # eV/Å: smaller forces, as in a perfect lattice, are not what the table is judged by
 
 
@@ -46,83 +47,27 @@ class Nodes:
     last: float
 
 
-@dataclass(frozen=True, eq=False)
-class Geometry:
-    """A frame as the network on a table takes it: n atoms, sorted by element, E edges, T elements, K nodes."""
+class Results(NamedTuple):
+    """For n atoms in B structures; forces and virials are empty if not wanted."""
 
-    order: Tensor  # (n,) int64, the atoms in the order of their elements
-    counts: list[int]  # atoms of each element
-    coefficients: Tensor  # (n, 4, T, K), C
-    edges: Tensor  # (E, 3), Å, in the order of the sorted atoms that they start from
-    center: Tensor  # (E,) int64
-    neighbor: Tensor  # (E,) int64
-    stencils: tuple[Tensor, ...]  # csrc/table.h, Edges: first_edge, place, values, slopes, rows, jacobian
-
-
-@torch.no_grad()
-def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> Geometry:
-    """The frame with its coefficients. Raises DataError if it does not fit the network."""
-    descriptor = model.descriptor
-    architecture, device = descriptor.architecture, frame.edges.device
-    if frame.edges.dtype != descriptor.davg.dtype:
-        raise DataError(f"The network is {descriptor.davg.dtype}, the frame {frame.edges.dtype}: call frame.to(dtype).")
-    order = torch.argsort(frame.types, stable=True)
-    types, edges = frame.types[order], frame.edges[order]
-    near = edges.square().sum(-1) < architecture.rcut**2
-    row, slot = near.nonzero(as_tuple=True)
-    element = torch.repeat_interleave(torch.arange(descriptor.num_types), torch.tensor(frame.slots)).to(device)
-    edges = edges[row, slot]
-    first_edge = torch.zeros(len(order) + 1, dtype=torch.int64, device=device)
-    torch.cumsum(near.sum(1), 0, out=first_edge[1:])
-    coefficients, *stencils = OPS.tabulate(
-        edges,
-        first_edge,
-        element[slot],
-        types,
-        descriptor.davg,
-        descriptor.dstd,
-        torch.tensor(architecture.sel, device=device),
-        nodes.number,
-        architecture.rcut,
-        architecture.rcut_smth,
-        nodes.last,
-    )
-    return Geometry(
-        order,
-        torch.bincount(types, minlength=descriptor.num_types).tolist(),
-        coefficients,
-        edges,
-        order[row],
-        frame.neighbors[order][row, slot],
-        (first_edge, *stencils),
-    )
-
-
-class EdgeForces(NamedTuple):
-    """The E edges of a frame, and the derivatives of its energy by them."""
-
-    edges: Tensor  # (E, 3), Å
-    center: Tensor  # (E,) int64, the atom an edge starts from
-    neighbor: Tensor  # (E,) int64, the atom it points to
-    by_edge: Tensor  # (E, 3), eV/Å
+    energies: Tensor  # (n,), eV, without bias
+    forces: Tensor  # (n, 3), eV/Å
+    virials: Tensor  # (B, 3, 3), eV
 
 
 class Table:
-    """The nodes for the networks of a model: `model.table = Table(...)` makes autograd go through them.
+    """The nodes for the networks of a model: `model.table = Table(...)` makes training go through them.
 
-    `number` nodes reach to `last` (1/Å), or farther if a frame needs it: nothing is extrapolated.
+    At least `number` nodes reach to `last` (1/Å), or farther if a frame needs it: nothing is extrapolated.
     """
 
     def __init__(self, last: float, number: int = 128):
-        self.nodes = Nodes(number, last)
-        self._latest: tuple[Frame, Nodes, Geometry] | None = None
+        self.nodes = Nodes(-(-number // NODES_AT_ONCE) * NODES_AT_ONCE, last)
+        self._latest: tuple[Frame, Nodes, list[Tensor]] | None = None
 
-    def atomic_energies(self, model: DeepPotential, frame: Frame, forces: bool) -> tuple[Tensor, EdgeForces | None]:
-        """The atomic energies (n,) without their bias, and the derivatives of their sum. Raises DataError if the frame
-        does not fit the network."""
-        geometry = self._geometry(model, frame)
-        atomic, by_edge = Interpolated.apply(model, geometry, self.nodes, forces, *model.parameters())
-        return atomic, EdgeForces(geometry.edges, geometry.center, geometry.neighbor, by_edge) if forces else None
+    def results(self, model: DeepPotential, frame: Frame, forces: bool) -> Results:
+        """What autograd can differentiate by the weights. Raises DataError if the frame does not fit the network."""
+        return Results(*OnTable.apply(OnATable(self, model, frame), forces, *model.parameters()))
 
     def error(self, model: DeepPotential, frames: Iterable[Frame]) -> float:
         """The largest relative difference (RMS) from the exact network over the frames: of forces, and of the
@@ -141,15 +86,98 @@ class Table:
         """Double the nodes."""
         self.nodes = Nodes(2 * self.nodes.number, self.nodes.last)
 
-    def _geometry(self, model: DeepPotential, frame: Frame) -> Geometry:
+    def geometry(self, model: DeepPotential, frame: Frame) -> list[Tensor]:
+        """The frame on the table, as csrc/network.h has it; kept for the latest frame. Raises DataError if it does not
+        fit the network."""
         if self._latest is None or self._latest[0] is not frame or self._latest[1] != self.nodes:
             model.descriptor.check(frame)
             largest = largest_scalar(model.descriptor.architecture, frame)
             if largest > self.nodes.last:
-                more = math.ceil((self.nodes.number - 1) * largest / self.nodes.last)
-                self.nodes = Nodes(more + 1, self.nodes.last * more / (self.nodes.number - 1))
+                spacing = self.nodes.last / (self.nodes.number - 1)
+                more = math.ceil(largest / spacing) + 1
+                number = -(-more // NODES_AT_ONCE) * NODES_AT_ONCE
+                self.nodes = Nodes(number, spacing * (number - 1))
             self._latest = (frame, self.nodes, geometry_of(model, frame, self.nodes))
         return self._latest[2]
+
+
+class OnATable:
+    """A frame on the table of a model, at its current weights."""
+
+    def __init__(self, table: Table, model: DeepPotential, frame: Frame):
+        self._geometry, self._num_structures = table.geometry(model, frame), len(frame.num_atoms)
+        self._ops, descriptor = ops_for(frame.edges.device), model.descriptor
+        architecture, fitting = descriptor.architecture, model.architecture.fitting_net
+        self._parameters = list(model.parameters())
+        sizes = [len(descriptor.embeddings), len(architecture.neuron), len(fitting.neuron) + 1, architecture.axis_neuron]
+        self._network = (
+            [descriptor.davg, descriptor.dstd],
+            architecture.sel,
+            table.nodes.last,
+            sizes,
+            [architecture.resnet_dt, fitting.resnet_dt],
+        )
+
+    @torch.no_grad()
+    def predict(self, forces: bool, virials: bool) -> Results:
+        """At the weights, which must not change before the calls of `gradients` that follow."""
+        *results, self._saved = self._ops.predict(
+            self._parameters, self._geometry, *self._network, self._num_structures, forces, virials
+        )
+        return Results(*results)
+
+    @torch.no_grad()
+    def gradients(self, by_energies: Tensor, by_forces: Tensor | None, by_virials: Tensor | None) -> Tensor:
+        """For M sums of the results with factors (M, n), (M, n, 3) and (M, B, 3, 3), their derivatives by the weights
+        (M, N): each parameter in turn, with its dimensions reversed. Both forces and virials have factors if they were
+        predicted, or neither."""
+        factors = (None if by is None else by.contiguous() for by in (by_energies, by_forces, by_virials))
+        return self._ops.gradients(self._parameters, self._geometry, *self._network, self._saved, *factors)
+
+
+class OnTable(torch.autograd.Function):
+    """Results, from the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, frame: OnATable, forces: bool, *weights: Tensor) -> Any:
+        ctx.frame, ctx.forces, ctx.shapes = frame, forces, [w.shape for w in weights]
+        return tuple(frame.predict(forces, forces))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_energies: Tensor, by_forces: Tensor, by_virials: Tensor) -> Any:
+        forces = (by_forces[None], by_virials[None]) if ctx.forces else (None, None)
+        flat = ctx.frame.gradients(by_energies[None], *forces)[0]
+        pieces = flat.split([shape.numel() for shape in ctx.shapes])
+        both = zip(pieces, ctx.shapes, strict=True)
+        return None, None, *(piece.view(s[::-1]).mT if len(s) == 2 else piece for piece, s in both)
+
+
+@torch.no_grad()
+def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> list[Tensor]:
+    """See Table.geometry."""
+    descriptor = model.descriptor
+    architecture = descriptor.architecture
+    if frame.edges.dtype != descriptor.davg.dtype:
+        raise DataError(f"The network is {descriptor.davg.dtype}, the frame {frame.edges.dtype}: call frame.to(dtype).")
+    parts = ops_for(frame.edges.device).tabulate(
+        frame.edges.contiguous(),
+        frame.neighbors.contiguous(),
+        frame.types,
+        frame.slots,
+        [descriptor.davg, descriptor.dstd],
+        architecture.sel,
+        nodes.number,
+        architecture.rcut,
+        architecture.rcut_smth,
+        nodes.last,
+    )
+    return [*parts, frame.structure]
+
+
+def ops_for(device: torch.device) -> Any:
+    """The compiled ops, or their reference where there are none."""
+    return torch.ops.rlekf if device.type == "cpu" else network_reference
 
 
 def largest_scalar(architecture: DescriptorArchitecture, frame: Frame) -> float:
@@ -168,199 +196,5 @@ def _derivatives(model: DeepPotential, frame: Frame, table: Table | None) -> tup
     finally:
         model.table = before
     assert prediction.forces is not None  # for mypy: asked for
-    return prediction.forces.detach(), torch.cat([g.flatten() for g in gradients if g is not None])
-
-
-@dataclass(eq=False)
-class Pass:
-    """P networks of one shape, run side by side on inputs (P, rows, in), with what the derivatives need."""
-
-    networks: Sequence[Network]
-    weights: list[Tensor] = field(default_factory=list)  # of each layer (P, in, out)
-    timesteps: list[Tensor | None] = field(default_factory=list)  # (P, 1, out)
-    inputs: list[Tensor] = field(default_factory=list)  # (P, rows, in)
-    activations: list[Tensor] = field(default_factory=list)  # (P, rows, out), before time step and shortcut
-    tangents: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of the inputs, and of x W
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(P, rows, out)."""
-        self.layers: list[Any] = [network._modules["layers"]._modules.values() for network in self.networks]  # type: ignore[union-attr]
-        for layers in zip(*self.layers, strict=True):
-            tensors = zip(*(layer._parameters.values() for layer in layers), strict=True)
-            weight, bias, *timestep = [torch.stack(same) if len(same) > 1 else same[0].unsqueeze(0) for same in tensors]
-            self.weights.append(weight)
-            factor = timestep[0].unsqueeze(1) if timestep else None
-            self.timesteps.append(factor)
-            self.inputs.append(x)
-            y = torch.baddbmm(bias.unsqueeze(1), x, weight)
-            if layers[0].hidden:
-                y = y.tanh_()
-            self.activations.append(y)
-            if factor is not None:
-                y = y * factor
-            x = _with_shortcut(y, x, layers[0].copies)
-        return x
-
-    def forward_along(self, x_dot: Tensor) -> Tensor:
-        """The tangent of the output along that of the input."""
-        for layer, weight, timestep, activation in self._each():
-            z_dot = torch.bmm(x_dot, weight)
-            self.tangents.append((x_dot, z_dot))
-            y_dot = z_dot * (1 - activation.square()) if layer.hidden else z_dot
-            if timestep is not None:
-                y_dot = y_dot * timestep
-            x_dot = _with_shortcut(y_dot, x_dot, layer.copies)
-        return x_dot
-
-    def backward(self, y_bar: Tensor) -> Tensor:
-        """The derivatives by the inputs."""
-        for layer, weight, timestep, activation in reversed(list(self._each())):
-            shortcut, y_bar = y_bar, y_bar if timestep is None else y_bar * timestep
-            z_bar = y_bar * (1 - activation.square()) if layer.hidden else y_bar
-            y_bar = _of_shortcut(torch.bmm(z_bar, weight.mT), shortcut, layer.copies)
-        return y_bar
-
-    def gradients(self, y_bar: Tensor, y_dot_bar: Any = None, *, inputs: bool = True) -> tuple[Any, list[Tensor]]:
-        """The derivatives by the inputs (None unless asked for) and, one (P, ...) for each, by the parameters, of
-        ⟨y_bar, y⟩ + ⟨y_dot_bar, y_dot⟩."""
-        found: list[list[Tensor]] = []
-        along: Sequence[Any] = self.tangents if y_dot_bar is not None else [None] * len(self.weights)
-        each = list(zip(self._each(), self.inputs, along, strict=True))
-        for place, ((layer, weight, timestep, activation), x, tangent) in reversed(list(enumerate(each))):
-            slope = 1 - activation.square() if layer.hidden else None
-            parts = []
-            h_bar, h_dot_bar, z_dot_bar = y_bar, y_dot_bar, y_dot_bar
-            if timestep is not None:
-                h_bar = y_bar * timestep
-                by_timestep = (y_bar * activation).sum(1)
-                if tangent is not None:
-                    h_dot_bar = y_dot_bar * timestep
-                    h_dot = tangent[1] * slope if slope is not None else tangent[1]
-                    by_timestep = by_timestep + (y_dot_bar * h_dot).sum(1)
-                parts = [by_timestep]
-            z_bar = h_bar * slope if slope is not None else h_bar
-            if tangent is None:
-                by_weight = torch.bmm(x.mT, z_bar)
-            else:
-                x_dot, z_dot = tangent
-                z_dot_bar = h_dot_bar * slope if slope is not None else h_dot_bar
-                if slope is not None:
-                    z_bar = torch.addcmul(z_bar, activation * z_dot, z_dot_bar, value=-2)
-                by_weight = torch.baddbmm(torch.bmm(x.mT, z_bar), x_dot.mT, z_dot_bar)
-            found.append([by_weight, z_bar.sum(1), *parts])
-            if place or inputs:
-                y_bar = _of_shortcut(torch.bmm(z_bar, weight.mT), y_bar, layer.copies)
-                if tangent is not None:
-                    y_dot_bar = _of_shortcut(torch.bmm(z_dot_bar, weight.mT), y_dot_bar, layer.copies)
-        return (y_bar if inputs else None), [part for layer in reversed(found) for part in layer]
-
-    def parameters(self) -> list[list[nn.Parameter]]:
-        """Of each network, in the order of `gradients`."""
-        return [[p for layer in layers for p in layer._parameters.values() if p is not None] for layers in self.layers]
-
-    def _each(self) -> Iterable[tuple[Any, Tensor, Tensor | None, Tensor]]:
-        return zip(self.layers[0], self.weights, self.timesteps, self.activations, strict=True)
-
-
-def _with_shortcut(y: Tensor, x: Tensor, copies: int) -> Tensor:
-    if copies == 1:
-        return y + x
-    return y + torch.cat([x, x], dim=-1) if copies == 2 else y
-
-
-def _of_shortcut(x_bar: Tensor, y_bar: Tensor, copies: int) -> Tensor:
-    if copies == 1:
-        return x_bar + y_bar
-    if copies == 2:
-        left, right = y_bar.chunk(2, dim=-1)
-        return x_bar + left + right
-    return x_bar
-
-
-def _product_bar(t: Tensor, d_bar: Tensor, axis: int) -> Tensor:
-    """The derivative by the left T of ⟨d_bar, leftᵀ T_< + Tᵀ left_<⟩, (A, 4, M)."""
-    result = torch.bmm(t[:, :, :axis], d_bar.mT)
-    result[:, :, :axis] += torch.bmm(t, d_bar)
-    return result
-
-
-class Interpolated(torch.autograd.Function):
-    """Atomic energies (n,) without bias, and the derivatives of their sum by the edges, (E, 3)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, model: DeepPotential, geometry: Geometry, nodes: Nodes, forces: bool, *weights: Tensor
-    ) -> Any:
-        descriptor = model.descriptor
-        types, axis = range(descriptor.num_types), descriptor.architecture.axis_neuron
-        s = torch.linspace(0, nodes.last, nodes.number, dtype=geometry.edges.dtype, device=geometry.edges.device)
-        inputs = ((s - descriptor.davg[:, :1]) / descriptor.dstd[:, :1]).unsqueeze(-1)  # (C, K, 1)
-        embedding = Pass([descriptor._embedding(center, neighbor) for center in types for neighbor in types])
-        values = embedding.forward(inputs.repeat_interleave(len(types), 0)).view(
-            len(types), -1, descriptor.architecture.neuron[-1]
-        )
-        atomic, by_moment, by_product, moments, fittings = [], [], [], [], []
-        for center, c in enumerate(geometry.coefficients.split(geometry.counts)):
-            t = (c.view(4 * len(c), values.shape[1]) @ values[center]).view(len(c), 4, values.shape[2])
-            fitting = Pass([model.fittings[center]])  # type: ignore[list-item]
-            d = torch.bmm(t.mT, t[:, :, :axis])
-            atomic.append(fitting.forward(d.view(1, len(c), descriptor.num_outputs)).view(-1))
-            moments.append(t)
-            fittings.append(fitting)
-            if forces:
-                d_bar = fitting.backward(t.new_ones(1, len(c), 1)).view(d.shape)
-                by_product.append(d_bar)
-                by_moment.append(_product_bar(t, d_bar, axis))
-        by_edge = geometry.edges.new_zeros(0, 3)
-        if forces:
-            y = [t_bar.view(4 * len(t_bar), values.shape[2]) @ n.T for t_bar, n in zip(by_moment, values, strict=True)]
-            by_edge = OPS.by_edge(torch.cat(y).view(geometry.coefficients.shape), *geometry.stencils)
-        ctx.weights, ctx.axis, ctx.geometry, ctx.forces = weights, axis, geometry, forces
-        ctx.saved = embedding, values, moments, fittings, by_moment, by_product
-        result = torch.empty_like(geometry.coefficients[:, 0, 0, 0])
-        result[geometry.order] = torch.cat(atomic)
-        return result, by_edge
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_energy: Tensor, by_edge: Tensor) -> Any:
-        geometry: Geometry = ctx.geometry
-        embedding, values, moments, fittings, by_moment, by_product = ctx.saved
-        found: dict[int, Tensor] = {}
-
-        def note(part: Pass, gradients: Sequence[Tensor]) -> None:
-            for number, parameters in enumerate(part.parameters()):
-                for p, gradient in zip(parameters, gradients, strict=True):
-                    own = gradient[number].view(p.shape)
-                    found[id(p)] = found[id(p)] + own if id(p) in found else own
-
-        coefficients = geometry.coefficients.split(geometry.counts)
-        energies = by_energy[geometry.order].split(geometry.counts)
-        if ctx.forces:
-            shape = geometry.coefficients.shape
-            along = OPS.along(by_edge.contiguous(), *geometry.stencils, *shape[2:]).split(geometry.counts)
-        values_bar = torch.zeros_like(values)
-        for center, (t, fitting, c) in enumerate(zip(moments, fittings, coefficients, strict=True)):
-            if not len(c):
-                continue
-            y_bar, flat = energies[center].view(1, -1, 1), c.view(4 * len(c), -1)
-            if not ctx.forces:
-                d_bar, gradients = fitting.gradients(y_bar)
-                t_bar = _product_bar(t, d_bar.view(len(c), t.shape[2], -1), ctx.axis)
-                torch.mm(flat.T, t_bar.view(4 * len(c), -1), out=values_bar[center])
-            else:
-                c_dot = along[center].view(4 * len(c), -1)
-                t_dot = (c_dot @ values[center]).view(t.shape)
-                d_dot = torch.bmm(t_dot.mT, t[:, :, : ctx.axis]).baddbmm_(t.mT, t_dot[:, :, : ctx.axis])
-                fitting.tangents = []
-                fitting.forward_along(d_dot.view(1, len(c), -1))
-                d_bar, gradients = fitting.gradients(y_bar, torch.ones_like(y_bar))
-                t_bar = _product_bar(t, d_bar.view(d_dot.shape), ctx.axis)
-                t_bar += _product_bar(t_dot, by_product[center], ctx.axis)
-                torch.mm(flat.T, t_bar.view(4 * len(c), -1), out=values_bar[center])
-                values_bar[center].addmm_(c_dot.T, by_moment[center].view(4 * len(c), -1))
-            note(fitting, gradients)
-        number = len(embedding.networks)
-        _, gradients = embedding.gradients(values_bar.view(number, -1, values.shape[-1]), inputs=False)
-        note(embedding, gradients)
-        return None, None, None, None, *(found.get(id(p)) for p in ctx.weights)
+    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), gradients, strict=True)]
+    return prediction.forces.detach(), torch.cat([g.flatten() for g in flat])

@@ -1,0 +1,330 @@
+// The edges of a frame on the table, on a CPU. A worker has whole atoms, whose edges are next to each other, so nothing
+// is shared and the bits are the same with any number of workers. An edge touches 4 x 8 coefficients. Of its eight
+// polynomials and their slopes it stores none: they are a few products from `where`.
+
+#include "edges.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "lanes.h"
+
+namespace rlekf::cpu {
+namespace {
+
+static_assert(kStencil == kLanes);
+constexpr double kMiddle = (kStencil - 1) / 2.0;
+
+/// [d][j]: the coefficient of u^d in the polynomial that is 1 at node j and 0 at the other ones; u = where - kMiddle.
+struct Polynomials {
+  alignas(64) double coefficient[kStencil][kStencil] = {};
+  constexpr Polynomials() {
+    for (int j = 0; j < kStencil; ++j) {
+      double product[kStencil + 1] = {1}, denominator = 1;
+      int degree = 0;
+      for (int i = 0; i < kStencil; ++i) {
+        if (i == j) continue;
+        denominator *= j - i;
+        ++degree;
+        for (int d = degree; d >= 0; --d) product[d] = (d > 0 ? product[d - 1] : 0) - (i - kMiddle) * product[d];
+      }
+      for (int d = 0; d < kStencil; ++d) coefficient[d][j] = product[d] / denominator;
+    }
+  }
+};
+constexpr Polynomials kPolynomials;
+
+/// The eight polynomials at `where`, and their derivatives by it.
+RLEKF_INLINE void interpolate(double where, Lanes& values, Lanes& slopes) {
+  const double u = where - kMiddle;
+  load(kPolynomials.coefficient[kStencil - 1], values);
+  slopes = Lanes{};
+#pragma GCC unroll 8
+  for (int d = kStencil - 2; d >= 0; --d) {
+    Lanes next;
+    load(kPolynomials.coefficient[d], next);
+    slopes = slopes * u + values;
+    values = values * u + next;
+  }
+}
+
+/// The sums of four vectors.
+RLEKF_INLINE void sums(const Lanes (&v)[4], double* totals) {
+  using Picks = int64_t __attribute__((vector_size(kLanes * sizeof(int64_t))));
+  const Lanes low = __builtin_shuffle(v[0], v[1], Picks{0, 8, 2, 10, 4, 12, 6, 14}) +
+                    __builtin_shuffle(v[0], v[1], Picks{1, 9, 3, 11, 5, 13, 7, 15});
+  const Lanes high = __builtin_shuffle(v[2], v[3], Picks{0, 8, 2, 10, 4, 12, 6, 14}) +
+                     __builtin_shuffle(v[2], v[3], Picks{1, 9, 3, 11, 5, 13, 7, 15});
+  const Lanes all = __builtin_shuffle(low, high, Picks{0, 1, 8, 9, 4, 5, 12, 13}) +
+                    __builtin_shuffle(low, high, Picks{2, 3, 10, 11, 6, 7, 14, 15});
+  for (int i = 0; i < 4; ++i) totals[i] = all[i] + all[i + 4];
+}
+
+template <typename Scalar>
+RLEKF_INLINE Edge<Scalar> edge_of(const Scalar* vector, double rcut, double rcut_smth, double per_step,
+                                  int64_t num_nodes, int64_t element) {
+  const double x = vector[0], y = vector[1], z = vector[2];
+  const double r = std::sqrt(x * x + y * y + z * z);
+  const double u = std::clamp((r - rcut_smth) / (rcut - rcut_smth), 0.0, 1.0);
+  const double smooth = u * u * u * (-6 * u * u + 15 * u - 10) + 1;
+  const double bent = u * (1 - u);
+  const double s = smooth / r;
+  const double t = s * per_step, highest = static_cast<double>(num_nodes - kStencil);
+  const double first = std::clamp(std::floor(t) - (kStencil / 2 - 1), 0.0, highest);
+  return {{static_cast<Scalar>(x / r), static_cast<Scalar>(y / r), static_cast<Scalar>(z / r)},
+          static_cast<Scalar>(r),
+          static_cast<Scalar>(s / r),
+          static_cast<Scalar>((-30 * bent * bent / (rcut - rcut_smth) - s) / r),
+          static_cast<Scalar>(t - first),
+          static_cast<Scalar>(static_cast<double>(element * num_nodes) + first)};
+}
+
+/// R / nnei.
+template <typename Scalar>
+RLEKF_INLINE void row_of(const Edge<Scalar>& edge, const RowScale<Scalar>& scale, double* row) {
+  const double s = static_cast<double>(edge.share) * static_cast<double>(edge.length);
+  row[0] = (s - static_cast<double>(scale.davg[0])) * scale.scale[0];
+  for (int c = 1; c < 4; ++c) {
+    row[c] = (s * static_cast<double>(edge.direction[c - 1]) - static_cast<double>(scale.davg[c])) * scale.scale[c];
+  }
+}
+
+template <typename Scalar>
+RLEKF_INLINE bool is_near(const Scalar* vector, double rcut) {
+  const double x = vector[0], y = vector[1], z = vector[2];
+  return x * x + y * y + z * z < rcut * rcut;
+}
+
+template <typename Scalar>
+RLEKF_INLINE void tabulate_atom(const FrameInputs<Scalar>& in, const RowScale<Scalar>& scale,
+                                const Normalization<Scalar>& normalization, const Geometry<Scalar>& geometry,
+                                int64_t atom) {
+  const int64_t num_nodes = geometry.num_nodes, stride = geometry.num_types * num_nodes;
+  Scalar* own = geometry.coefficients + atom * 4 * stride;
+  std::fill_n(own, 4 * stride, Scalar{});
+  // The slots are empty at first: s = 0, which is the first node. An edge fills one.
+  double empty[4];
+  for (int c = 0; c < 4; ++c) empty[c] = -static_cast<double>(scale.davg[c]) * scale.scale[c];
+  int64_t slots = 0;
+  for (int64_t element = 0; element < geometry.num_types; ++element) {
+    slots += in.slots[static_cast<size_t>(element)];
+  }
+  const int64_t from = geometry.order[atom];
+  const Scalar* vector = in.edges + 3 * from * slots;
+  const int64_t* neighbor = in.neighbors + from * slots;
+  int64_t e = geometry.first_edge[atom];
+  for (int64_t element = 0; element < geometry.num_types; ++element) {
+    int64_t num_empty = normalization.sel[static_cast<size_t>(element)];
+    for (int64_t slot = 0; slot < in.slots[static_cast<size_t>(element)]; ++slot, vector += 3, ++neighbor) {
+      if (!is_near(vector, in.rcut)) continue;
+      const Edge<Scalar> edge = edge_of(vector, in.rcut, in.rcut_smth, scale.per_step, num_nodes, element);
+      geometry.edges[e] = edge;
+      geometry.neighbor[e] = *neighbor;
+      ++e;
+      --num_empty;
+      double row[4];
+      row_of(edge, scale, row);
+      Lanes values, slopes, sum;
+      interpolate(static_cast<double>(edge.where), values, slopes);
+      Scalar* to = own + static_cast<int64_t>(edge.place);
+      for (int c = 0; c < 4; ++c, to += stride) {
+        load(to, sum);
+        store(to, sum + row[c] * values);
+      }
+    }
+    for (int c = 0; c < 4; ++c) {
+      own[c * stride + element * num_nodes] += static_cast<Scalar>(empty[c] * static_cast<double>(num_empty));
+    }
+  }
+}
+
+template <typename Scalar>
+RLEKF_INLINE void by_edge_of_atom(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t atom,
+                                  const Scalar* by_coefficient, Scalar* result) {
+  const int64_t stride = geometry.num_types * geometry.num_nodes;
+  for (int64_t e = geometry.first_edge[atom]; e < geometry.first_edge[atom + 1]; ++e, result += 3) {
+    const Edge<Scalar> edge = geometry.edges[e];
+    const Scalar* own = by_coefficient + static_cast<int64_t>(edge.place);
+    double row[4];
+    row_of(edge, scale, row);
+    Lanes values, slopes, y;
+    interpolate(static_cast<double>(edge.where), values, slopes);
+    // dE/d(edge) = radial d + share (b_1, b_2, b_3), with b_c the derivatives by the columns of the environment matrix
+    // and radial = slope (b_0 + dE/ds by the polynomials) + (slope - share) b·d: four sums over the stencil.
+    const double slope = static_cast<double>(edge.slope), share = static_cast<double>(edge.share);
+    Lanes by_slopes{}, by_values{}, parts[4];
+    for (int c = 0; c < 4; ++c, own += stride) {
+      load(own, y);
+      const double factor =
+          scale.scale[c] * (c == 0 ? slope : (slope - share) * static_cast<double>(edge.direction[c - 1]));
+      by_slopes += row[c] * y;
+      by_values += factor * y;
+      if (c > 0) parts[c] = (share * scale.scale[c]) * (y * values);
+    }
+    parts[0] = by_values * values + (scale.per_step * slope) * (by_slopes * slopes);
+    double total[4];
+    sums(parts, total);
+    for (int a = 0; a < 3; ++a) {
+      result[a] = static_cast<Scalar>(total[0] * static_cast<double>(edge.direction[a]) + total[a + 1]);
+    }
+  }
+}
+
+/// Edge `step` of an atom's `count` edges, in an order in which one does not follow another that is about as long: their
+/// stencils overlap, and a load waits for a store that it overlaps in part.
+RLEKF_INLINE int64_t scattered(int64_t step, int64_t count) {
+  const int64_t quarter = count / 4;
+  return step < 4 * quarter ? step % 4 * quarter + step / 4 : step;
+}
+
+template <typename Scalar>
+RLEKF_INLINE void along_of_atom(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t atom,
+                                const Factors<Scalar>& factors, Scalar* own) {
+  const int64_t stride = geometry.num_types * geometry.num_nodes, from = geometry.order[atom];
+  std::fill_n(own, 4 * stride, Scalar{});
+  const Scalar* start = factors.forces + 3 * from;
+  const Scalar* virial = factors.virials + 9 * geometry.structure[from];
+  const int64_t first = geometry.first_edge[atom], count = geometry.first_edge[atom + 1] - first;
+  for (int64_t step = 0; step < count; ++step) {
+    const int64_t e = first + scattered(step, count);
+    const Edge<Scalar> edge = geometry.edges[e];
+    const Scalar* end = factors.forces + 3 * geometry.neighbor[e];
+    // The force on an atom is the sum of dE/d(edge) of the edges that leave it, less that of those that reach it; the
+    // virial is the sum of -edge dE/d(edge)ᵀ.
+    double d[3], moved[3], inner = 0;
+    for (int a = 0; a < 3; ++a) d[a] = static_cast<double>(edge.direction[a]);
+    for (int a = 0; a < 3; ++a) {
+      const double strain = d[0] * static_cast<double>(virial[a]) + d[1] * static_cast<double>(virial[3 + a]) +
+                            d[2] * static_cast<double>(virial[6 + a]);
+      moved[a] = static_cast<double>(start[a]) - static_cast<double>(end[a]) - static_cast<double>(edge.length) * strain;
+      inner += moved[a] * d[a];
+    }
+    const double slope = static_cast<double>(edge.slope), share = static_cast<double>(edge.share);
+    const double s_dot = slope * inner;
+    double row[4], row_dot[4] = {s_dot * scale.scale[0]};
+    for (int a = 0; a < 3; ++a) {
+      row_dot[a + 1] = ((slope - share) * inner * d[a] + share * moved[a]) * scale.scale[a + 1];
+    }
+    row_of(edge, scale, row);
+    Lanes values, slopes, total;
+    interpolate(static_cast<double>(edge.where), values, slopes);
+    slopes *= s_dot * scale.per_step;
+    Scalar* to = own + static_cast<int64_t>(edge.place);
+    for (int c = 0; c < 4; ++c, to += stride) {
+      load(to, total);
+      store(to, total + row_dot[c] * values + row[c] * slopes);
+    }
+  }
+}
+
+template <typename Scalar>
+struct Tabulated {
+  const FrameInputs<Scalar>& inputs;
+  const Normalization<Scalar>& normalization;
+  const Geometry<Scalar>& geometry;
+};
+
+// target_clones takes no templates.
+#define RLEKF_FOR_SCALAR(Scalar)                                                                                      \
+  RLEKF_EVERY_ISA void tabulate_atoms(const Tabulated<Scalar>& t, const RowScale<Scalar>& scale, int64_t begin,       \
+                                      int64_t end) {                                                                  \
+    for (int64_t a = begin; a < end; ++a) tabulate_atom(t.inputs, scale, t.normalization, t.geometry, a);             \
+  }                                                                                                                   \
+  RLEKF_EVERY_ISA void by_edge_of_atoms(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale,              \
+                                        int64_t begin, int64_t end, const ByEdge<Scalar>& by) {                       \
+    const int64_t size = 4 * geometry.num_types * geometry.num_nodes;                                                 \
+    for (int64_t a = begin; a < end; ++a) {                                                                           \
+      by_edge_of_atom(geometry, scale, a, by.by_coefficient + (a - begin) * size,                                     \
+                      by.by_edge + 3 * (geometry.first_edge[a] - geometry.first_edge[begin]));                        \
+    }                                                                                                                 \
+  }                                                                                                                   \
+  RLEKF_EVERY_ISA void along_of_atoms(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t begin, \
+                                      int64_t end, const Factors<Scalar>& factors, Scalar* coefficients) {            \
+    const int64_t size = 4 * geometry.num_types * geometry.num_nodes;                                                 \
+    for (int64_t a = begin; a < end; ++a) {                                                                           \
+      along_of_atom(geometry, scale, a, factors, coefficients + (a - begin) * size);                                  \
+    }                                                                                                                 \
+  }
+RLEKF_FOR_SCALAR(double)
+RLEKF_FOR_SCALAR(float)
+
+}  // namespace
+
+template <typename Scalar>
+RowScale<Scalar> row_scale(const Normalization<Scalar>& normalization, const Geometry<Scalar>& geometry,
+                           int64_t element) {
+  int64_t num_slots = 0;
+  for (const int64_t sel : normalization.sel) num_slots += sel;
+  RowScale<Scalar> result{normalization.davg + 4 * element, {}, 0};
+  for (int c = 0; c < 4; ++c) {
+    result.scale[c] = 1 / (static_cast<double>(normalization.dstd[4 * element + c]) * static_cast<double>(num_slots));
+  }
+  result.per_step = static_cast<double>(geometry.num_nodes - 1) / normalization.last;
+  return result;
+}
+
+void by_edge(const Geometry<double>& geometry, const RowScale<double>& scale, int64_t begin, int64_t end,
+             const ByEdge<double>& by) {
+  by_edge_of_atoms(geometry, scale, begin, end, by);
+}
+void by_edge(const Geometry<float>& geometry, const RowScale<float>& scale, int64_t begin, int64_t end,
+             const ByEdge<float>& by) {
+  by_edge_of_atoms(geometry, scale, begin, end, by);
+}
+void along(const Geometry<double>& geometry, const RowScale<double>& scale, int64_t begin, int64_t end,
+           const Factors<double>& factors, double* coefficients) {
+  along_of_atoms(geometry, scale, begin, end, factors, coefficients);
+}
+void along(const Geometry<float>& geometry, const RowScale<float>& scale, int64_t begin, int64_t end,
+           const Factors<float>& factors, float* coefficients) {
+  along_of_atoms(geometry, scale, begin, end, factors, coefficients);
+}
+
+template <typename Scalar>
+void sort_atoms(const FrameInputs<Scalar>& inputs, const Geometry<Scalar>& geometry) {
+  std::fill_n(geometry.first_atom, geometry.num_types + 1, 0);
+  for (int64_t a = 0; a < inputs.num_atoms; ++a) ++geometry.first_atom[inputs.types[a] + 1];
+  for (int64_t t = 0; t < geometry.num_types; ++t) geometry.first_atom[t + 1] += geometry.first_atom[t];
+  std::vector<int64_t> next(geometry.first_atom, geometry.first_atom + geometry.num_types);
+  for (int64_t a = 0; a < inputs.num_atoms; ++a) geometry.order[next[static_cast<size_t>(inputs.types[a])]++] = a;
+  int64_t slots = 0;
+  for (const int64_t count : inputs.slots) slots += count;
+  geometry.first_edge[0] = 0;
+  for (int64_t a = 0; a < inputs.num_atoms; ++a) {
+    int64_t count = 0;
+    const Scalar* vector = inputs.edges + 3 * geometry.order[a] * slots;
+    for (int64_t slot = 0; slot < slots; ++slot) count += is_near(vector + 3 * slot, inputs.rcut);
+    geometry.first_edge[a + 1] = geometry.first_edge[a] + count;
+  }
+}
+
+template <typename Scalar>
+void tabulate(const FrameInputs<Scalar>& inputs, const Normalization<Scalar>& normalization,
+              const Geometry<Scalar>& geometry, const Parallel& parallel) {
+  const Tabulated<Scalar> all{inputs, normalization, geometry};
+  parallel.run(parallel.num_workers, [&](int64_t worker) {
+    for (int64_t t = 0; t < geometry.num_types; ++t) {
+      const int64_t first = geometry.first_atom[t], count = geometry.first_atom[t + 1] - first;
+      tabulate_atoms(all, row_scale(normalization, geometry, t), first + worker * count / parallel.num_workers,
+                     first + (worker + 1) * count / parallel.num_workers);
+    }
+  });
+  std::fill_n(geometry.first_incoming, geometry.num_atoms + 1, 0);
+  for (int64_t e = 0; e < geometry.num_edges; ++e) ++geometry.first_incoming[geometry.neighbor[e] + 1];
+  for (int64_t a = 0; a < geometry.num_atoms; ++a) geometry.first_incoming[a + 1] += geometry.first_incoming[a];
+  std::vector<int64_t> next(geometry.first_incoming, geometry.first_incoming + geometry.num_atoms);
+  for (int64_t e = 0; e < geometry.num_edges; ++e) {
+    geometry.incoming[next[static_cast<size_t>(geometry.neighbor[e])]++] = e;
+  }
+}
+
+#define RLEKF_INSTANTIATE(Scalar)                                                                                    \
+  template RowScale<Scalar> row_scale(const Normalization<Scalar>&, const Geometry<Scalar>&, int64_t);               \
+  template void sort_atoms(const FrameInputs<Scalar>&, const Geometry<Scalar>&);                                     \
+  template void tabulate(const FrameInputs<Scalar>&, const Normalization<Scalar>&, const Geometry<Scalar>&,          \
+                         const Parallel&);
+RLEKF_INSTANTIATE(double)
+RLEKF_INSTANTIATE(float)
+
+}  // namespace rlekf::cpu

@@ -1,0 +1,39 @@
+// The edges of a frame on the table, atom by atom.
+
+#pragma once
+
+#include "../network.h"
+
+namespace rlekf::cpu {
+
+/// R / nnei of an edge is (matrix - davg) scale, for a center of some element.
+template <typename Scalar>
+struct RowScale {
+  const Scalar* davg;  // (4)
+  double scale[4];
+  double per_step;  // nodes per unit of s
+};
+
+template <typename Scalar>
+RowScale<Scalar> row_scale(const Normalization<Scalar>& normalization, const Geometry<Scalar>& geometry,
+                           int64_t element);
+
+/// For atoms [begin, end) of one element, derivatives by the coefficients (4, T, K) of each -> by_edge (3) of all their
+/// edges, starting with the first edge of the atom `begin`.
+template <typename Scalar>
+struct ByEdge {
+  const Scalar* by_coefficient;
+  Scalar* by_edge;
+};
+
+void by_edge(const Geometry<double>&, const RowScale<double>&, int64_t begin, int64_t end, const ByEdge<double>&);
+void by_edge(const Geometry<float>&, const RowScale<float>&, int64_t begin, int64_t end, const ByEdge<float>&);
+
+/// For atoms [begin, end) of one element: coefficients (4, T, K) of each <- their derivatives in a sum with these factors
+/// of forces and virials.
+void along(const Geometry<double>&, const RowScale<double>&, int64_t begin, int64_t end, const Factors<double>&,
+           double* coefficients);
+void along(const Geometry<float>&, const RowScale<float>&, int64_t begin, int64_t end, const Factors<float>&,
+           float* coefficients);
+
+}  // namespace rlekf::cpu

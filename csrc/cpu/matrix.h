@@ -1,0 +1,39 @@
+// Small dense products and what goes with them, by 64-byte vectors of float or double, for every instruction set.
+
+#pragma once
+
+#include <cstdint>
+
+namespace rlekf::cpu {
+
+/// Numbers of type Scalar in a vector.
+template <typename Scalar>
+constexpr int64_t kWidth = 64 / static_cast<int64_t>(sizeof(Scalar));
+
+template <typename Scalar>
+constexpr int64_t padded(int64_t size) {
+  return (size + kWidth<Scalar> - 1) / kWidth<Scalar> * kWidth<Scalar>;
+}
+
+/// out(r, v) = initial(r) + sum_k a(r, k) b(k, v) for vectors v, plus what is there already if `accumulate`.
+template <typename Scalar>
+struct Product {
+  int64_t rows, inner, vectors;
+  const Scalar* a;
+  int64_t a_row, a_inner;  // strides
+  const Scalar* b;
+  int64_t b_inner, b_vector;
+  Scalar* out;
+  int64_t out_row, out_vector;
+  const Scalar* initial = nullptr;  // (rows), or null
+  bool accumulate = false;
+};
+
+void multiply(const Product<double>& product);
+void multiply(const Product<float>& product);
+
+/// x <- tanh(x), of whole vectors.
+void tanh_all(double* x, int64_t size);
+void tanh_all(float* x, int64_t size);
+
+}  // namespace rlekf::cpu

@@ -1,0 +1,588 @@
+// The network on a table, on a CPU.
+//
+// Ideas, in order:
+//   1. What depends on the weights alone comes first: the embedding nets at the nodes. Then atoms, in blocks that stay
+//      in the second-level cache from the coefficients to the fitting net and back.
+//   2. In the descriptor and the fitting net eight atoms (sixteen in float32) lie side by side in a vector; padding atoms
+//      have no coefficients and no factor. So each of the small products of an atom is arithmetic on whole vectors.
+//   3. A worker has whole blocks and adds into derivatives of its own, which are added up in a fixed order. So the bits
+//      are the same on every run with the same number of workers.
+//   4. A direction in which atoms move needs no second derivative: with what predict() saved, the derivative of a force
+//      is one pass along it and one pass back.
+
+#include "../network.h"
+
+#include <algorithm>
+
+#include "edges.h"
+#include "lanes.h"
+#include "layers.h"
+#include "matrix.h"
+
+namespace rlekf::cpu {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 32;  // atoms of a block, or nodes
+
+template <typename Scalar>
+constexpr int64_t kUnitsAtOnce = kRowsAtOnce / kWidth<Scalar>;
+
+/// T (4, M) of U units: D = Tᵀ T_<, (M, M_<).
+template <typename Scalar>
+struct Moments {
+  int64_t units, size, axis;  // M, M_<
+  Panel<Scalar> t;
+};
+
+template <typename Scalar>
+RLEKF_INLINE void multiply_moments(const Moments<Scalar>& m, Panel<Scalar> d) {
+  constexpr int64_t kW = kWidth<Scalar>;
+  for (int64_t u = 0; u < m.units; ++u) {
+    const Scalar* t = m.t.data + u * m.t.stride;
+    Scalar* to = d.data + u * d.stride;
+    for (int64_t i = 0; i < m.size; ++i) {
+      Vector<Scalar> left[4];
+      for (int c = 0; c < 4; ++c) left[c] = read(t + (c * m.size + i) * kW);
+      for (int64_t j = 0; j < m.axis; ++j, to += kW) {
+        Vector<Scalar> total = left[0] * read(t + j * kW);
+        for (int c = 1; c < 4; ++c) total += left[c] * read(t + (c * m.size + j) * kW);
+        write<Scalar>(to, total);
+      }
+    }
+  }
+}
+
+template <typename Scalar>
+RLEKF_INLINE void multiply_moments_along(const Moments<Scalar>& m, Panel<Scalar> t_dot, Panel<Scalar> d_dot) {
+  constexpr int64_t kW = kWidth<Scalar>;
+  for (int64_t u = 0; u < m.units; ++u) {
+    const Scalar *t = m.t.data + u * m.t.stride, *dot = t_dot.data + u * t_dot.stride;
+    Scalar* to = d_dot.data + u * d_dot.stride;
+    for (int64_t i = 0; i < m.size; ++i) {
+      Vector<Scalar> left[4], left_dot[4];
+      for (int c = 0; c < 4; ++c) {
+        left[c] = read(t + (c * m.size + i) * kW);
+        left_dot[c] = read(dot + (c * m.size + i) * kW);
+      }
+      for (int64_t j = 0; j < m.axis; ++j, to += kW) {
+        Vector<Scalar> total{};
+        for (int c = 0; c < 4; ++c) {
+          total += left_dot[c] * read(t + (c * m.size + j) * kW) + left[c] * read(dot + (c * m.size + j) * kW);
+        }
+        write<Scalar>(to, total);
+      }
+    }
+  }
+}
+
+/// t_bar (+)= the derivative by T of <d_bar, Tᵀ T_<>.
+template <typename Scalar>
+RLEKF_INLINE void moments_back(const Moments<Scalar>& m, Panel<Scalar> d_bar, Panel<Scalar> t_bar, bool accumulate) {
+  constexpr int64_t kW = kWidth<Scalar>;
+  for (int64_t u = 0; u < m.units; ++u) {
+    const Scalar *t = m.t.data + u * m.t.stride, *bar = d_bar.data + u * d_bar.stride;
+    Scalar* to = t_bar.data + u * t_bar.stride;
+    if (!accumulate) std::fill_n(to, 4 * m.size * kW, Scalar{});
+    for (int64_t i = 0; i < m.size; ++i) {
+      Vector<Scalar> left[4], total[4];
+      for (int c = 0; c < 4; ++c) {
+        left[c] = read(t + (c * m.size + i) * kW);
+        total[c] = Vector<Scalar>{};
+      }
+      for (int64_t j = 0; j < m.axis; ++j, bar += kW) {
+        const Vector<Scalar> factor = read(bar);
+        for (int c = 0; c < 4; ++c) {
+          Scalar* right = to + (c * m.size + j) * kW;
+          total[c] += factor * read(t + (c * m.size + j) * kW);
+          write<Scalar>(right, read(right) + factor * left[c]);
+        }
+      }
+      for (int c = 0; c < 4; ++c) {
+        Scalar* own = to + (c * m.size + i) * kW;
+        write<Scalar>(own, read(own) + total[c]);
+      }
+    }
+  }
+}
+
+/// For `units` units of rows: panel (groups x numbers, kWidth) from flat rows, kWidth x groups of a unit, with numbers
+/// `pitch` apart; or the other way.
+template <bool kToPanel, typename Scalar>
+RLEKF_INLINE void exchange(int64_t units, int64_t groups, int64_t numbers, Panel<Scalar> panel, Scalar* flat,
+                           int64_t pitch) {
+  constexpr int64_t kW = kWidth<Scalar>;
+  for (int64_t u = 0; u < units; ++u) {
+    for (int64_t g = 0; g < groups; ++g) {
+      Scalar* rows = panel.data + u * panel.stride + g * numbers * kW;
+      Scalar* first = flat + (u * kW * groups + g) * pitch;
+      for (int64_t n = 0; n < numbers; ++n) {
+        for (int64_t lane = 0; lane < kW; ++lane) {
+          Scalar& one = rows[n * kW + lane];
+          Scalar& other = first[lane * groups * pitch + n];
+          if (kToPanel) one = other;
+          else other = one;
+        }
+      }
+    }
+  }
+}
+
+#define RLEKF_FOR_SCALAR(Scalar)                                                                                    \
+  RLEKF_EVERY_ISA void describe(const Moments<Scalar>& m, Panel<Scalar> d) { multiply_moments(m, d); }              \
+  RLEKF_EVERY_ISA void describe_along(const Moments<Scalar>& m, Panel<Scalar> t_dot, Panel<Scalar> d_dot) {         \
+    multiply_moments_along(m, t_dot, d_dot);                                                                        \
+  }                                                                                                                 \
+  RLEKF_EVERY_ISA void describe_back(const Moments<Scalar>& m, Panel<Scalar> d_bar, Panel<Scalar> t_bar, bool add) { \
+    moments_back(m, d_bar, t_bar, add);                                                                             \
+  }                                                                                                                 \
+  RLEKF_EVERY_ISA void to_panel(int64_t units, int64_t groups, int64_t numbers, Panel<Scalar> panel, Scalar* flat,  \
+                                int64_t pitch) {                                                                    \
+    exchange<true>(units, groups, numbers, panel, flat, pitch);                                                     \
+  }                                                                                                                 \
+  RLEKF_EVERY_ISA void from_panel(int64_t units, int64_t groups, int64_t numbers, Panel<Scalar> panel, Scalar* flat, \
+                                  int64_t pitch) {                                                                  \
+    exchange<false>(units, groups, numbers, panel, flat, pitch);                                                    \
+  }
+RLEKF_FOR_SCALAR(double)
+RLEKF_FOR_SCALAR(float)
+
+/// Hands out memory from a start, or only counts if there is none.
+template <typename Scalar>
+struct Arena {
+  Scalar* start;
+  int64_t used = 0;
+  Scalar* take(int64_t size) {
+    Scalar* taken = start ? start + used : nullptr;
+    used += padded<Scalar>(size);
+    return taken;
+  }
+};
+
+/// The places, in the record of a unit, of what is saved of a net.
+struct Places {
+  std::vector<int64_t> x, h, y_bar, z_bar;
+};
+
+template <typename Scalar>
+Places places_of(const Net<Scalar>& net, bool with_bars, int64_t& used) {
+  const auto take = [&](int64_t numbers) {
+    const int64_t place = used;
+    used += numbers * kWidth<Scalar>;
+    return place;
+  };
+  Places places;
+  for (size_t l = 0; l < net.size(); ++l) {
+    places.x.push_back(l > 0 ? take(net[l].inputs) : -1);  // that of the first layer is kept by the caller
+    places.h.push_back(take(net[l].outputs));
+    places.y_bar.push_back(with_bars ? take(net[l].outputs) : -1);
+    places.z_bar.push_back(with_bars ? take(net[l].outputs) : -1);
+  }
+  return places;
+}
+
+template <typename Scalar>
+Traces<Scalar> traces_of(const Places& places, Panel<Scalar> record, Panel<Scalar> x) {
+  const auto at = [&](int64_t place) {
+    return place < 0 ? Panel<Scalar>{} : Panel<Scalar>{record.data + place, record.stride};
+  };
+  Traces<Scalar> traces(places.h.size());
+  for (size_t l = 0; l < traces.size(); ++l) {
+    traces[l].x = l > 0 ? at(places.x[l]) : x;
+    traces[l].h = at(places.h[l]);
+    traces[l].y_bar = at(places.y_bar[l]);
+    traces[l].z_bar = at(places.z_bar[l]);
+  }
+  return traces;
+}
+
+/// Sizes of a network and a frame, and where predict() saves what.
+template <typename Scalar>
+struct Plan {
+  static constexpr int64_t kW = kWidth<Scalar>;
+
+  Plan(const Network<Scalar>& net, const Geometry<Scalar>& geometry, bool with_forces)
+      : network(net),
+        frame(geometry),
+        forces(with_forces),
+        num_types(geometry.num_types),
+        num_values(net.num_values()),
+        pitch(padded<Scalar>(num_values)),
+        num_columns(num_types * geometry.num_nodes),
+        num_outputs(num_values * net.axis),
+        node_units(geometry.num_nodes / kW) {
+    for (int64_t t = 0; t < num_types; ++t) {
+      first_unit.push_back(num_units);
+      num_units += (geometry.first_atom[t + 1] - geometry.first_atom[t] + kW - 1) / kW;
+    }
+    first_unit.push_back(num_units);
+    node_x = 0;
+    node_record = kW;
+    node_places = places_of(net.embeddings[0], false, node_record);
+    node_y = node_record;
+    node_record += num_values * kW;
+    atom_record = 4 * num_values * kW;
+    atom_places = places_of(net.fittings[0], forces, atom_record);
+    atom_d_bar = atom_record;
+    if (forces) atom_record += num_outputs * kW;
+    Arena<Scalar> arena{nullptr};
+    arena.take(num_types * num_types * node_units * node_record);
+    values = arena.used;
+    arena.take(num_types * num_columns * pitch);
+    atoms = arena.used;
+    arena.take(num_units * atom_record);
+    t_bar = arena.used;
+    if (forces) arena.take(geometry.num_atoms * 4 * pitch);
+    saved_size = arena.used;
+  }
+
+  Panel<Scalar> nodes(Scalar* saved, int64_t pair, int64_t unit) const {
+    return {saved + (pair * node_units + unit) * node_record, node_record};
+  }
+  Panel<Scalar> atoms_from(Scalar* saved, int64_t unit) const {
+    return {saved + atoms + unit * atom_record, atom_record};
+  }
+
+  const Network<Scalar>& network;
+  const Geometry<Scalar>& frame;
+  bool forces;
+  int64_t num_types, num_values, pitch, num_columns, num_outputs, node_units;
+  int64_t num_units = 0;
+  std::vector<int64_t> first_unit;  // of each element
+  int64_t node_x, node_y, node_record, atom_d_bar, atom_record;
+  Places node_places, atom_places;
+  int64_t values, atoms, t_bar, saved_size;
+};
+
+/// Some units of atoms of one element.
+struct AtomBlock {
+  int64_t element, unit, units, atom, atoms;
+};
+
+/// Calls function(block) for the share of the atoms that a worker has.
+template <typename Scalar, typename Function>
+void over_atoms(const Plan<Scalar>& plan, int64_t worker, int64_t num_workers, const Function& function) {
+  const int64_t begin = worker * plan.num_units / num_workers, end = (worker + 1) * plan.num_units / num_workers;
+  for (int64_t t = 0; t < plan.num_types; ++t) {
+    const auto at = static_cast<size_t>(t);
+    int64_t unit = std::max(begin, plan.first_unit[at]);
+    const int64_t last = std::min(end, plan.first_unit[at + 1]), count = last - unit;
+    if (count <= 0) continue;
+    const int64_t blocks = (count + kUnitsAtOnce<Scalar> - 1) / kUnitsAtOnce<Scalar>;
+    const int64_t step = (count + blocks - 1) / blocks;
+    for (; unit < last; unit += step) {
+      const int64_t units = std::min(step, last - unit);
+      const int64_t atom = plan.frame.first_atom[t] + (unit - plan.first_unit[at]) * kWidth<Scalar>;
+      function(AtomBlock{t, unit, units, atom, std::min(units * kWidth<Scalar>, plan.frame.first_atom[t + 1] - atom)});
+    }
+  }
+}
+
+/// The nodes of the net of one pair of elements, a few units at once.
+struct NodeBlock {
+  int64_t pair, unit, units;
+};
+
+template <typename Scalar>
+int64_t num_node_blocks(const Plan<Scalar>& plan) {
+  const int64_t per_net = (plan.node_units + kUnitsAtOnce<Scalar> - 1) / kUnitsAtOnce<Scalar>;
+  return plan.num_types * plan.num_types * per_net;
+}
+
+template <typename Scalar>
+NodeBlock node_block(const Plan<Scalar>& plan, int64_t i) {
+  const int64_t per_net = (plan.node_units + kUnitsAtOnce<Scalar> - 1) / kUnitsAtOnce<Scalar>;
+  const int64_t unit = i % per_net * kUnitsAtOnce<Scalar>;
+  return {i / per_net, unit, std::min(kUnitsAtOnce<Scalar>, plan.node_units - unit)};
+}
+
+/// What a worker needs beside what is saved.
+template <typename Scalar>
+struct Desk {
+  Desk(const Plan<Scalar>& plan, Scalar* start) {
+    constexpr int64_t kW = kWidth<Scalar>;
+    const int64_t units = kUnitsAtOnce<Scalar>, rows = units * kW;
+    const Net<Scalar>& net = plan.network.fittings[0];
+    Arena<Scalar> arena{start};
+    const auto panel = [&](int64_t numbers) { return Panel<Scalar>{arena.take(units * numbers * kW), numbers * kW}; };
+    flat = arena.take(rows * 4 * plan.pitch);
+    columns = arena.take(rows * 4 * plan.num_columns);
+    d = panel(plan.num_outputs);
+    d_dot = panel(plan.num_outputs);
+    d_bar = panel(plan.num_outputs);
+    t_bar = panel(4 * plan.num_values);
+    t_dot = panel(4 * plan.num_values);
+    y = panel(std::max(widest(net), widest(plan.network.embeddings[0])));
+    for (size_t l = 0; l < net.size(); ++l) {
+      x_dot.push_back(l > 0 ? panel(net[l].inputs) : d_dot);
+      z_dot.push_back(panel(net[l].outputs));
+    }
+    net_scratch =
+        arena.take(std::max(reverse_scratch(net, units), reverse_scratch(plan.network.embeddings[0], units)));
+    node_values_bar = arena.take(plan.num_types * plan.num_columns * plan.pitch);
+    by_embedding = padded_size(plan.network.embeddings[0]);
+    by_fitting = padded_size(net);
+    embedding_bar = arena.take(static_cast<int64_t>(plan.network.embeddings.size()) * by_embedding);
+    fitting_bar = arena.take(plan.num_types * by_fitting);
+    first_bar = node_values_bar;
+    bar_size = arena.used - (first_bar - start);
+    size = arena.used;
+  }
+
+  Scalar *flat, *columns;  // (atoms, 4, pitch), (atoms, 4, T, K)
+  Panel<Scalar> d, d_dot, d_bar, t_bar, t_dot, y;
+  std::vector<Panel<Scalar>> x_dot, z_dot;
+  Scalar* net_scratch;
+  Scalar *first_bar, *node_values_bar, *embedding_bar, *fitting_bar;  // sums: (T, T K, pitch), padded gradients
+  int64_t by_embedding, by_fitting, bar_size, size;
+};
+
+/// flat (atoms, 4, pitch) = C values, and as a panel.
+template <typename Scalar>
+void moments_of(const Plan<Scalar>& plan, const AtomBlock& block, const Scalar* coefficients, const Scalar* values,
+                Scalar* flat, Panel<Scalar> t) {
+  constexpr int64_t kW = kWidth<Scalar>;
+  multiply(Product<Scalar>{4 * block.atoms, plan.num_columns, plan.pitch / kW, coefficients, plan.num_columns, 1,
+                           values + block.element * plan.num_columns * plan.pitch, plan.pitch, kW, flat, plan.pitch,
+                           kW});
+  std::fill(flat + 4 * block.atoms * plan.pitch, flat + 4 * block.units * kW * plan.pitch, Scalar{});
+  to_panel(block.units, 4, plan.num_values, t, flat, plan.pitch);
+}
+
+template <typename Scalar>
+void predict_nodes(const Plan<Scalar>& plan, const NodeBlock& block, Scalar* saved) {
+  constexpr int64_t kW = kWidth<Scalar>;
+  const int64_t center = block.pair / plan.num_types, neighbor = block.pair % plan.num_types;
+  const Normalization<Scalar>& normal = plan.network.normalization;
+  const Panel<Scalar> record = plan.nodes(saved, block.pair, block.unit);
+  const double per_node = normal.last / static_cast<double>(plan.frame.num_nodes - 1);
+  const double mean = normal.davg[4 * center], deviation = normal.dstd[4 * center];
+  for (int64_t u = 0; u < block.units; ++u) {
+    for (int64_t lane = 0; lane < kW; ++lane) {
+      const double s = static_cast<double>((block.unit + u) * kW + lane) * per_node;
+      record.data[u * record.stride + plan.node_x + lane] = static_cast<Scalar>((s - mean) / deviation);
+    }
+  }
+  const Panel<Scalar> y{record.data + plan.node_y, record.stride};
+  const Panel<Scalar> x{record.data + plan.node_x, record.stride};
+  forward(plan.network.embedding(center, neighbor), block.units, traces_of(plan.node_places, record, x), y);
+  const int64_t row = center * plan.num_columns + neighbor * plan.frame.num_nodes + block.unit * kW;
+  Scalar* to = saved + plan.values + row * plan.pitch;
+  std::fill_n(to, block.units * kW * plan.pitch, Scalar{});
+  from_panel(block.units, 1, plan.num_values, y, to, plan.pitch);
+}
+
+template <typename Scalar>
+void predict_atoms(const Plan<Scalar>& plan, const AtomBlock& block, const Desk<Scalar>& desk,
+                   const Prediction<Scalar>& result, Scalar* by_edges) {
+  constexpr int64_t kW = kWidth<Scalar>;
+  const Net<Scalar>& net = plan.network.fittings[static_cast<size_t>(block.element)];
+  const Panel<Scalar> record = plan.atoms_from(result.saved, block.unit);
+  const int64_t size = 4 * plan.num_columns;
+  moments_of(plan, block, plan.frame.coefficients + block.atom * size, result.saved + plan.values, desk.flat, record);
+  const Moments<Scalar> moments{block.units, plan.num_values, plan.network.axis, record};
+  describe(moments, desk.d);
+  const Traces<Scalar> traces = traces_of(plan.atom_places, record, desk.d);
+  forward(net, block.units, traces, desk.y);
+  for (int64_t i = 0; i < block.atoms; ++i) {
+    result.energies[plan.frame.order[block.atom + i]] = desk.y.data[i / kW * desk.y.stride + i % kW];
+  }
+  if (!plan.forces) return;
+  const Panel<Scalar> y_bar = traces.back().y_bar;
+  for (int64_t i = 0; i < block.units * kW; ++i) y_bar.data[i / kW * y_bar.stride + i % kW] = i < block.atoms ? 1 : 0;
+  const Panel<Scalar> d_bar{record.data + plan.atom_d_bar, record.stride};
+  backward(net, block.units, traces, d_bar);
+  describe_back(moments, d_bar, desk.t_bar, false);
+  from_panel(block.units, 4, plan.num_values, desk.t_bar, desk.flat, plan.pitch);
+  std::copy_n(desk.flat, 4 * block.atoms * plan.pitch, result.saved + plan.t_bar + 4 * block.atom * plan.pitch);
+  for (int64_t t = 0; t < plan.num_types; ++t) {
+    const Panel<Scalar> nodes = plan.nodes(result.saved, block.element * plan.num_types + t, 0);
+    multiply(Product<Scalar>{4 * block.atoms, plan.num_values, plan.node_units, desk.flat, plan.pitch, 1,
+                             nodes.data + plan.node_y, kW, nodes.stride, desk.columns + t * plan.frame.num_nodes,
+                             plan.num_columns, kW});
+  }
+  by_edge(plan.frame, row_scale(plan.network.normalization, plan.frame, block.element), block.atom,
+          block.atom + block.atoms, {desk.columns, by_edges + 3 * plan.frame.first_edge[block.atom]});
+}
+
+/// Forces of the sorted atoms [begin, end), and what their edges add to the virials.
+template <typename Scalar>
+void add_edges(const Geometry<Scalar>& frame, const Scalar* by_edges, int64_t begin, int64_t end, Scalar* forces,
+               Scalar* virials) {
+  for (int64_t atom = begin; atom < end; ++atom) {
+    const int64_t own = frame.order[atom];
+    double total[3] = {}, virial[9] = {};
+    for (int64_t e = frame.first_edge[atom]; e < frame.first_edge[atom + 1]; ++e) {
+      for (int a = 0; a < 3; ++a) total[a] += static_cast<double>(by_edges[3 * e + a]);
+      if (!virials) continue;
+      const Edge<Scalar>& edge = frame.edges[e];
+      for (int i = 0; i < 9; ++i) {
+        const double along = static_cast<double>(edge.length) * static_cast<double>(edge.direction[i / 3]);
+        virial[i] -= along * static_cast<double>(by_edges[3 * e + i % 3]);
+      }
+    }
+    for (int64_t i = frame.first_incoming[own]; i < frame.first_incoming[own + 1]; ++i) {
+      for (int a = 0; a < 3; ++a) total[a] -= static_cast<double>(by_edges[3 * frame.incoming[i] + a]);
+    }
+    for (int a = 0; a < 3; ++a) forces[3 * own + a] = static_cast<Scalar>(total[a]);
+    for (int i = 0; virials && i < 9; ++i) virials[9 * frame.structure[own] + i] += static_cast<Scalar>(virial[i]);
+  }
+}
+
+template <typename Scalar>
+void gradients_of_atoms(const Plan<Scalar>& plan, const AtomBlock& block, const Desk<Scalar>& desk, Scalar* saved,
+                        const Factors<Scalar>& factors) {
+  constexpr int64_t kW = kWidth<Scalar>;
+  const Net<Scalar>& net = plan.network.fittings[static_cast<size_t>(block.element)];
+  const Panel<Scalar> record = plan.atoms_from(saved, block.unit);
+  const int64_t size = 4 * plan.num_columns, rows = 4 * block.atoms;
+  const bool is_along = factors.forces != nullptr;
+  const Moments<Scalar> moments{block.units, plan.num_values, plan.network.axis, record};
+  const Moments<Scalar> moved{block.units, plan.num_values, plan.network.axis, desk.t_dot};
+  Traces<Scalar> traces = traces_of(plan.atom_places, record, desk.d);
+  describe(moments, desk.d);
+  if (is_along) {
+    along(plan.frame, row_scale(plan.network.normalization, plan.frame, block.element), block.atom,
+          block.atom + block.atoms, factors, desk.columns);
+    moments_of(plan, block, desk.columns, saved + plan.values, desk.flat, desk.t_dot);
+    describe_along(moments, desk.t_dot, desk.d_dot);
+    for (size_t l = 0; l < net.size(); ++l) {
+      traces[l].x_dot = desk.x_dot[l];
+      traces[l].z_dot = desk.z_dot[l];
+    }
+    forward_along(net, block.units, traces);
+  }
+  for (int64_t i = 0; i < block.units * kW; ++i) {
+    desk.y.data[i / kW * desk.y.stride + i % kW] =
+        i < block.atoms ? factors.energies[plan.frame.order[block.atom + i]] : 0;
+  }
+  reverse(net, block.units, traces, is_along, desk.y, desk.d_bar, desk.fitting_bar + block.element * desk.by_fitting,
+          desk.net_scratch);
+  describe_back(moments, desk.d_bar, desk.t_bar, false);
+  if (is_along) describe_back(moved, Panel<Scalar>{record.data + plan.atom_d_bar, record.stride}, desk.t_bar, true);
+  from_panel(block.units, 4, plan.num_values, desk.t_bar, desk.flat, plan.pitch);
+  Scalar* to = desk.node_values_bar + block.element * plan.num_columns * plan.pitch;
+  Product<Scalar> product{plan.num_columns, rows, plan.pitch / kW, plan.frame.coefficients + block.atom * size, 1,
+                          plan.num_columns, desk.flat, plan.pitch, kW, to, plan.pitch, kW, nullptr, true};
+  multiply(product);
+  if (is_along) {
+    product.a = desk.columns;
+    product.b = saved + plan.t_bar + 4 * block.atom * plan.pitch;
+    multiply(product);
+  }
+}
+
+template <typename Scalar>
+void gradients_of_nodes(const Plan<Scalar>& plan, const NodeBlock& block, const Desk<Scalar>& desk,
+                        const std::vector<Desk<Scalar>>& desks, Scalar* saved) {
+  constexpr int64_t kW = kWidth<Scalar>;
+  const int64_t center = block.pair / plan.num_types, neighbor = block.pair % plan.num_types;
+  const int64_t row = center * plan.num_columns + neighbor * plan.frame.num_nodes + block.unit * kW;
+  const int64_t count = block.units * kW * plan.pitch;
+  Scalar* total = desk.flat;
+  std::copy_n(desks[0].node_values_bar + row * plan.pitch, count, total);
+  for (size_t other = 1; other < desks.size(); ++other) {
+    const Scalar* part = desks[other].node_values_bar + row * plan.pitch;
+    for (int64_t i = 0; i < count; ++i) total[i] += part[i];
+  }
+  to_panel(block.units, 1, plan.num_values, desk.y, total, plan.pitch);
+  const Panel<Scalar> record = plan.nodes(saved, block.pair, block.unit);
+  const Panel<Scalar> x{record.data + plan.node_x, record.stride};
+  const Net<Scalar>& net = plan.network.embedding(center, neighbor);
+  const int64_t number = &net - plan.network.embeddings.data();
+  reverse(net, block.units, traces_of(plan.node_places, record, x), false, desk.y, {},
+          desk.embedding_bar + number * desk.by_embedding, desk.net_scratch);
+}
+
+template <typename Scalar>
+std::vector<Desk<Scalar>> desks_of(const Plan<Scalar>& plan, Scalar* scratch, int64_t num_workers) {
+  std::vector<Desk<Scalar>> desks;
+  for (int64_t w = 0; w < num_workers; ++w) {
+    desks.emplace_back(plan, scratch);
+    scratch += desks.back().size;
+  }
+  return desks;
+}
+
+}  // namespace
+
+template <typename Scalar>
+int64_t saved_size(const Network<Scalar>& network, const Geometry<Scalar>& geometry, bool forces) {
+  return Plan<Scalar>(network, geometry, forces).saved_size;
+}
+
+template <typename Scalar>
+int64_t scratch_size(const Network<Scalar>& network, const Geometry<Scalar>& geometry, int64_t num_workers) {
+  const Plan<Scalar> plan(network, geometry, true);
+  return num_workers * (Desk<Scalar>(plan, nullptr).size + padded<Scalar>(9 * geometry.num_structures)) +
+         padded<Scalar>(3 * geometry.num_edges);
+}
+
+template <typename Scalar>
+void predict(const Network<Scalar>& network, const Geometry<Scalar>& geometry, const Prediction<Scalar>& result,
+             Scalar* scratch, const Parallel& parallel) {
+  const Plan<Scalar> plan(network, geometry, result.forces != nullptr);
+  const int64_t num_workers = parallel.num_workers;
+  const std::vector<Desk<Scalar>> desks = desks_of(plan, scratch, num_workers);
+  Scalar* by_edges = scratch + num_workers * desks[0].size;
+  Scalar* virials = by_edges + padded<Scalar>(3 * geometry.num_edges);
+  parallel.run(num_node_blocks(plan),
+               [&](int64_t i) { predict_nodes(plan, node_block(plan, i), result.saved); });
+  parallel.run(num_workers, [&](int64_t w) {
+    over_atoms(plan, w, num_workers, [&](const AtomBlock& block) {
+      predict_atoms(plan, block, desks[static_cast<size_t>(w)], result, by_edges);
+    });
+  });
+  if (!plan.forces) return;
+  const int64_t size = 9 * geometry.num_structures;
+  parallel.run(num_workers, [&](int64_t w) {
+    Scalar* own = result.virials ? virials + w * padded<Scalar>(size) : nullptr;
+    if (own) std::fill_n(own, size, Scalar{});
+    add_edges(geometry, by_edges, w * geometry.num_atoms / num_workers, (w + 1) * geometry.num_atoms / num_workers,
+              result.forces, own);
+  });
+  for (int64_t i = 0; result.virials && i < size; ++i) {
+    result.virials[i] = 0;
+    for (int64_t w = 0; w < num_workers; ++w) result.virials[i] += virials[w * padded<Scalar>(size) + i];
+  }
+}
+
+template <typename Scalar>
+void gradients(const Network<Scalar>& network, const Geometry<Scalar>& geometry, const Scalar* saved,
+               const Factors<Scalar>& factors, Scalar* gradient, Scalar* scratch, const Parallel& parallel) {
+  const Plan<Scalar> plan(network, geometry, factors.forces != nullptr);
+  const int64_t num_workers = parallel.num_workers, num_blocks = num_node_blocks(plan);
+  const std::vector<Desk<Scalar>> desks = desks_of(plan, scratch, num_workers);
+  Scalar* kept = const_cast<Scalar*>(saved);  // panels have no const
+  parallel.run(num_workers, [&](int64_t w) {
+    const Desk<Scalar>& desk = desks[static_cast<size_t>(w)];
+    std::fill_n(desk.first_bar, desk.bar_size, Scalar{});
+    over_atoms(plan, w, num_workers,
+               [&](const AtomBlock& block) { gradients_of_atoms(plan, block, desk, kept, factors); });
+  });
+  parallel.run(num_workers, [&](int64_t w) {
+    for (int64_t i = w * num_blocks / num_workers; i < (w + 1) * num_blocks / num_workers; ++i) {
+      gradients_of_nodes(plan, node_block(plan, i), desks[static_cast<size_t>(w)], desks, kept);
+    }
+  });
+  const auto num_embeddings = static_cast<int64_t>(network.embeddings.size());
+  parallel.run(num_embeddings + plan.num_types, [&](int64_t i) {
+    const bool embedding = i < num_embeddings;
+    const int64_t own = embedding ? i : i - num_embeddings;
+    const auto& nets = embedding ? network.embeddings : network.fittings;
+    const Scalar* first = embedding ? desks[0].embedding_bar + own * desks[0].by_embedding
+                                    : desks[0].fitting_bar + own * desks[0].by_fitting;
+    collect(nets[static_cast<size_t>(own)], first, num_workers, desks[0].size, gradient);
+  });
+}
+
+#define RLEKF_INSTANTIATE(Scalar)                                                                                   \
+  template int64_t saved_size(const Network<Scalar>&, const Geometry<Scalar>&, bool);                               \
+  template int64_t scratch_size(const Network<Scalar>&, const Geometry<Scalar>&, int64_t);                          \
+  template void predict(const Network<Scalar>&, const Geometry<Scalar>&, const Prediction<Scalar>&, Scalar*,        \
+                        const Parallel&);                                                                           \
+  template void gradients(const Network<Scalar>&, const Geometry<Scalar>&, const Scalar*, const Factors<Scalar>&,   \
+                          Scalar*, Scalar*, const Parallel&);
+RLEKF_INSTANTIATE(double)
+RLEKF_INSTANTIATE(float)
+
+}  // namespace rlekf::cpu
