@@ -80,8 +80,8 @@ struct Network {
   Normalization<Scalar> normalization;
   std::vector<Net<Scalar>> embeddings;  // of center c and neighbour t: [t T + c], or [t]
   std::vector<Net<Scalar>> fittings;    // (T)
-  int64_t axis;                         // M_<
-  int64_t num_weights;
+  int64_t axis = 0;                     // M_<
+  int64_t num_weights = 0;
 
   int64_t num_types() const { return static_cast<int64_t>(fittings.size()); }
   int64_t num_values() const { return embeddings[0].back().outputs; }

@@ -74,9 +74,9 @@ class KalmanFilter:
         return 1 - self.covariance.scalars().forgetting
 
     @torch.no_grad()
-    def update(self, jacobian: Tensor, innovation: Tensor | float) -> Tensor:
+    def update(self, jacobian: Tensor, innovation: Tensor | float, out: Tensor | None = None) -> Tensor:
         """Algorithm 2, lines 8 to 14: P <- (P - a PH(PH)ᵀ)/λ + q I, λ <- ν λ + 1 - ν, in place and without waiting for
-        the device. Returns the increment of the weights, a ε PH (N,) float64.
+        the device. Returns the increment of the weights, a ε PH (N,) float64, in `out` if that is given.
 
         One measurement: jacobian (N,), innovation a number or a tensor of one element. M measurements, linearised at
         the same weights: (M, N) and (M,), used in order, in passes of at most 8, each exact given those before it.
@@ -89,7 +89,7 @@ class KalmanFilter:
             raise ValueError(
                 f"There should be an innovation for each of the {len(h)} rows of the jacobian but there are {len(e)}."
             )
-        increment = h.new_zeros(self.plan.num_weights)
+        increment = h.new_zeros(self.plan.num_weights) if out is None else out.zero_()
         for first in range(0, len(h), self._most_at_once):
             rows = slice(first, first + self._most_at_once)
             # The innovations are those at the weights before the call: correct them for what earlier passes moved.

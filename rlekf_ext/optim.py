@@ -63,6 +63,7 @@ class RLEKF(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
         self.options: OptimizerOptions = checked(OptimizerOptions, options)
         self._transpose, self._warned = transpose, False
+        self._moves: _Moves | None = None  # made at the first update
         parameters = self.parameters()
         _check(parameters)
         layers = self._layers() or range(len(parameters))
@@ -112,14 +113,11 @@ class RLEKF(torch.optim.Optimizer):
         jacobian: +H (N,) or (M, N), the gradients of the measured quantities in the order of `flatten`; innovation: a
         number or (M,), label minus prediction, of either sign. All are taken at the current weights.
         """
-        increment = self.filter.update(jacobian, innovation)
-        parameters = self.parameters()
-        rates = [group["lr"] for group in self.param_groups for p in group["params"] if p.requires_grad]
-        pieces = increment.split([p.numel() for p in parameters])
-        for p, piece, lr in zip(parameters, pieces, rates, strict=True):
-            stored = self._stored(p)
-            # Added in float64 and rounded once, whatever the dtype of the model.
-            stored.copy_(stored + lr * piece.view(stored.shape))
+        self.parameters()  # raises if they have changed
+        if self._moves is None or self._moves.stale():
+            self._moves = _Moves(self)
+        self.filter.update(jacobian, innovation, out=self._moves.increment)
+        self._moves.apply()
 
     def jacobian(self) -> Tensor:
         """The gradients in `.grad`, (N,) float64 in the order of `flatten`. Raises RuntimeError if there are none."""
@@ -204,7 +202,7 @@ class RLEKF(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("filter", "options", "_transpose", "_warned")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}, "_moves": None}
 
     def _warn_if_all_is_skipped(self) -> None:
         """Once, on CPUs: on a GPU it would wait for the device."""
@@ -242,6 +240,31 @@ class RLEKF(torch.optim.Optimizer):
             pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
         ]
         return [modules.setdefault(name.rpartition(".")[0], len(modules)) for name, p in named if p.requires_grad]
+
+
+class _Moves:
+    """The increment of the weights, and its pieces beside the parameters that they move."""
+
+    def __init__(self, optimizer: RLEKF):
+        self._groups, self._parameters = optimizer.param_groups, optimizer.parameters()
+        self._addresses = [p.data_ptr() for p in self._parameters]
+        device = self._parameters[0].device
+        self.increment = torch.zeros(optimizer.filter.plan.num_weights, dtype=torch.float64, device=device)
+        self._stored = [optimizer._stored(p.detach()) for p in self._parameters]
+        pieces = self.increment.split([p.numel() for p in self._parameters])
+        self._pieces = [piece.view(p.shape) for piece, p in zip(pieces, self._stored, strict=True)]
+
+    def stale(self) -> bool:
+        """Whether some parameter is no longer stored where it was."""
+        return [p.data_ptr() for p in self._parameters] != self._addresses
+
+    def apply(self) -> None:
+        """Add the increment, in float64 and rounded once, whatever the dtype of the model."""
+        first = 0
+        for group in self._groups:
+            last = first + sum(p.requires_grad for p in group["params"])
+            torch._foreach_add_(self._stored[first:last], self._pieces[first:last], alpha=group["lr"])
+            first = last
 
 
 def _check(parameters: list[Tensor]) -> None:

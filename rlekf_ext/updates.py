@@ -179,9 +179,9 @@ class FrameUpdater:
         self, updates: Sequence[tuple[str, int]], parts: Sequence[Part], num_rows: int
     ) -> tuple[Tensor, Tensor]:
         """ε (updates, rows) and H (updates, rows, N) of every measurement, float64, all at the current weights."""
-        parameters = self.optimizer.parameters()
-        count, num_weights = len(updates) * num_rows, sum(p.numel() for p in parameters)
-        message = torch.zeros(count * (num_weights + 1), dtype=torch.float64, device=parameters[0].device)
+        count, num_weights = len(updates) * num_rows, self.optimizer.filter.plan.num_weights
+        device = self.optimizer.filter.covariance.state.device
+        message = torch.zeros(count * (num_weights + 1), dtype=torch.float64, device=device)
         errors = message[:count].view(len(updates), num_rows)
         jacobians = message[count:].view(len(updates), num_rows, num_weights)
         for own in parts:
@@ -208,14 +208,15 @@ class FrameUpdater:
         if kind == "force" and options.force_per_atom:
             scale = scale / whole.atoms_per_structure
         error = errors.mean()
+        finite = error.isfinite()
         if options.early_scale != 1:
             left = self._early.to(error.device)
             scale = scale * (1 + (options.early_scale - 1) * left)
-            self._early = torch.where(error.isfinite(), EARLY_DECAY ** len(errors) * left, left)
+            self._early = torch.where(finite, EARLY_DECAY ** len(errors) * left, left)
         if options.adaptive_scale:
             mean = self._means.get(kind, error).to(error)
             mean = torch.where(mean.isfinite(), mean, error)  # the very first ε may not have been finite
-            mean = torch.where(error.isfinite(), EMA_DECAY * mean + (1 - EMA_DECAY) * error, mean)
+            mean = torch.where(finite, mean.lerp(error, 1 - EMA_DECAY), mean)
             self._means[kind] = mean
             scale = scale / mean.clamp_min(LEAST_ERROR)
         if options.batch == "sum":

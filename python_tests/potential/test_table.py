@@ -12,7 +12,7 @@ from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import collate, make_frame
 from rlekf_ext.ops import network_reference
-from rlekf_ext.potential.table import Nodes, OnATable, Table, geometry_of, largest_scalar
+from rlekf_ext.potential.table import Nodes, Table, geometry_of, largest_scalar
 from rlekf_ext.potential.train import build_table, train
 
 RCUT = 4.0
@@ -209,7 +209,7 @@ def test_the_parts_of_a_frame_are_those_of_the_reference(monkeypatch):
 def test_several_sums_at_once():
     frame = labelled(0, 27)
     model = with_table(model_of([frame]), frame)
-    on_table = OnATable(model.table, model, frame)
+    on_table = model.table.with_frame(model, frame)
     factors = torch.randn(3, 27), torch.randn(3, 27, 3), torch.randn(3, 1, 3, 3)
     factors = [factor.double() for factor in factors]
     on_table.predict(True, True)
@@ -239,7 +239,7 @@ def test_the_same_bits_with_the_same_number_of_threads():
 def test_schemas_and_fake_kernels(dtype):
     frame = labelled(0, dtype=dtype)
     model = with_table(model_of([frame], str(dtype).removeprefix("torch.")), frame, 16)
-    on_table = OnATable(model.table, model, frame)
+    on_table = model.table.with_frame(model, frame)
     calls = {}
 
     class Recorder:
@@ -267,7 +267,7 @@ def test_schemas_and_fake_kernels(dtype):
 def test_what_the_ops_refuse():
     frame = labelled(0)
     model = with_table(model_of([frame]), frame)
-    on_table = OnATable(model.table, model, frame)
+    on_table = model.table.with_frame(model, frame)
     on_table.predict(False, False)
     by = [torch.ones(1, *size, dtype=torch.float64) for size in ((9,), (9, 3), (1, 3, 3))]
     with pytest.raises(RuntimeError, match="what predict saved with the same kinds of results"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlekf_ext.potential.architecture import Architecture, plain
 from rlekf_ext.potential.descriptor import Environment, Network, SeE2A, run_networks
 from rlekf_ext.potential.neighbors import Frame
-from rlekf_ext.potential.table import OnATable, Table
+from rlekf_ext.potential.table import Table
 from rlekf_ext.schema import read
 
 
@@ -170,7 +170,7 @@ class Linearized:
 
     @torch.no_grad()
     def __init__(self, model: DeepPotential, table: Table, frame: Frame, forces: bool, virials: bool):
-        self._frame, self._on_table, self._forces = frame, OnATable(table, model, frame), forces
+        self._frame, self._on_table, self._forces = frame, table.with_frame(model, frame), forces
         results = self._on_table.predict(forces, virials)
         energies = model._energies(results.energies, frame)
         self.prediction = Prediction(energies[0], results.forces, results.virials, energies[1])

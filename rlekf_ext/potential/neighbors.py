@@ -152,6 +152,8 @@ def collate(frames: Sequence[Frame]) -> Frame:
         raise ValueError("There is no frame to collate: give at least one.")
     if len({(frame.cutoff, len(frame.slots)) for frame in frames}) > 1:
         raise ValueError("Frames side by side need one cutoff and one type map: make them with the same arguments.")
+    if len(frames) == 1:
+        return frames[0]
     slots = tuple(max(counts) for counts in zip(*(frame.slots for frame in frames), strict=True))
     first_atom = np.cumsum([0] + [len(frame.types) for frame in frames])
     first_structure = np.cumsum([0] + [len(frame.num_atoms) for frame in frames])

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from rlekf_ext.errors import DataError
 from rlekf_ext.ops import network_reference
+from rlekf_ext.ops.network_reference import STENCIL
 from rlekf_ext.potential.architecture import DescriptorArchitecture
 from rlekf_ext.potential.descriptor import switched
 from rlekf_ext.potential.neighbors import Frame
@@ -35,7 +36,9 @@ from rlekf_ext.potential.neighbors import Frame
 if TYPE_CHECKING:
     from rlekf_ext.potential.model import DeepPotential
 
-NODES_AT_ONCE = 16  # the number of nodes is a multiple of it: csrc/network.h
+# csrc/network.h: the number of nodes is a multiple of NODES_AT_ONCE; of the parts of a geometry, the edges, and of the
+# numbers of an edge, its place within its stencil.
+NODES_AT_ONCE, EDGES, WHERE = 16, 3, 6
 LEAST_FORCE = 1e-3  # eV/Å: smaller forces, as in a perfect lattice, are not what the table is judged by
 
 
@@ -63,11 +66,11 @@ class Table:
 
     def __init__(self, last: float, number: int = 128):
         self.nodes = Nodes(-(-number // NODES_AT_ONCE) * NODES_AT_ONCE, last)
-        self._latest: tuple[Frame, Nodes, list[Tensor]] | None = None
+        self._latest: OnATable | None = None
 
     def results(self, model: DeepPotential, frame: Frame, forces: bool) -> Results:
         """What autograd can differentiate by the weights. Raises DataError if the frame does not fit the network."""
-        return Results(*OnTable.apply(OnATable(self, model, frame), forces, *model.parameters()))
+        return Results(*OnTable.apply(self.with_frame(model, frame), forces, *model.parameters()))
 
     def error(self, model: DeepPotential, frames: Iterable[Frame]) -> float:
         """The largest relative difference (RMS) from the exact network over the frames: of forces, and of the
@@ -86,26 +89,29 @@ class Table:
         """Double the nodes."""
         self.nodes = Nodes(2 * self.nodes.number, self.nodes.last)
 
-    def geometry(self, model: DeepPotential, frame: Frame) -> list[Tensor]:
-        """The frame on the table, as csrc/network.h has it; kept for the latest frame. Raises DataError if it does not
-        fit the network."""
-        if self._latest is None or self._latest[0] is not frame or self._latest[1] != self.nodes:
+    def with_frame(self, model: DeepPotential, frame: Frame) -> OnATable:
+        """The frame on the table; kept for the latest frame. Raises DataError if it does not fit the network."""
+        latest = self._latest
+        if latest is None or latest.frame is not frame or latest.model is not model or latest.nodes != self.nodes:
             model.descriptor.check(frame)
-            largest = largest_scalar(model.descriptor.architecture, frame)
-            if largest > self.nodes.last:
+            latest = OnATable(model, frame, self.nodes)
+            if latest.is_beyond():
+                largest = largest_scalar(model.descriptor.architecture, frame)
                 spacing = self.nodes.last / (self.nodes.number - 1)
                 more = math.ceil(largest / spacing) + 1
                 number = -(-more // NODES_AT_ONCE) * NODES_AT_ONCE
                 self.nodes = Nodes(number, spacing * (number - 1))
-            self._latest = (frame, self.nodes, geometry_of(model, frame, self.nodes))
-        return self._latest[2]
+                latest = OnATable(model, frame, self.nodes)
+            self._latest = latest
+        return latest
 
 
 class OnATable:
-    """A frame on the table of a model, at its current weights."""
+    """A frame on the table of a model."""
 
-    def __init__(self, table: Table, model: DeepPotential, frame: Frame):
-        self._geometry, self._num_structures = table.geometry(model, frame), len(frame.num_atoms)
+    def __init__(self, model: DeepPotential, frame: Frame, nodes: Nodes):
+        self.model, self.frame, self.nodes = model, frame, nodes
+        self._geometry, self._num_structures = geometry_of(model, frame, nodes), len(frame.num_atoms)
         self._ops, descriptor = ops_for(frame.edges.device), model.descriptor
         architecture, fitting = descriptor.architecture, model.architecture.fitting_net
         self._parameters = list(model.parameters())
@@ -113,14 +119,19 @@ class OnATable:
         self._network = (
             [descriptor.davg, descriptor.dstd],
             architecture.sel,
-            table.nodes.last,
+            nodes.last,
             sizes,
             [architecture.resnet_dt, fitting.resnet_dt],
         )
 
+    def is_beyond(self) -> bool:
+        """Whether some edge is shorter than the nodes reach."""
+        where = self._geometry[EDGES][:, WHERE]
+        return bool(where.numel()) and float(where.max()) > STENCIL - 1
+
     @torch.no_grad()
     def predict(self, forces: bool, virials: bool) -> Results:
-        """At the weights, which must not change before the calls of `gradients` that follow."""
+        """At the current weights, which must not change before the calls of `gradients` that follow."""
         *results, self._saved = self._ops.predict(
             self._parameters, self._geometry, *self._network, self._num_structures, forces, virials
         )
@@ -155,7 +166,7 @@ class OnTable(torch.autograd.Function):
 
 @torch.no_grad()
 def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> list[Tensor]:
-    """See Table.geometry."""
+    """The frame on the table, as csrc/network.h has it. Raises DataError if it is of another dtype than the network."""
     descriptor = model.descriptor
     architecture = descriptor.architecture
     if frame.edges.dtype != descriptor.davg.dtype:
