@@ -278,9 +278,7 @@ class _ByAutograd:
     def jacobian(self, kind: str, factor: Tensor) -> Tensor:
         with torch.enable_grad():
             total = (factor * getattr(self.prediction, PREDICTED[kind])).sum()
-        found = torch.autograd.grad(
-            total, self._optimizer.parameters(), allow_unused=True, retain_graph=self._several
-        )
+        found = torch.autograd.grad(total, self._optimizer.parameters(), allow_unused=True, retain_graph=self._several)
         return self._optimizer.flatten(found)
 
 

@@ -8,10 +8,10 @@ import torch
 from helpers import checkpoint_of, curve_of, input_of, make_model, run, weights_of
 
 from rlekf_ext.errors import DataError
+from rlekf_ext.ops import network_reference
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import collate, make_frame
-from rlekf_ext.ops import network_reference
 from rlekf_ext.potential.table import Nodes, Table, geometry_of, largest_scalar
 from rlekf_ext.potential.train import build_table, train
 
@@ -258,8 +258,12 @@ def test_schemas_and_fake_kernels(dtype):
         geometry_of(model, frame, Nodes(16, 1.0))
     assert set(calls) == {"tabulate", "predict", "gradients"}
     for name, arguments in calls.items():
-        detached = [[p.detach() for p in a] if isinstance(a, list) and name != "tabulate" and a and
-                    isinstance(a[0], torch.Tensor) else a for a in arguments]
+        detached = [
+            [p.detach() for p in a]
+            if isinstance(a, list) and name != "tabulate" and a and isinstance(a[0], torch.Tensor)
+            else a
+            for a in arguments
+        ]
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(getattr(torch.ops.rlekf, name).default, tuple(detached), test_utils=checks)
 

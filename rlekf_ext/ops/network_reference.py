@@ -1,5 +1,5 @@
-"""The ops of the network on a table in plain torch, differentiated by autograd: for devices without kernels, and as what
-these are tested against. The arguments are those of torch.ops.rlekf.tabulate, predict and gradients (csrc/ops.cpp)."""
+"""The ops of the network on a table in plain torch, differentiated by autograd: for devices without kernels, and what the
+kernels are tested against. The arguments are those of torch.ops.rlekf.tabulate, predict and gradients (csrc/ops.cpp)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def tabulate(
     rcut_smth: float,
     last: float,
 ) -> list[Tensor]:
-    """Edges (n, slots, 3), neighbors (n, slots) and types (n,) of a frame -> order (n,), first_atom (T + 1,), first_edge
-    (n + 1,), edges (E, 8), neighbor (E,), first_incoming (n + 1,), incoming (E,), coefficients (n, 4, T, K): see
-    csrc/network.h."""
+    """Edges (n, slots, 3), neighbors (n, slots) and types (n,) of a frame -> order (n,), first_atom (T + 1,),
+    first_edge (n + 1,), edges (E, 8), neighbor (E,), first_incoming (n + 1,), incoming (E,), coefficients
+    (n, 4, T, K): see csrc/network.h."""
     num_types, device = len(sel), edges.device
     order = torch.argsort(types, stable=True)
     first_atom = _starts(torch.bincount(types, minlength=num_types))
@@ -42,7 +42,14 @@ def tabulate(
     slope = (-30 * (u * (1 - u)) ** 2 / (rcut - rcut_smth) - s) / length
     t = s * ((num_nodes - 1) / last)
     first = (t.floor() - (STENCIL // 2 - 1)).clamp(0, num_nodes - STENCIL)
-    columns = [*(vectors / length[:, None]).unbind(1), length, s / length, slope, t - first, element * num_nodes + first]
+    columns = [
+        *(vectors / length[:, None]).unbind(1),
+        length,
+        s / length,
+        slope,
+        t - first,
+        element * num_nodes + first,
+    ]
     records = torch.stack(columns, 1).to(edges.dtype)
 
     center = types[order]
@@ -50,7 +57,9 @@ def tabulate(
     own = _rows(records, normal[0][center[row]], scale)[:, :, None] * values[:, None, :]
     coefficients = edges.new_zeros(len(order), 4, num_types * num_nodes)
     coefficients.view(-1).index_add_(0, _places(records, row, num_types * num_nodes).flatten(), own.flatten())
-    empty = torch.tensor(sel, device=device) - _counts(row * num_types + element, len(order) * num_types).view(-1, num_types)
+    empty = torch.tensor(sel, device=device) - _counts(row * num_types + element, len(order) * num_types).view(
+        -1, num_types
+    )
     rows = -normal[0][center] * _scale(normal, sel)[center]  # of a slot without neighbour, s = 0
     coefficients = coefficients.view(len(order), 4, num_types, num_nodes)
     coefficients[..., 0] += rows[:, :, None] * empty[:, None, :]
@@ -91,8 +100,8 @@ def gradients(
     by_forces: Tensor | None,
     by_virials: Tensor | None,
 ) -> Tensor:
-    """For factors (M, n), (M, n, 3) and (M, B, 3, 3) of a sum of all results, its derivatives by the weights (M, N), each
-    parameter with its dimensions reversed."""
+    """For factors (M, n), (M, n, 3) and (M, B, 3, 3) of a sum of all results, its derivatives by the weights (M, N),
+    each parameter with its dimensions reversed."""
     leaves = [p.detach().requires_grad_() for p in parameters]
     count = 1 if by_virials is None else by_virials.shape[1]
     with torch.enable_grad():

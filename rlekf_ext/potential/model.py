@@ -129,8 +129,8 @@ class DeepPotential(nn.Module):
         return Prediction(*(None if result is None else result.detach() for result in results))  # type: ignore[arg-type]
 
     def linearized(self, frame: Frame, forces: bool, virials: bool) -> Linearized | None:
-        """The frame at the current weights, for the derivatives of its prediction; None without a table. Raises DataError
-        if it does not fit the network."""
+        """The frame at the current weights, for the derivatives of its prediction; None without a table. Raises
+        DataError if it does not fit the network."""
         return Linearized(self, self.table, frame, forces, virials) if self.table else None
 
     def _energies(self, atomic: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:

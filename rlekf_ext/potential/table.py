@@ -17,9 +17,8 @@ computes it; ops/network_reference.py says the same in torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -115,7 +114,12 @@ class OnATable:
         self._ops, descriptor = ops_for(frame.edges.device), model.descriptor
         architecture, fitting = descriptor.architecture, model.architecture.fitting_net
         self._parameters = list(model.parameters())
-        sizes = [len(descriptor.embeddings), len(architecture.neuron), len(fitting.neuron) + 1, architecture.axis_neuron]
+        sizes = [
+            len(descriptor.embeddings),
+            len(architecture.neuron),
+            len(fitting.neuron) + 1,
+            architecture.axis_neuron,
+        ]
         self._network = (
             [descriptor.davg, descriptor.dstd],
             architecture.sel,
