@@ -1,5 +1,6 @@
-"""The ops of the network on a table in plain torch, differentiated by autograd: for devices without kernels, and what the
-kernels are tested against. The arguments are those of torch.ops.rlekf.tabulate, predict and gradients (csrc/ops.cpp)."""
+"""The ops of the network on a table in plain torch, differentiated by autograd: for devices without kernels, and what
+the kernels are tested against. Arguments are those of torch.ops.rlekf.tabulate, predict and gradients (csrc/ops.cpp).
+"""
 
 from __future__ import annotations
 
