@@ -33,6 +33,10 @@ STABLE_TORCH_LIBRARY(rlekf, m) {
   m.def(
       "along(Tensor direction, Tensor first_edge, Tensor place, Tensor values, Tensor slopes, Tensor rows,"
       " Tensor jacobian, int num_types, int num_nodes) -> Tensor");
+  // Neighbour lists: neighbors.h.
+  m.def(
+      "place_neighbors(Tensor pairs, Tensor vectors, Tensor types, int num_types, float cutoff)"
+      " -> (Tensor edges, Tensor neighbors, Tensor slots, Tensor shortest)");
 }
 
 namespace rlekf {

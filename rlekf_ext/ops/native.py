@@ -97,3 +97,10 @@ def _(by_coefficient, first_edge, place, values, slopes, rows, jacobian):
 @torch.library.register_fake("rlekf::along")
 def _(direction, first_edge, place, values, slopes, rows, jacobian, num_types, num_nodes):
     return rows.new_empty(first_edge.shape[0] - 1, 4, num_types, num_nodes)
+
+
+@torch.library.register_fake("rlekf::place_neighbors")
+def _(pairs, vectors, types, num_types, cutoff):
+    num_atoms, num_slots = types.shape[0], torch.library.get_ctx().new_dynamic_size()
+    edges, neighbors = vectors.new_empty(num_atoms, num_slots, 3), types.new_empty(num_atoms, num_slots)
+    return edges, neighbors, types.new_empty(num_types), vectors.new_empty(())
