@@ -35,6 +35,10 @@ STABLE_TORCH_LIBRARY(rlekf, m) {
   m.def(
       "gradients(Tensor[] parameters, Tensor[] geometry, Tensor[] normal, int[] sel, float last, int[] sizes,"
       " bool[] timesteps, Tensor saved, Tensor by_energies, Tensor? by_forces, Tensor? by_virials) -> Tensor");
+  // Neighbour lists: neighbors.h.
+  m.def(
+      "place_neighbors(Tensor pairs, Tensor vectors, Tensor types, int num_types, float cutoff)"
+      " -> (Tensor edges, Tensor neighbors, Tensor slots, Tensor shortest)");
 }
 
 namespace rlekf {

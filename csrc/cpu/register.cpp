@@ -3,10 +3,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../neighbors.h"
 #include "../ops.h"
 #include "../network.h"
 
@@ -250,6 +252,27 @@ Tensor gradients(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> place_neighbors(const Tensor& pairs, const Tensor& vectors,
+                                                           const Tensor& types, int64_t num_types, double cutoff) {
+  const int64_t num_atoms = types.size(0);
+  const Pairs all{num_atoms,
+                  num_types,
+                  pairs.size(0),
+                  cutoff,
+                  data_of<int64_t>(pairs),
+                  data_of<double>(vectors),
+                  data_of<int64_t>(types)};
+  Tensor slots = torch::stable::new_empty(types, {num_types});
+  int64_t* counts = data_of<int64_t>(slots);
+  cpu::count_slots(all, counts);
+  const int64_t num_slots = std::accumulate(counts, counts + num_types, int64_t{0});
+  Tensor edges = torch::stable::new_empty(vectors, {num_atoms, num_slots, 3});
+  Tensor neighbors = torch::stable::new_empty(types, {num_atoms, num_slots});
+  Tensor shortest = torch::stable::new_empty(vectors, {});
+  *data_of<double>(shortest) = cpu::place_neighbors(all, counts, data_of<double>(edges), data_of<int64_t>(neighbors));
+  return {edges, neighbors, slots, shortest};
+}
+
 }  // namespace
 }  // namespace rlekf
 
@@ -262,4 +285,5 @@ STABLE_TORCH_LIBRARY_IMPL(rlekf, CPU, m) {
   m.impl("tabulate", TORCH_BOX(&rlekf::tabulate));
   m.impl("predict", TORCH_BOX(&rlekf::predict));
   m.impl("gradients", TORCH_BOX(&rlekf::gradients));
+  m.impl("place_neighbors", TORCH_BOX(&rlekf::place_neighbors));
 }

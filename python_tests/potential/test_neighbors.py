@@ -61,6 +61,30 @@ def test_slots_are_grouped_by_element_with_the_nearest_first() -> None:
         assert distance[:, block][~real].eq(2 * CUTOFF).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", ["small", "flat", "large", "molecule"])
+def test_the_shortest_edge_is_that_of_the_nearest_atoms(kind: str, dtype: torch.dtype) -> None:
+    frame = make_frame(*random_structure(kind), CUTOFF, 3, dtype=dtype)
+    assert frame.shortest_edge() == frame.edges.norm(dim=-1).min()
+
+
+def test_neighbours_equally_far_are_in_the_order_of_their_index() -> None:
+    points = np.stack(np.meshgrid(*[2.5 * np.arange(4)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    shuffled = np.random.default_rng(0).permutation(points)
+    frame = make_frame(shuffled, 10 * np.eye(3), [0] * 64, CUTOFF, 1)
+    assert frame.slots == (18,)  # a simple cubic lattice: 6 nearest, 12 next
+    for shell in frame.neighbors.split((6, 12), dim=1):
+        assert (shell.diff(dim=1) > 0).all()
+
+
+def test_schema_and_fake_kernel() -> None:
+    points, _, types = random_structure("molecule")
+    i, j = np.triu_indices(len(points), 1)
+    arguments = (np.stack([i, j], 1), points[j] - points[i], types)
+    tensors = (torch.from_numpy(array) for array in arguments)
+    torch.library.opcheck(torch.ops.rlekf.place_neighbors.default, (*tensors, 3, 100.0))
+
+
 def test_a_lone_atom_has_no_slots_and_its_images_in_a_cell_do_count() -> None:
     alone = make_frame([[0, 0, 0]], None, [0], CUTOFF, 1)
     assert alone.slots == (0,)

@@ -107,3 +107,10 @@ def _(parameters, geometry, normal, sel, last, sizes, timesteps, num_structures,
 @torch.library.register_fake("rlekf::gradients")
 def _(parameters, geometry, normal, sel, last, sizes, timesteps, saved, by_energies, by_forces, by_virials):
     return saved.new_empty(by_energies.shape[0], sum(p.numel() for p in parameters))
+
+
+@torch.library.register_fake("rlekf::place_neighbors")
+def _(pairs, vectors, types, num_types, cutoff):
+    num_atoms, num_slots = types.shape[0], torch.library.get_ctx().new_dynamic_size()
+    edges, neighbors = vectors.new_empty(num_atoms, num_slots, 3), types.new_empty(num_atoms, num_slots)
+    return edges, neighbors, types.new_empty(num_types), vectors.new_empty(())

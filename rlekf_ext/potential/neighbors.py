@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from math import inf
+from itertools import accumulate
+from math import ceil, hypot, inf, isfinite, pi, prod
+from operator import mul
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +68,8 @@ class Frame:
         """The distance of the two nearest atoms in Å, infinite if no atom has a neighbour within the cutoff."""
         if not any(self.slots):
             return inf
-        return float(self.edges.norm(dim=-1).min())
+        nearest = [start for start, count in zip(accumulate((0, *self.slots)), self.slots, strict=False) if count]
+        return float(self.edges[:, nearest].norm(dim=-1).min())
 
 
 def make_frame(
@@ -93,36 +96,28 @@ def make_frame(
     points, cell, elements = _checked(coordinates, box, types, num_types)
     _check_extent(points, cell, cutoff)
     n = len(points)
-    pairs, distances, vectors = _pairs(points, cell, cutoff)
-
-    element = elements[pairs[:, 1]]
-    order = np.lexsort((distances, element, pairs[:, 0]))
-    center, neighbor, element = pairs[order, 0], pairs[order, 1], element[order]
-    group = center * num_types + element
-    count = np.bincount(group, minlength=n * num_types)
-    slots = count.reshape(n, num_types).max(axis=0)
-    rank = np.arange(len(group)) - (np.cumsum(count) - count)[group]
-    column = (np.cumsum(slots) - slots)[element] + rank
-
-    neighbors = np.repeat(np.arange(n)[:, None], slots.sum(), axis=1)
-    neighbors[center, column] = neighbor
-    edges = np.zeros((*neighbors.shape, 3))
-    edges[:, :, 0] = 2 * cutoff
-    edges[center, column] = vectors[order]
+    pairs, vectors = _pairs(points, cell, cutoff)
+    edges, neighbors, slots, shortest = torch.ops.rlekf.place_neighbors(pairs, vectors, elements, num_types, cutoff)
+    if shortest < SHORTEST_DISTANCE:
+        i, j = pairs[vectors.norm(dim=1).argmin()].tolist()
+        raise DataError(
+            f"Atoms {i} and {j} are {float(shortest):.3g} Å apart, closer than {SHORTEST_DISTANCE} Å: "
+            "check the coordinates, the box and their units."
+        )
 
     def label(value: npt.ArrayLike | None, shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Tensor | None:
         if value is None:
             return None
         array = np.asarray(value, dtype=np.float64)
-        if array.size != np.prod(shape) or not np.isfinite(array).all():
+        if array.size != prod(shape) or not np.isfinite(array).all():
             raise DataError(f"The {name} of a structure of {n} atoms needs finite numbers of shape {shape}.")
         return torch.tensor(array.reshape(shape), dtype=dtype)
 
     return Frame(
-        types=torch.from_numpy(elements),
+        types=elements,
         structure=torch.zeros(n, dtype=torch.int64),
-        edges=torch.tensor(edges, dtype=dtype),
-        neighbors=torch.from_numpy(neighbors),
+        edges=edges.to(dtype),
+        neighbors=neighbors,
         slots=tuple(slots.tolist()),
         num_atoms=torch.tensor([n], dtype=dtype),
         energy=label(energy, (1,), "energy", torch.float64),
@@ -136,9 +131,9 @@ def make_frame(
 def shortest_distance(coordinates: np.ndarray, box: np.ndarray | None) -> str:
     """The distance of the two nearest atoms or periodic images, with its unit; coordinates (n, 3) and box (3, 3) Å."""
     for cutoff in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0):
-        _, distances, _ = _pairs(coordinates, box, cutoff)
-        if len(distances):
-            return f"{distances.min():.3g} Å"
+        _, vectors = _pairs(coordinates, box, cutoff)
+        if len(vectors):
+            return f"{float(vectors.norm(dim=1).min()):.3g} Å"
     return "more than 32 Å"
 
 
@@ -179,7 +174,7 @@ def collate(frames: Sequence[Frame]) -> Frame:
 
 def _checked(
     coordinates: npt.ArrayLike, box: npt.ArrayLike | None, types: npt.ArrayLike, num_types: int
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray | None, Tensor]:
     points = np.asarray(coordinates, dtype=np.float64)
     elements = np.array(types, dtype=np.int64)
     cell = None if box is None else np.asarray(box, dtype=np.float64)
@@ -191,14 +186,14 @@ def _checked(
         raise DataError(f"Types must lie in 0 ... {num_types - 1}, but reach {elements.min()} and {elements.max()}.")
     if cell is not None and cell.shape != (3, 3):
         raise DataError(f"A box must have the shape (3, 3), its rows the cell vectors, but has {cell.shape}.")
-    if not np.isfinite(points).all() or (cell is not None and not np.isfinite(cell).all()):
+    reach = [float(np.abs(array).max()) for array in (points, cell) if array is not None]
+    if not all(map(isfinite, reach)):
         raise DataError("Coordinates and box must be finite numbers, but some are not.")
-    farthest = max(np.abs(points).max(), 0 if cell is None else np.abs(cell).max())
-    if farthest > FARTHEST:
+    if max(reach) > FARTHEST:
         raise DataError(
-            f"Coordinates and box must stay within {FARTHEST:g} Å, but reach {farthest:g} Å: check their units."
+            f"Coordinates and box must stay within {FARTHEST:g} Å, but reach {max(reach):g} Å: check their units."
         )
-    return points, cell, elements
+    return points, cell, torch.from_numpy(elements)
 
 
 def _check_extent(points: np.ndarray, cell: np.ndarray | None, cutoff: float) -> None:
@@ -206,16 +201,18 @@ def _check_extent(points: np.ndarray, cell: np.ndarray | None, cutoff: float) ->
     if not cutoff > SHORTEST_DISTANCE:
         raise OptionError(f"The cutoff must be above {SHORTEST_DISTANCE} Å, but is {cutoff} Å.")
     if cell is None:
-        extent, pairs = np.maximum(np.ptp(points, axis=0), 1.0), 0.0
+        extent, pairs = [max(length, 1.0) for length in np.ptp(points, axis=0).tolist()], 0.0
     else:
-        volume = max(abs(np.linalg.det(cell)), 1e-30)
-        faces = np.linalg.norm(np.cross(cell[[1, 2, 0]], cell[[2, 0, 1]]), axis=1)
-        extent = volume / np.maximum(faces, 1e-30)  # from face to face
-        pairs = len(points) ** 2 * 4 / 3 * np.pi * cutoff**3 / volume
-    cells = np.maximum(extent // cutoff, 1.0)
-    too_many = max(cells.prod() / MOST_CELLS, 1.0)
-    visits = cells.prod() / too_many * np.prod(2 * np.ceil(cutoff / extent) + 1)
-    lopsided = too_many > 1 and cells.min() < 4 * np.cbrt(too_many)  # 4: it rounds down twice
+        a, b, c = cell.tolist()
+        faces = _cross(b, c), _cross(c, a), _cross(a, b)
+        volume = max(abs(sum(map(mul, a, faces[0]))), 1e-30)
+        extent = [volume / max(hypot(*face), 1e-30) for face in faces]  # from face to face
+        pairs = len(points) ** 2 * 4 / 3 * pi * cutoff**3 / volume
+    cells = [max(length // cutoff, 1.0) for length in extent]
+    too_many = max(prod(cells) / MOST_CELLS, 1.0)
+    images = [2 * ceil(min(cutoff / length, MOST_VISITS)) + 1 for length in extent]
+    visits = prod(cells) / too_many * prod(images)
+    lopsided = too_many > 1 and min(cells) < 4 * too_many ** (1 / 3)  # 4: it rounds down twice
     if lopsided or visits > MOST_VISITS or pairs > MOST_PAIRS:
         size = " × ".join(f"{length:.3g}" for length in extent)
         raise DataError(
@@ -224,21 +221,18 @@ def _check_extent(points: np.ndarray, cell: np.ndarray | None, cutoff: float) ->
         )
 
 
-def _pairs(points: np.ndarray, cell: np.ndarray | None, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(i, j), distances and vectors from i to j of all ordered pairs within the cutoff."""
+def _cross(a: list[float], b: list[float]) -> tuple[float, float, float]:
+    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+
+
+def _pairs(points: np.ndarray, cell: np.ndarray | None, cutoff: float) -> tuple[Tensor, Tensor]:
+    """(i, j) and vectors from i to j of all pairs within the cutoff, each in one direction only."""
     import vesin  # an optional package: only those who build neighbour lists need it
 
-    search = vesin.NeighborList(cutoff=cutoff, full_list=True, n_threads=1)
+    search = vesin.NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
     box = np.zeros((3, 3)) if cell is None else cell
-    center, neighbor, vectors = search.compute(points, box, periodic=cell is not None, quantities="ijD")
-    distances = np.linalg.norm(vectors, axis=1)
-    if len(distances) and distances.min() < SHORTEST_DISTANCE:
-        k = int(distances.argmin())
-        raise DataError(
-            f"Atoms {center[k]} and {neighbor[k]} are {distances[k]:.3g} Å apart, closer than {SHORTEST_DISTANCE} Å: "
-            "check the coordinates, the box and their units."
-        )
-    return np.stack([center, neighbor], axis=1).astype(np.int64), distances, vectors
+    pairs, vectors = search.compute(points, box, periodic=cell is not None, quantities="PD")
+    return torch.from_numpy(pairs.view(np.int64)), torch.from_numpy(vectors)
 
 
 def _widen(frame: Frame, slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
