@@ -7,6 +7,7 @@ import torch
 from oracles import DenseFilter, relative
 
 from rlekf_ext import BlockPlan, KalmanFilter
+from rlekf_ext.ops import native
 from rlekf_ext.options import FilterOptions
 
 PLAN = BlockPlan((70, 3))
@@ -32,6 +33,19 @@ def test_settings_reach_the_filter():
     dense.step(wanted, h, [1.0, 1.0])
     assert relative(weights, wanted) < 1e-14
     assert kalman.memory_factor == pytest.approx(0.975)
+
+
+@pytest.mark.parametrize(("own", "within"), [(None, 1), (2, 2)])
+def test_updates_take_their_own_number_of_threads(monkeypatch, own, within):
+    kalman, found, before = KalmanFilter(PLAN), [], torch.get_num_threads()
+    monkeypatch.setattr(native, "step", lambda *_: found.append(torch.get_num_threads()))
+    kalman.threads = own
+    try:
+        torch.set_num_threads(1)
+        kalman.update(torch.ones(73), 1.0)
+        assert (found, torch.get_num_threads()) == ([within], 1)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_variance_is_h_p_h_and_changes_nothing():

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlekf_ext import ops
 from rlekf_ext.covariance import MAX_MEASUREMENTS, Covariance, Scalars, identity
 from rlekf_ext.diagnostics import FLOAT32_CONDITION, Diagnostics, ritz_values
+from rlekf_ext.environment import torch_threads
 from rlekf_ext.options import FilterOptions, checked, takes
 from rlekf_ext.partition import BlockPlan
 from rlekf_ext.processes import Processes
@@ -47,6 +48,7 @@ class KalmanFilter:
         self.options: FilterOptions = checked(FilterOptions, options)
         ops.backend(backend, torch.device(device), process_group is not None)  # raises before P is allocated
         self.backend = backend
+        self.threads: int | None = None  # of torch, for updates; None: as many as torch has
         dtype = torch.float64 if self.options.covariance_dtype == "float64" else torch.float32
         self._share = TileShare(plan, Processes(process_group)) if process_group is not None else None
         self.covariance = identity(
@@ -94,11 +96,12 @@ class KalmanFilter:
             rows = slice(first, first + self._most_at_once)
             # The innovations are those at the weights before the call: correct them for what earlier passes moved.
             left = e[rows] - h[rows] @ increment if first else e[rows]
-            if self._share:
-                projection = self._share.project(self._ops, self.covariance, h[rows])
-                self._ops.correct(self.covariance, increment, *projection, h[rows], left)
-            else:
-                self._ops.step(self.covariance, increment, h[rows], left)
+            with torch_threads(self.threads):
+                if self._share:
+                    projection = self._share.project(self._ops, self.covariance, h[rows])
+                    self._ops.correct(self.covariance, increment, *projection, h[rows], left)
+                else:
+                    self._ops.step(self.covariance, increment, h[rows], left)
         self._unmeasured += len(h)
         if self._unmeasured >= RENEWED_EVERY:
             self._unmeasured = 0

@@ -24,20 +24,27 @@ from rlekf_ext.potential.files import check_writable, reading, write_atomically,
 from rlekf_ext.potential.input import Config
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
-from rlekf_ext.potential.optimizers import build_optimizer, prefactors
+from rlekf_ext.potential.optimizers import KalmanSteps, build_optimizer, prefactors
 from rlekf_ext.potential.table import Table, largest_scalar
+from rlekf_ext.potential.threads import use_threads
 from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts
 from rlekf_ext.schema import counted, shown
 
 
 def train(
-    config: Config, *, restart: bool = False, quiet: bool = False, processes: Processes = ALONE
+    config: Config,
+    *,
+    restart: bool = False,
+    quiet: bool = False,
+    processes: Processes = ALONE,
+    most_threads: int | None = None,
 ) -> dict[str, Any]:
     """Train a Deep Potential as an input file says, and return the summary that is also written as JSON.
 
     Writes DeePMD-kit's lcurve.out, a checkpoint, and in lcurve.out.json a summary with the held-out RMSE at the end of
     every epoch. Ctrl-C writes the checkpoint and ends after the batch at hand. `restart` continues from the
     checkpoint, bit for bit. Several processes share the frames of each batch and P, and the first writes the files.
+    `most_threads` sets the numbers of threads to what there is work for, at most so many; see threads.py.
 
     Raises InputError and DataError before anything is written, and StoppedError, with the checkpoint written, when the
     filter has skipped `max_skipped` measurements in a row.
@@ -61,6 +68,8 @@ def train(
     disp_freq = settings.disp_freq or min(len(batches), 1000)
     kinds = sorted(set(kinds_used(config)))
     optimize = build_optimizer(config, model, num_steps, processes, say)
+    if most_threads:
+        say(use_threads(optimize, model, everything, len(batches), most_threads, processes))
     progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
     if checkpoint:
         if set(optimize.saved_as) != set(checkpoint.get("optimizer", ())):
@@ -144,6 +153,8 @@ def train(
     if stopped:
         say(f"Interrupted after batch {progress['step']}; `rlekf train --restart` continues from {checkpoint_file}.")
     machine = {"processes": processes.size, **this_machine()}
+    if isinstance(optimize, KalmanSteps):
+        machine["threads_of_p"] = optimize.optimizer.filter.threads or machine["threads"]
     summary = {**progress, "interrupted": stopped, "optimizer": repr(optimize), **machine}
     if processes.rank == 0:
         write_atomically(summary_file, lambda path: path.write_text(json.dumps(summary, indent=1)))

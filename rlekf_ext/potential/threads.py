@@ -1,0 +1,51 @@
+"""How many threads train: as many as there is work for, since waking one takes some 60 µs.
+
+The network's operations are many and short, about 100 to an update; the filter's step is a few long ones. So each has
+its own number. The constants lie between sizes at which two threads were not faster than one and sizes at which they
+were, on 2 cores of an AMD EPYC with OMP_WAIT_POLICY=passive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlekf_ext.potential.model import DeepPotential
+from rlekf_ext.potential.neighbors import Frame
+from rlekf_ext.potential.optimizers import AdamSteps, KalmanSteps
+from rlekf_ext.processes import ALONE, Processes
+
+NETWORK_PER_THREAD = 8e6  # atoms evaluated at once, times the weights of the net of an atom
+BYTES_PER_THREAD = 64e6  # of P
+
+
+def use_threads(
+    optimize: KalmanSteps | AdamSteps,
+    model: DeepPotential,
+    frames: Sequence[Frame],
+    num_batches: int,
+    most: int,
+    processes: Processes = ALONE,
+) -> str:
+    """Set the numbers of threads for training on these frames in so many batches: each at most `most`, and the same on
+    all processes. Returns a sentence that gives them."""
+    own = optimize.optimizer.filter if isinstance(optimize, KalmanSteps) else None
+    apart = isinstance(optimize, KalmanSteps) and optimize.updater.options.batch == "joint"
+    atoms = sum(len(frame.types) for frame in frames) / (len(frames) if apart else num_batches * processes.size)
+    weights = sum(p.numel() for p in model.parameters()) / len(model.type_map)
+    network = worth(atoms * weights / NETWORK_PER_THREAD, most, processes)
+    torch.set_num_threads(network)
+    of_filter = ""
+    if own:
+        own.threads = worth(own.covariance.num_bytes / BYTES_PER_THREAD, most, processes)
+        of_filter = f", {own.threads} for P"
+    return (
+        f"Threads: {network} for the network{of_filter}; this process may use {most}. OMP_NUM_THREADS or --threads "
+        "changes that."
+    )
+
+
+def worth(threads: float, most: int, processes: Processes = ALONE) -> int:
+    """A whole number of threads from 1 to `most`, the smallest of all processes."""
+    return min(min(row) for row in processes.gather([max(1, min(int(threads), most))]))
