@@ -1,7 +1,7 @@
 """Where the time of one frame goes: network, force Jacobian and filter, against an iteration of Adam.
 
     python benchmarks/bench_frame.py [--system Cu] [--network paper] [--data DIR] [--repeat 15] [--threads 1]
-                                     [--beside CHECKOUT]
+                                     [--cutoff ANGSTROM] [--beside CHECKOUT]
 
 A row is the median time, in ms, of one part of an update on a training frame of study.toml. Parts are timed in turn, so
 that a slow moment of the machine affects all of them. `--beside` times the parts of another checkout, with its library
@@ -22,34 +22,46 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
-from bench_training import ROOT, STUDY, available, config_of, load, method_of
+from bench_training import ROOT, STUDY, available, chosen, config_of, load, method_of
 from rows import MACHINE, append, machine
 
 from rlekf_ext import RLEKF
 from rlekf_ext.batch_parts import force_groups
 from rlekf_ext.potential.model import DeepPotential
-from rlekf_ext.potential.neighbors import Frame
+from rlekf_ext.potential.neighbors import Frame, make_frame
 from rlekf_ext.potential.optimizers import build_optimizer
 from rlekf_ext.potential.table import geometry_of
 from rlekf_ext.potential.train import build_model, build_table
-from rlekf_ext.updates import ERRORS, PREDICTED
+from rlekf_ext.updates import ERRORS
 
 RESULTS = ROOT / "benchmarks/results/frame.csv"
 COLUMNS = ["system", "network", "weights", "part", "ms", *MACHINE]
 BLOCK_SIZES = 1024, 5120
+MATMUL, MATMUL_FLOPS = "matrix product, 1024³", 2 * 1024**3
+
+
+def flops(model: DeepPotential, frame: Frame) -> dict[str, float]:
+    """The flops that an energy and a force update need on the table: those of the products with coefficients (T and its
+    way back; with forces also Y, T along a direction, and another way back), of the fitting nets (forward, back and
+    gradient; with forces twice that), and of the embedding nets at the nodes."""
+    descriptor = model.architecture.descriptor
+    columns = model.table.nodes.number * len(model.type_map)
+    products = 2 * 4 * columns * descriptor.neuron[-1] * len(frame.types)
+    weights = [sum(p.numel() for p in net.parameters() if p.dim() == 2) for net in model.fittings]
+    fitting = 2 * sum(weights[t] for t in frame.types.tolist())
+    embedding = 2 * sum(p.numel() for p in model.descriptor.embeddings[0].parameters() if p.dim() == 2)
+    nodes = 3 * embedding * columns * len(model.type_map)
+    return {"energy": 2 * products + 3 * fitting + nodes, "force": 5 * products + 6 * fitting + nodes}
 
 
 def update(model: DeepPotential, frame: Frame, kind: str, atoms: torch.Tensor, gradient: bool) -> object:
-    """What the network does in an update: its prediction and, with `gradient`, the derivative of ε."""
-    forces = kind == "force"
-    if linearized := model.linearized(frame, forces, False):
-        _, factor = ERRORS[kind](linearized.prediction, frame, atoms)
-        return linearized.jacobian(kind, factor) if gradient else None
-    prediction = model(frame, forces=forces)
-    _, factor = ERRORS[kind](prediction, frame, atoms)
-    total = (factor * getattr(prediction, PREDICTED[kind])).sum()
-    return torch.autograd.grad(total, list(model.parameters()), allow_unused=True) if gradient else None
+    """What the network does in an update: its prediction and, with `gradient`, ε and H."""
+    if gradient and (found := model.measure(frame, [(kind, atoms)])):
+        return found
+    error = ERRORS[kind](model(frame, forces=kind == "force"), frame, atoms)
+    return torch.autograd.grad(error, list(model.parameters()), allow_unused=True) if gradient else error
 
 
 def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callable[[], object]]]:
@@ -66,8 +78,14 @@ def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callabl
             name = f"{label}{kind}: forward{' and gradient' * gradient}"
             found[name] = partial(update, model, frame, kind, atoms, gradient)
     parameters = list(model.parameters())
+    points, box = positions(system, data)
+    cutoff = STUDY["system"][system]["cutoff"]
+    kinds = frame.types.numpy()
+    found["neighbour list"] = lambda: make_frame(points, box, kinds, cutoff, len(frame.slots))
     found["environment"] = lambda: model.descriptor._environment(frame)
     found["on the table: environment"] = lambda: geometry_of(model, frame, model.table.nodes)
+    square = torch.randn(1024, 1024, dtype=torch.float64)
+    found[MATMUL] = lambda: square @ square
     jacobian = torch.randn(sum(p.numel() for p in parameters), dtype=torch.float64)
     for size in BLOCK_SIZES:
         optimizer = RLEKF(parameters, block_size=size, transpose=True)
@@ -83,6 +101,12 @@ def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callabl
     return len(jacobian), found
 
 
+def positions(system: str, data: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Coordinates and box of the first training frame."""
+    first = chosen(system, data, 8)["train"][0]
+    return first.coordinates[0], None if first.boxes is None else first.boxes[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", choices=list(STUDY["system"]), default="Cu")
@@ -90,23 +114,35 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "examples", help="folder of the sets; NaCl needs none")
     parser.add_argument("--repeat", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cutoff", type=float, help="Å (default: that of the study)")
     parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="time its parts, too")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     if not available(given.system, given.data):
         parser.error(f"{given.data} should have the data of {given.system} but does not; name their folder by --data.")
+    asked = STUDY["system"][given.system]
+    given.cutoff = asked["cutoff"] = given.cutoff or asked["cutoff"]
     torch.set_num_threads(given.threads)
     where = machine(given.output)
     count, timed = parts(given.system, given.network, given.data)
+    floors = flops(*timed["on the table: force: forward"].args[:2])
     calls = {(name, where["commit"]): partial(timed_here, call) for name, call in timed.items()}
     if given.beside:
-        calls |= beside(given.beside, [given.system, given.network, str(given.data.resolve()), str(given.threads)])
+        calls |= beside(given.beside, [given.system, given.network, given.data.resolve(), given.threads, given.cutoff])
     times: dict[tuple[str, object], list[float]] = defaultdict(list)
     for _ in range(given.repeat + 2):
         for key, call in calls.items():
             times[key].append(call())
+    rate = MATMUL_FLOPS / median(times[MATMUL, where["commit"]][2:])
+    for kind, count_of_flops in floors.items():  # the time that they take at the rate of a matrix product
+        times[f"on the table: {kind}: floor", where["commit"]] = [count_of_flops / rate] * 3
     for (name, commit), found in times.items():
-        row = {"system": given.system, "network": given.network, "weights": count, "part": name}
+        row = {
+            "system": f"{given.system}, {given.cutoff:g} Å",
+            "network": given.network,
+            "weights": count,
+            "part": name,
+        }
         row["ms"] = f"{median(found[2:]):.2f}"
         append(given.output, COLUMNS, [{**row, **where, "commit": commit}])
         print(*(f"{row[column]}" for column in COLUMNS[:5]), commit, sep="   ")
@@ -123,6 +159,7 @@ import sys, time, torch
 from pathlib import Path
 import bench_frame
 torch.set_num_threads(int(sys.argv[4]))
+bench_frame.STUDY["system"][sys.argv[1]]["cutoff"] = float(sys.argv[5])
 _, timed = bench_frame.parts(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
 print(*timed, sep="\\t", flush=True)
 for line in sys.stdin:
@@ -132,11 +169,13 @@ for line in sys.stdin:
 """
 
 
-def beside(checkout: Path, arguments: list[str]) -> dict[tuple[str, object], Callable[[], float]]:
+def beside(checkout: Path, arguments: list[object]) -> dict[tuple[str, object], Callable[[], float]]:
     """The parts of another checkout, each a function that returns its time in ms, by name and commit."""
     path = os.pathsep.join(str(checkout.resolve() / part) for part in ("", "benchmarks"))
     pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    server = subprocess.Popen([sys.executable, "-c", OTHER, *arguments], env={**os.environ, "PYTHONPATH": path}, **pipe)
+    server = subprocess.Popen(
+        [sys.executable, "-c", OTHER, *map(str, arguments)], env={**os.environ, "PYTHONPATH": path}, **pipe
+    )
     names = server.stdout.readline().rstrip("\n").split("\t")
     described = subprocess.run(["git", "-C", checkout, "describe", "--always"], capture_output=True, text=True)
 

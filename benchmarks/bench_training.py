@@ -32,7 +32,8 @@ from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.train import build_model
+from rlekf_ext.potential.train import build_model, build_table, refine
+from rlekf_ext.processes import ALONE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -117,11 +118,12 @@ def config_of(name: str, network: str, method: Mapping[str, Any], seed: int) -> 
     return read_input(
         {
             "model": {"type_map": asked["elements"], "descriptor": descriptor, "fitting_net": fitting},
-            **{key: value for key, value in method.items() if key not in ("skip", "batch_size")},
+            **{key: value for key, value in method.items() if key not in ("skip", "batch_size", "table")},
             "training": {
                 "training_data": {"systems": "in memory", "batch_size": method.get("batch_size", 1)},
                 "num_epochs": 1,
                 "seed": seed,
+                "table": method.get("table", False),
             },
         }
     )
@@ -144,6 +146,7 @@ def curve(
     steps = round(epochs * len(batches))
     optimize = build_optimizer(config, model, steps)
     optimize.start(training)
+    model.table = build_table(model, training, config.training.table)
     shown = {**parts, "train": training[:: -(-len(training) // SHOWN)]}
     stops = {round((i + 1) * steps / looks) for i in range(looks)}
     updates, seconds, cpu = 0, 0.0, 0.0
@@ -158,6 +161,7 @@ def curve(
             for part, some in shown.items():
                 found = compare(optimize.result, some)
                 row[f"{part}_E"], row[f"{part}_F"] = significant(found.energy_rmse), significant(found.force_rmse)
+            refine(model, training, ALONE, print)
             yield row, found
 
 

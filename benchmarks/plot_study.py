@@ -29,6 +29,7 @@ KINDS = {"E": "energy, meV/atom", "F": "force, meV/Å"}
 COLORS = {"RLEKF": "#c2410c", "paper's settings": "#a3a3a3", "Adam": "#1d4ed8"}
 COSTS = {"epoch": "epochs", "updates": "updates", "cpu_seconds": "CPU seconds"}
 SPLITTINGS = ["RLEKF", "GEKF", "LEKF", "SEKF", "DeePMD-kit's blocks"]
+BEFORE = "cdd8672"  # the last commit before the network on a table
 Look = dict[str, float]
 Curve = list[Look]
 
@@ -199,15 +200,55 @@ def columns(file: str, names: Sequence[str]) -> str:
         return table(names, [[row[name] for name in names] for row in csv.DictReader(rows)])
 
 
+def table_against_exact(study: Study) -> str:
+    """Medians of three seeds and, in brackets, the smallest and largest."""
+    methods = ["RLEKF", "RLEKF on the table"]
+    rows = []
+    for system in study.systems(*methods):
+        cells = []
+        for kind in KINDS:
+            for method in methods:
+                ends = [curve[-1][f"test_{kind}"] for curve in study.curves(system, method)]
+                cells.append(f"{short(median(ends))} ({short(min(ends))} to {short(max(ends))})")
+        rows.append([system, *cells])
+    return table(["system", *(f"{kind}, {name}" for kind in KINDS for name in ("exact", "on the table"))], rows)
+
+
+FRAMES = {
+    "a frame, paper's settings": "paper's settings: a frame, N_b = 1024",
+    "a frame, default settings": "RLEKF: a frame, N_b = 1024",
+    "an iteration of Adam": "Adam: an iteration",
+}
+
+
 def on_the_table(_: Study) -> str:
-    """Times with the exact network and with the table, "exact : table"."""
+    """Times before the table and on it, "before : now"; before is the commit that has no table."""
     with (ROOT / "benchmarks/results/network.csv").open(newline="") as file:
-        ms = {(f"{row['system']}, {row['network']}", row["part"]): row["ms"] for row in csv.DictReader(file)}
-    cases = list(dict.fromkeys(case for case, _ in ms))
-    prefix = "on the table: "
-    parts = [part.removeprefix(prefix) for part in dict.fromkeys(part for _, part in ms) if part.startswith(prefix)]
-    rows = [[part, *(f"{ms[case, part]} : {ms[case, prefix + part]}" for case in cases)] for part in parts]
-    return table(["ms, exact : table", *cases], rows)
+        ms: dict[tuple[str, str, bool, str], float] = {}
+        for row in csv.DictReader(file):  # of a part, "on the table" comes after the exact one, and replaces it
+            case, part = f"{row['system']}, {row['network']}", row["part"].removeprefix("on the table: ")
+            ms[case, row["threads"], row["commit"] != BEFORE, part] = float(row["ms"])
+    cases = list(dict.fromkeys(case for case, *_ in ms))
+
+    def time(case: str, threads: str, now: bool, *parts: str) -> float:
+        return sum(ms.get((case, threads, now, part), math.nan) for part in parts)
+
+    rows = []
+    updates = [f"{kind}: forward and gradient" for kind in ("energy", "force")]
+    floors = [f"{kind}: floor" for kind in ("energy", "force")]
+    for threads, suffix in (("1", ""), ("2", ", two threads")):
+        both = [[4 * time(case, threads, now, *updates) for now in (False, True)] for case in cases]
+        rows.append([f"4 energy + 4 force updates: network{suffix}", *(" : ".join(map(short, pair)) for pair in both)])
+        if threads == "1":
+            least = [4 * time(case, threads, True, *floors) for case in cases]
+            shares = [f"{short(x)} ({x / pair[1]:.0%})" for x, pair in zip(least, both, strict=True)]
+            rows.append(["floor of its flops (share)", *shares])
+            for part in ("neighbour list", "environment", "filter, N_b = 1024"):
+                rows.append([part, *(short(time(case, threads, True, part)) for case in cases)])
+        for name, part in FRAMES.items():
+            pairs = ([time(case, threads, now, part) for now in (False, True)] for case in cases)
+            rows.append([name + suffix, *(" : ".join(map(short, pair)) for pair in pairs)])
+    return table(["ms, before : now", *cases], rows)
 
 
 TABLES: dict[str, Callable[[Study], str]] = {
@@ -221,6 +262,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "costs, paper's network": lambda study: costs(study, "paper"),
     "a frame": lambda _: columns("frame.csv", ["network", "part", "ms"]),
     "network on a table": on_the_table,
+    "table against exact": table_against_exact,
     "variants": variants,
     "skip connections": skip_connections,
     "theorem 1": lambda _: columns(

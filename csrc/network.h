@@ -65,11 +65,11 @@ template <typename Scalar>
 struct Layer {
   int64_t inputs, outputs;
   bool hidden;
-  int64_t copies;           // of the input in the shortcut
-  const Scalar* weight;     // (inputs, outputs)
-  const Scalar* bias;       // (outputs)
-  const Scalar* timestep;   // (outputs), or null
-  int64_t first;            // place of W in a gradient, as (outputs, inputs), which bias and time step follow
+  int64_t copies;          // of the input in the shortcut
+  const Scalar* weight;    // (inputs, outputs)
+  const Scalar* bias;      // (outputs)
+  const Scalar* timestep;  // (outputs), or null
+  int64_t first;           // place of W in a gradient, as (outputs, inputs), which bias and time step follow
 };
 
 template <typename Scalar>
@@ -93,16 +93,35 @@ struct Network {
 
 template <typename Scalar>
 struct Prediction {
-  Scalar* energies;           // (n), without bias, in the order of the frame
-  Scalar *forces, *virials;   // (n, 3) and (B, 3, 3), or null
-  Scalar* saved;              // (saved_size()), for gradients()
+  Scalar* energies;          // (n), without bias, in the order of the frame
+  Scalar *forces, *virials;  // (n, 3) and (B, 3, 3), or null
+  Scalar* saved;             // (saved_size()), for gradients()
 };
 
 /// The factors of energies, forces and virials in a sum whose derivatives by the weights are wanted.
 template <typename Scalar>
 struct Factors {
-  const Scalar *energies;            // (n)
-  const Scalar *forces, *virials;    // (n, 3) and (B, 3, 3), or both null
+  const Scalar* energies;          // (n)
+  const Scalar *forces, *virials;  // (n, 3) and (B, 3, 3), or both null
+};
+
+enum class Kind : int64_t { kEnergy, kForce, kVirial };
+
+/// An update: what it measures and, for forces, the atoms of its group.
+struct Update {
+  Kind kind;
+  const int64_t* atoms;
+  int64_t num_atoms;
+};
+
+/// What a frame's energies are made of, and its labels; those that no update measures may be null.
+template <typename Scalar>
+struct Labels {
+  const double* bias;             // (T), energy of an atom of each element
+  const int64_t* types;           // (n)
+  const Scalar* num_atoms;        // (B)
+  const double* energy;           // (B)
+  const Scalar *forces, *virial;  // (n, 3), (B, 3, 3)
 };
 
 namespace cpu {
@@ -132,6 +151,12 @@ void predict(const Network<Scalar>& network, const Geometry<Scalar>& geometry, c
 template <typename Scalar>
 void gradients(const Network<Scalar>& network, const Geometry<Scalar>& geometry, const Scalar* saved,
                const Factors<Scalar>& factors, Scalar* gradient, Scalar* scratch, const Parallel& parallel);
+
+/// For updates at the same weights: errors (U) and jacobians (U, N) = -dε/dw of ε, the mean absolute error (Algorithm 2,
+/// lines 1 to 7): of energies and virials per atom, of the forces of a group of atoms per component.
+template <typename Scalar>
+void measure(const Network<Scalar>& network, const Geometry<Scalar>& geometry, const Labels<Scalar>& labels,
+             const std::vector<Update>& updates, double* errors, double* jacobians, const Parallel& parallel);
 
 }  // namespace cpu
 

@@ -35,6 +35,12 @@ STABLE_TORCH_LIBRARY(rlekf, m) {
   m.def(
       "gradients(Tensor[] parameters, Tensor[] geometry, Tensor[] normal, int[] sel, float last, int[] sizes,"
       " bool[] timesteps, Tensor saved, Tensor by_energies, Tensor? by_forces, Tensor? by_virials) -> Tensor");
+  // Updates at the same weights, by kind (0 energy, 1 force, 2 virial), and for each the atoms of its group, if it has
+  // one; `bias` is the energy of an atom of each element.
+  m.def(
+      "measure(Tensor[] parameters, Tensor[] geometry, Tensor[] normal, int[] sel, float last, int[] sizes,"
+      " bool[] timesteps, Tensor bias, Tensor types, Tensor num_atoms, Tensor? energy, Tensor? forces, Tensor? virial,"
+      " int[] kinds, Tensor[] atoms) -> (Tensor errors, Tensor jacobians)");
   // Neighbour lists: neighbors.h.
   m.def(
       "place_neighbors(Tensor pairs, Tensor vectors, Tensor types, int num_types, float cutoff)"

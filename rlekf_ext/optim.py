@@ -113,11 +113,16 @@ class RLEKF(torch.optim.Optimizer):
         jacobian: +H (N,) or (M, N), the gradients of the measured quantities in the order of `flatten`; innovation: a
         number or (M,), label minus prediction, of either sign. All are taken at the current weights.
         """
+        moves = self._current_moves()
+        self.filter.update(jacobian, innovation, out=moves.increment)
+        moves.apply()
+
+    @torch.compiler.disable  # which does not know addresses
+    def _current_moves(self) -> _Moves:
         self.parameters()  # raises if they have changed
         if self._moves is None or self._moves.stale():
             self._moves = _Moves(self)
-        self.filter.update(jacobian, innovation, out=self._moves.increment)
-        self._moves.apply()
+        return self._moves
 
     def jacobian(self) -> Tensor:
         """The gradients in `.grad`, (N,) float64 in the order of `flatten`. Raises RuntimeError if there are none."""
@@ -258,6 +263,7 @@ class _Moves:
         """Whether some parameter is no longer stored where it was."""
         return [p.data_ptr() for p in self._parameters] != self._addresses
 
+    @torch.compiler.disable
     def apply(self) -> None:
         """Add the increment, in float64 and rounded once, whatever the dtype of the model."""
         first = 0

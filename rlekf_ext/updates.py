@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,13 +71,13 @@ class FrameUpdater:
         else:
             _check_made_with(optimizer, self.options, options)
         self.optimizer = optimizer
-        # The model's own derivatives, if it has them and they are of the weights of the filter, in its order.
-        own = getattr(model, "linearized", None)
+        # The model's own ε and H, if it has them and H is of the weights of the filter, in its order.
+        own = getattr(model, "measure", None)
         self._by_model = own if own and optimizer.has_all_reversed(model) else None  # type: ignore[arg-type]
         self._processes, self._say = Processes(process_group), say
         self._generator = torch.Generator().manual_seed(seed)
-        self._means: dict[str, Tensor] = {}
-        self._early = torch.ones((), dtype=torch.float64)  # the part of early_scale - 1 that is left
+        self._means: dict[str, float | Tensor] = {}
+        self._early: float | Tensor = 1.0  # the part of early_scale - 1 that is left
         self._health: dict[str, int] = {}  # as of the last batch; asking the filter waits for the device
         self._unguarded = 0  # updates since the last check of how P is stored
         self._started = not self.options.warm_start
@@ -126,13 +126,14 @@ class FrameUpdater:
         done: list[tuple[str, Tensor]] = []
         for updates in self._passes(whole):
             errors, jacobians = self._measure(updates, parts, whole.num_rows)
-            innovations = torch.empty_like(errors)
-            for i, (kind, _) in enumerate(updates):
-                of_jacobian, of_innovation = self._scales(kind, errors[i], whole, (factors or {}).get(kind, 1.0))
-                innovations[i] = of_innovation * errors[i]
-                jacobians[i] *= of_jacobian
-                done += [(kind, error) for error in errors[i]]
-            self.optimizer.update(jacobians.flatten(0, 1), innovations.flatten())
+            innovations = []
+            for (kind, _), error, jacobian in zip(updates, errors, jacobians, strict=True):
+                of_jacobian, of_innovation = self._scales(kind, error, whole, (factors or {}).get(kind, 1.0))
+                jacobian *= of_jacobian
+                innovations.append(of_innovation * error)
+                done += [(kind, one) for one in error]
+            joined = innovations[0] if len(innovations) == 1 else torch.cat(innovations)
+            self.optimizer.update(jacobians.flatten(0, 1), joined)
         if self._average:
             self._average.update_parameters(self.model)  # type: ignore[arg-type]
         self._look_after(len(done))
@@ -146,8 +147,8 @@ class FrameUpdater:
         """What is needed to continue with the same bits, besides the state of `optimizer` and the weights."""
         return {
             "generator": self._generator.get_state(),
-            "means": dict(self._means),
-            "early": self._early.clone(),
+            "means": {kind: torch.as_tensor(mean, dtype=torch.float64) for kind, mean in self._means.items()},
+            "early": torch.as_tensor(self._early, dtype=torch.float64),
             "unguarded": self._unguarded,
             "average": self._average.state_dict() if self._average else None,
         }
@@ -179,27 +180,40 @@ class FrameUpdater:
         self, updates: Sequence[tuple[str, int]], parts: Sequence[Part], num_rows: int
     ) -> tuple[Tensor, Tensor]:
         """ε (updates, rows) and H (updates, rows, N) of every measurement, float64, all at the current weights."""
+        wanted = [
+            [(kind, *own.groups[group]) if kind == "force" else (kind, None, own.share) for kind, group in updates]
+            for own in parts
+        ]
+        if num_rows == len(parts) == self._processes.size == 1:
+            errors, jacobians = self._of_frame(parts[0].frame, [(kind, atoms) for kind, atoms, _ in wanted[0]])
+            return errors[:, None], jacobians[:, None]
         count, num_weights = len(updates) * num_rows, self.optimizer.filter.plan.num_weights
         device = self.optimizer.filter.covariance.state.device
         message = torch.zeros(count * (num_weights + 1), dtype=torch.float64, device=device)
         errors = message[:count].view(len(updates), num_rows)
         jacobians = message[count:].view(len(updates), num_rows, num_weights)
-        for own in parts:
-            linearized = self._linearized(own.frame, [kind for kind, _ in updates])
-            for i, (kind, group) in enumerate(updates):
-                atoms, share = own.groups[group] if kind == "force" else (None, own.share)
-                if share:
-                    error, factor = ERRORS[kind](linearized.prediction, own.frame, atoms)
-                    errors[i, own.row] += share * error
-                    jacobians[i, own.row].add_(linearized.jacobian(kind, -share * factor))
+        for own, each in zip(parts, wanted, strict=True):
+            some = [i for i, (_, _, share) in enumerate(each) if share]
+            found = self._of_frame(own.frame, [each[i][:2] for i in some]) if some else ((), ())
+            for i, error, jacobian in zip(some, *found, strict=True):
+                errors[i, own.row] += each[i][2] * error
+                jacobians[i, own.row].add_(jacobian, alpha=each[i][2])
         self._processes.sum(message)
         return errors.clone(), jacobians
 
-    def _linearized(self, frame: Any, kinds: Sequence[str]) -> Linearized:
-        """The frame at the current weights, for updates of these kinds."""
-        forces, virials = any(kind != "energy" for kind in kinds), "virial" in kinds
-        own = self._by_model(frame, forces, virials) if self._by_model else None
-        return own or _ByAutograd(self.model, self.optimizer, frame, forces, len(kinds) > 1)
+    def _of_frame(self, frame: Any, updates: Sequence[tuple[str, Tensor | None]]) -> tuple[Tensor, Tensor]:
+        """ε (U,) and H = -dε/dw (U, N) of updates at the current weights, each a kind and the atoms of its group."""
+        if self._by_model and (own := self._by_model(frame, updates)):
+            return own
+        with torch.enable_grad():
+            prediction = self.model(frame, forces=any(kind != "energy" for kind, _ in updates))
+            found = [ERRORS[kind](prediction, frame, atoms) for kind, atoms in updates]
+        parameters, several = self.optimizer.parameters(), len(updates) > 1
+        gradients = [
+            torch.autograd.grad(-error, parameters, allow_unused=True, retain_graph=several) for error in found
+        ]
+        jacobians = [self.optimizer.flatten(gradient) for gradient in gradients]
+        return torch.stack([error.detach().double() for error in found]), torch.stack(jacobians)
 
     def _scales(self, kind: str, errors: Tensor, whole: Whole, factor: float) -> tuple[float | Tensor, float | Tensor]:
         """What H and ε of the measurements with these errors are multiplied by."""
@@ -207,18 +221,20 @@ class FrameUpdater:
         scale: float | Tensor = getattr(options, f"{kind}_scale") * factor
         if kind == "force" and options.force_per_atom:
             scale = scale / whole.atoms_per_structure
-        error = errors.mean()
-        finite = error.isfinite()
+        # On a CPU plain numbers: a few operations on tensors would take as long as a small network.
+        error: Any = (errors.item() if len(errors) == 1 else errors.mean().item()) if errors.is_cpu else errors.mean()
+        here = float if errors.is_cpu else errors.new_tensor
+        finite = _is_finite(error)
         if options.early_scale != 1:
-            left = self._early.to(error.device)
+            left = here(self._early)
             scale = scale * (1 + (options.early_scale - 1) * left)
-            self._early = torch.where(finite, EARLY_DECAY ** len(errors) * left, left)
+            self._early = _where(finite, EARLY_DECAY ** len(errors) * left, left)
         if options.adaptive_scale:
-            mean = self._means.get(kind, error).to(error)
-            mean = torch.where(mean.isfinite(), mean, error)  # the very first ε may not have been finite
-            mean = torch.where(finite, mean.lerp(error, 1 - EMA_DECAY), mean)
+            mean = here(self._means.get(kind, error))
+            mean = _where(_is_finite(mean), mean, error)  # the very first ε may not have been finite
+            mean = _where(finite, EMA_DECAY * mean + (1 - EMA_DECAY) * error, mean)
             self._means[kind] = mean
-            scale = scale / mean.clamp_min(LEAST_ERROR)
+            scale = scale / _where(mean < LEAST_ERROR, LEAST_ERROR, mean)
         if options.batch == "sum":
             return scale * whole.num_structures, scale * math.sqrt(whole.num_structures)
         return scale, scale
@@ -246,6 +262,14 @@ class FrameUpdater:
                 self._say(sentence)
 
 
+def _is_finite(x: float | Tensor) -> Any:
+    return x.isfinite() if isinstance(x, Tensor) else math.isfinite(x)
+
+
+def _where(condition: Any, yes: Any, no: Any) -> Any:
+    return torch.where(condition, yes, no) if isinstance(condition, Tensor) else (yes if condition else no)
+
+
 def schedule(order: Sequence[str], num_groups: int) -> list[str]:
     """The kinds of update of a batch that has this many force groups: `order`, repeated until no group is left."""
     kinds: list[str] = []
@@ -257,60 +281,22 @@ def schedule(order: Sequence[str], num_groups: int) -> list[str]:
             return kinds
 
 
-class Linearized(Protocol):
-    """A frame at the current weights."""
-
-    prediction: Any  # of the model; nothing of it requires a gradient, unless autograd needs it
-
-    def jacobian(self, kind: str, factor: Tensor) -> Tensor:
-        """The derivative by the weights (N,), in the order of the optimizer, of the sum of the predicted energies,
-        forces or virials times their factors."""
+def energy_error(prediction: Any, frame: Any, _: Any = None) -> Tensor:
+    """mean |E - E_DFT| / atoms in eV/atom (Algorithm 2, line 6): its gradient is -H."""
+    return ((prediction.energy - frame.energy).abs() / frame.num_atoms).mean()
 
 
-class _ByAutograd:
-    """For any model."""
-
-    def __init__(self, model: Callable[..., Any], optimizer: RLEKF, frame: Any, forces: bool, several: bool):
-        self._optimizer, self._several = optimizer, several
-        with torch.enable_grad():
-            self.prediction = model(frame, forces=forces)
-
-    def jacobian(self, kind: str, factor: Tensor) -> Tensor:
-        with torch.enable_grad():
-            total = (factor * getattr(self.prediction, PREDICTED[kind])).sum()
-        found = torch.autograd.grad(total, self._optimizer.parameters(), allow_unused=True, retain_graph=self._several)
-        return self._optimizer.flatten(found)
+def force_error(prediction: Any, frame: Any, atoms: Tensor) -> Tensor:
+    """mean |F - F_DFT| over the 3x components of these atoms, in eV/Å (Algorithm 2, line 6)."""
+    return (prediction.forces[atoms] - frame.forces[atoms]).abs().mean()
 
 
-def energy_error(prediction: Any, frame: Any, _: Any = None) -> tuple[Tensor, Tensor]:
-    """ε = mean |E - E_DFT| / atoms, in eV/atom, and its derivative by the energies (Algorithm 2, line 6)."""
-    difference = prediction.energy.detach() - frame.energy
-    factor = difference.sign() / (frame.num_atoms * difference.numel())
-    return (factor * difference).sum(), factor
+def virial_error(prediction: Any, frame: Any, _: Any = None) -> Tensor:
+    """mean |W - W_DFT| / atoms over the nine components, in eV/atom."""
+    return ((prediction.virial - frame.virial).abs().mean((1, 2)) / frame.num_atoms).mean()
 
 
-def force_error(prediction: Any, frame: Any, atoms: Tensor) -> tuple[Tensor, Tensor]:
-    """ε = mean |F - F_DFT| over the components of these atoms, in eV/Å, and its derivative by the forces (Algorithm 2,
-    line 6)."""
-    difference = prediction.forces.detach()[atoms] - frame.forces[atoms]
-    factor = torch.zeros_like(frame.forces)
-    factor[atoms] = difference.sign() / difference.numel()
-    return difference.abs().mean(), factor
-
-
-def virial_error(prediction: Any, frame: Any, _: Any = None) -> tuple[Tensor, Tensor]:
-    """ε = mean |W - W_DFT| / atoms over the nine components, in eV/atom, and its derivative by the virials."""
-    difference = prediction.virial.detach() - frame.virial
-    factor = difference.sign() / (frame.num_atoms[:, None, None] * difference.numel())
-    return (factor * difference).sum(), factor
-
-
-ERRORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "energy": energy_error,
-    "force": force_error,
-    "virial": virial_error,
-}
-PREDICTED = {"energy": "energy", "force": "forces", "virial": "virial"}
+ERRORS: dict[str, Callable[..., Tensor]] = {"energy": energy_error, "force": force_error, "virial": virial_error}
 
 
 def _check_made_with(optimizer: RLEKF, options: Options, given: Mapping[str, Any]) -> None:

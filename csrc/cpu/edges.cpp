@@ -197,7 +197,8 @@ RLEKF_INLINE void along_of_atom(const Geometry<Scalar>& geometry, const RowScale
     for (int a = 0; a < 3; ++a) {
       const double strain = d[0] * static_cast<double>(virial[a]) + d[1] * static_cast<double>(virial[3 + a]) +
                             d[2] * static_cast<double>(virial[6 + a]);
-      moved[a] = static_cast<double>(start[a]) - static_cast<double>(end[a]) - static_cast<double>(edge.length) * strain;
+      moved[a] =
+          static_cast<double>(start[a]) - static_cast<double>(end[a]) - static_cast<double>(edge.length) * strain;
       inner += moved[a] * d[a];
     }
     const double slope = static_cast<double>(edge.slope), share = static_cast<double>(edge.share);
@@ -319,10 +320,10 @@ void tabulate(const FrameInputs<Scalar>& inputs, const Normalization<Scalar>& no
   }
 }
 
-#define RLEKF_INSTANTIATE(Scalar)                                                                                    \
-  template RowScale<Scalar> row_scale(const Normalization<Scalar>&, const Geometry<Scalar>&, int64_t);               \
-  template void sort_atoms(const FrameInputs<Scalar>&, const Geometry<Scalar>&);                                     \
-  template void tabulate(const FrameInputs<Scalar>&, const Normalization<Scalar>&, const Geometry<Scalar>&,          \
+#define RLEKF_INSTANTIATE(Scalar)                                                                           \
+  template RowScale<Scalar> row_scale(const Normalization<Scalar>&, const Geometry<Scalar>&, int64_t);      \
+  template void sort_atoms(const FrameInputs<Scalar>&, const Geometry<Scalar>&);                            \
+  template void tabulate(const FrameInputs<Scalar>&, const Normalization<Scalar>&, const Geometry<Scalar>&, \
                          const Parallel&);
 RLEKF_INSTANTIATE(double)
 RLEKF_INSTANTIATE(float)

@@ -60,7 +60,8 @@ RLEKF_INLINE void start_rows_back(const Pointwise<Scalar>& p, bool hidden, Panel
       if (hidden) {
         bar *= 1 - h * h;
         if (z_dot.data) {
-          bar -= 2 * h * read(z_dot.data + u * z_dot.stride + at) * read(z_bar_of_sum.data + u * z_bar_of_sum.stride + at);
+          bar -=
+              2 * h * read(z_dot.data + u * z_dot.stride + at) * read(z_bar_of_sum.data + u * z_bar_of_sum.stride + at);
         }
       }
       write<Scalar>(z_bar.data + u * z_bar.stride + at, bar);
@@ -118,23 +119,23 @@ RLEKF_INLINE void turn(int64_t units, int64_t numbers, Panel<Scalar> from, Scala
   }
 }
 
-#define RLEKF_FOR_SCALAR(Scalar)                                                                               \
-  RLEKF_EVERY_ISA void finish(const Pointwise<Scalar>& p) { finish_rows(p); }                                  \
-  RLEKF_EVERY_ISA void finish_along(const Pointwise<Scalar>& p, Panel<Scalar> z_dot, bool hidden) {            \
-    finish_rows_along(p, z_dot, hidden);                                                                       \
-  }                                                                                                            \
-  RLEKF_EVERY_ISA void start_back(const Pointwise<Scalar>& p, bool hidden, Panel<Scalar> z_bar,                \
-                                  Panel<Scalar> z_dot, Panel<Scalar> z_bar_of_sum) {                           \
-    start_rows_back(p, hidden, z_bar, z_dot, z_bar_of_sum);                                                    \
-  }                                                                                                            \
-  RLEKF_EVERY_ISA void start_shortcut(const Pointwise<Scalar>& p, Panel<Scalar> x_bar) { shortcut_back(p, x_bar); } \
-  RLEKF_EVERY_ISA void by_timesteps(const Pointwise<Scalar>& p, Panel<Scalar> z_dot, Panel<Scalar> y_bar_of_sum, \
-                                    Scalar* result) {                                                          \
-    add_by_timestep(p, z_dot, y_bar_of_sum, result);                                                           \
-  }                                                                                                            \
-  RLEKF_EVERY_ISA void turned(int64_t units, int64_t numbers, Panel<Scalar> from, Scalar* to, int64_t block,   \
-                              int64_t first) {                                                                 \
-    turn(units, numbers, from, to, block, first);                                                              \
+#define RLEKF_FOR_SCALAR(Scalar)                                                                                     \
+  RLEKF_EVERY_ISA void finish(const Pointwise<Scalar>& p) { finish_rows(p); }                                        \
+  RLEKF_EVERY_ISA void finish_along(const Pointwise<Scalar>& p, Panel<Scalar> z_dot, bool hidden) {                  \
+    finish_rows_along(p, z_dot, hidden);                                                                             \
+  }                                                                                                                  \
+  RLEKF_EVERY_ISA void start_back(const Pointwise<Scalar>& p, bool hidden, Panel<Scalar> z_bar, Panel<Scalar> z_dot, \
+                                  Panel<Scalar> z_bar_of_sum) {                                                      \
+    start_rows_back(p, hidden, z_bar, z_dot, z_bar_of_sum);                                                          \
+  }                                                                                                                  \
+  RLEKF_EVERY_ISA void start_shortcut(const Pointwise<Scalar>& p, Panel<Scalar> x_bar) { shortcut_back(p, x_bar); }  \
+  RLEKF_EVERY_ISA void by_timesteps(const Pointwise<Scalar>& p, Panel<Scalar> z_dot, Panel<Scalar> y_bar_of_sum,     \
+                                    Scalar* result) {                                                                \
+    add_by_timestep(p, z_dot, y_bar_of_sum, result);                                                                 \
+  }                                                                                                                  \
+  RLEKF_EVERY_ISA void turned(int64_t units, int64_t numbers, Panel<Scalar> from, Scalar* to, int64_t block,         \
+                              int64_t first) {                                                                       \
+    turn(units, numbers, from, to, block, first);                                                                    \
   }
 RLEKF_FOR_SCALAR(double)
 RLEKF_FOR_SCALAR(float)
@@ -270,34 +271,39 @@ int64_t reverse_scratch(const Net<Scalar>& net, int64_t units) {
 }
 
 template <typename Scalar>
-void collect(const Net<Scalar>& net, const Scalar* padded_gradients, int64_t count, int64_t stride, Scalar* gradient) {
+void collect(const Net<Scalar>& net, const Scalar* padded_gradients, int64_t count, int64_t stride, int64_t part,
+             int64_t parts, Scalar* gradient) {
   constexpr int64_t kW = kWidth<Scalar>;
   const Scalar* from = padded_gradients;
   for (const Layer<Scalar>& layer : net) {
-    const auto total = [&](const Scalar* first) {
-      Scalar sum = *first;
-      for (int64_t i = 1; i < count; ++i) sum += first[i * stride];
+    const auto total = [&](int64_t place) {
+      Scalar sum = from[place];
+      for (int64_t i = 1; i < count; ++i) sum += from[i * stride + place];
       return sum;
     };
     Scalar* to = gradient + layer.first;
-    for (int64_t o = 0; o < layer.outputs; ++o) {
-      for (int64_t i = 0; i < layer.inputs; ++i) *to++ = total(from + (i / kW * layer.outputs + o) * kW + i % kW);
+    for (int64_t o = part * layer.outputs / parts; o < (part + 1) * layer.outputs / parts; ++o) {
+      for (int64_t i = 0; i < layer.inputs; ++i) {
+        to[o * layer.inputs + i] = total((i / kW * layer.outputs + o) * kW + i % kW);
+      }
+      for (int64_t k = 0; k < (layer.timestep ? 2 : 1); ++k) {
+        to[layer.inputs * layer.outputs + k * layer.outputs + o] = total(padded_weights(layer) + k * layer.outputs + o);
+      }
     }
-    from += padded_weights(layer);
-    for (int64_t o = 0; o < layer.outputs * (layer.timestep ? 2 : 1); ++o) *to++ = total(from++);
+    from += padded_weights(layer) + layer.outputs * (layer.timestep ? 2 : 1);
   }
 }
 
-#define RLEKF_INSTANTIATE(Scalar)                                                                                   \
-  template void forward(const Net<Scalar>&, int64_t, const Traces<Scalar>&, Panel<Scalar>);                         \
-  template void backward(const Net<Scalar>&, int64_t, const Traces<Scalar>&, Panel<Scalar>);                        \
-  template void forward_along(const Net<Scalar>&, int64_t, const Traces<Scalar>&);                                  \
-  template void reverse(const Net<Scalar>&, int64_t, const Traces<Scalar>&, bool, Panel<Scalar>, Panel<Scalar>,     \
-                        Scalar*, Scalar*);                                                                          \
-  template int64_t padded_size(const Net<Scalar>&);                                                                 \
-  template int64_t widest(const Net<Scalar>&);                                                                      \
-  template int64_t reverse_scratch(const Net<Scalar>&, int64_t);                                                    \
-  template void collect(const Net<Scalar>&, const Scalar*, int64_t, int64_t, Scalar*);
+#define RLEKF_INSTANTIATE(Scalar)                                                                               \
+  template void forward(const Net<Scalar>&, int64_t, const Traces<Scalar>&, Panel<Scalar>);                     \
+  template void backward(const Net<Scalar>&, int64_t, const Traces<Scalar>&, Panel<Scalar>);                    \
+  template void forward_along(const Net<Scalar>&, int64_t, const Traces<Scalar>&);                              \
+  template void reverse(const Net<Scalar>&, int64_t, const Traces<Scalar>&, bool, Panel<Scalar>, Panel<Scalar>, \
+                        Scalar*, Scalar*);                                                                      \
+  template int64_t padded_size(const Net<Scalar>&);                                                             \
+  template int64_t widest(const Net<Scalar>&);                                                                  \
+  template int64_t reverse_scratch(const Net<Scalar>&, int64_t);                                                \
+  template void collect(const Net<Scalar>&, const Scalar*, int64_t, int64_t, int64_t, int64_t, Scalar*);
 RLEKF_INSTANTIATE(double)
 RLEKF_INSTANTIATE(float)
 

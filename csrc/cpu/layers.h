@@ -52,8 +52,10 @@ int64_t reverse_scratch(const Net<Scalar>& net, int64_t units);
 template <typename Scalar>
 int64_t widest(const Net<Scalar>& net);
 
-/// gradient (N) of this net's weights <- the sum of `count` padded ones, `stride` numbers apart.
+/// gradient (N) of this net's weights <- the sum of `count` padded ones, `stride` numbers apart. `part` of `parts` of it,
+/// by the outputs of each layer.
 template <typename Scalar>
-void collect(const Net<Scalar>& net, const Scalar* padded_gradients, int64_t count, int64_t stride, Scalar* gradient);
+void collect(const Net<Scalar>& net, const Scalar* padded_gradients, int64_t count, int64_t stride, int64_t part,
+             int64_t parts, Scalar* gradient);
 
 }  // namespace rlekf::cpu

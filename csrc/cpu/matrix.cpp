@@ -37,12 +37,18 @@ RLEKF_INLINE void multiply_vectors(const Product<Scalar>& p, int64_t vector) {
   int64_t row = 0;
   for (; row + kRows <= p.rows; row += kRows) multiply_tile<kRows, kV>(p, row, vector);
   switch (p.rows - row) {
-    case 5: return multiply_tile<5, kV>(p, row, vector);
-    case 4: return multiply_tile<4, kV>(p, row, vector);
-    case 3: return multiply_tile<3, kV>(p, row, vector);
-    case 2: return multiply_tile<2, kV>(p, row, vector);
-    case 1: return multiply_tile<1, kV>(p, row, vector);
-    default: return;
+    case 5:
+      return multiply_tile<5, kV>(p, row, vector);
+    case 4:
+      return multiply_tile<4, kV>(p, row, vector);
+    case 3:
+      return multiply_tile<3, kV>(p, row, vector);
+    case 2:
+      return multiply_tile<2, kV>(p, row, vector);
+    case 1:
+      return multiply_tile<1, kV>(p, row, vector);
+    default:
+      return;
   }
 }
 

@@ -127,21 +127,21 @@ RLEKF_INLINE void exchange(int64_t units, int64_t groups, int64_t numbers, Panel
   }
 }
 
-#define RLEKF_FOR_SCALAR(Scalar)                                                                                    \
-  RLEKF_EVERY_ISA void describe(const Moments<Scalar>& m, Panel<Scalar> d) { multiply_moments(m, d); }              \
-  RLEKF_EVERY_ISA void describe_along(const Moments<Scalar>& m, Panel<Scalar> t_dot, Panel<Scalar> d_dot) {         \
-    multiply_moments_along(m, t_dot, d_dot);                                                                        \
-  }                                                                                                                 \
+#define RLEKF_FOR_SCALAR(Scalar)                                                                                     \
+  RLEKF_EVERY_ISA void describe(const Moments<Scalar>& m, Panel<Scalar> d) { multiply_moments(m, d); }               \
+  RLEKF_EVERY_ISA void describe_along(const Moments<Scalar>& m, Panel<Scalar> t_dot, Panel<Scalar> d_dot) {          \
+    multiply_moments_along(m, t_dot, d_dot);                                                                         \
+  }                                                                                                                  \
   RLEKF_EVERY_ISA void describe_back(const Moments<Scalar>& m, Panel<Scalar> d_bar, Panel<Scalar> t_bar, bool add) { \
-    moments_back(m, d_bar, t_bar, add);                                                                             \
-  }                                                                                                                 \
-  RLEKF_EVERY_ISA void to_panel(int64_t units, int64_t groups, int64_t numbers, Panel<Scalar> panel, Scalar* flat,  \
-                                int64_t pitch) {                                                                    \
-    exchange<true>(units, groups, numbers, panel, flat, pitch);                                                     \
-  }                                                                                                                 \
+    moments_back(m, d_bar, t_bar, add);                                                                              \
+  }                                                                                                                  \
+  RLEKF_EVERY_ISA void to_panel(int64_t units, int64_t groups, int64_t numbers, Panel<Scalar> panel, Scalar* flat,   \
+                                int64_t pitch) {                                                                     \
+    exchange<true>(units, groups, numbers, panel, flat, pitch);                                                      \
+  }                                                                                                                  \
   RLEKF_EVERY_ISA void from_panel(int64_t units, int64_t groups, int64_t numbers, Panel<Scalar> panel, Scalar* flat, \
-                                  int64_t pitch) {                                                                  \
-    exchange<false>(units, groups, numbers, panel, flat, pitch);                                                    \
+                                  int64_t pitch) {                                                                   \
+    exchange<false>(units, groups, numbers, panel, flat, pitch);                                                     \
   }
 RLEKF_FOR_SCALAR(double)
 RLEKF_FOR_SCALAR(float)
@@ -316,8 +316,7 @@ struct Desk {
       x_dot.push_back(l > 0 ? panel(net[l].inputs) : d_dot);
       z_dot.push_back(panel(net[l].outputs));
     }
-    net_scratch =
-        arena.take(std::max(reverse_scratch(net, units), reverse_scratch(plan.network.embeddings[0], units)));
+    net_scratch = arena.take(std::max(reverse_scratch(net, units), reverse_scratch(plan.network.embeddings[0], units)));
     node_values_bar = arena.take(plan.num_types * plan.num_columns * plan.pitch);
     by_embedding = padded_size(plan.network.embeddings[0]);
     by_fitting = padded_size(net);
@@ -461,8 +460,20 @@ void gradients_of_atoms(const Plan<Scalar>& plan, const AtomBlock& block, const 
   if (is_along) describe_back(moved, Panel<Scalar>{record.data + plan.atom_d_bar, record.stride}, desk.t_bar, true);
   from_panel(block.units, 4, plan.num_values, desk.t_bar, desk.flat, plan.pitch);
   Scalar* to = desk.node_values_bar + block.element * plan.num_columns * plan.pitch;
-  Product<Scalar> product{plan.num_columns, rows, plan.pitch / kW, plan.frame.coefficients + block.atom * size, 1,
-                          plan.num_columns, desk.flat, plan.pitch, kW, to, plan.pitch, kW, nullptr, true};
+  Product<Scalar> product{plan.num_columns,
+                          rows,
+                          plan.pitch / kW,
+                          plan.frame.coefficients + block.atom * size,
+                          1,
+                          plan.num_columns,
+                          desk.flat,
+                          plan.pitch,
+                          kW,
+                          to,
+                          plan.pitch,
+                          kW,
+                          nullptr,
+                          true};
   multiply(product);
   if (is_along) {
     product.a = desk.columns;
@@ -525,8 +536,7 @@ void predict(const Network<Scalar>& network, const Geometry<Scalar>& geometry, c
   const std::vector<Desk<Scalar>> desks = desks_of(plan, scratch, num_workers);
   Scalar* by_edges = scratch + num_workers * desks[0].size;
   Scalar* virials = by_edges + padded<Scalar>(3 * geometry.num_edges);
-  parallel.run(num_node_blocks(plan),
-               [&](int64_t i) { predict_nodes(plan, node_block(plan, i), result.saved); });
+  parallel.run(num_node_blocks(plan), [&](int64_t i) { predict_nodes(plan, node_block(plan, i), result.saved); });
   parallel.run(num_workers, [&](int64_t w) {
     over_atoms(plan, w, num_workers, [&](const AtomBlock& block) {
       predict_atoms(plan, block, desks[static_cast<size_t>(w)], result, by_edges);
@@ -565,22 +575,25 @@ void gradients(const Network<Scalar>& network, const Geometry<Scalar>& geometry,
     }
   });
   const auto num_embeddings = static_cast<int64_t>(network.embeddings.size());
-  parallel.run(num_embeddings + plan.num_types, [&](int64_t i) {
-    const bool embedding = i < num_embeddings;
-    const int64_t own = embedding ? i : i - num_embeddings;
-    const auto& nets = embedding ? network.embeddings : network.fittings;
-    const Scalar* first = embedding ? desks[0].embedding_bar + own * desks[0].by_embedding
-                                    : desks[0].fitting_bar + own * desks[0].by_fitting;
-    collect(nets[static_cast<size_t>(own)], first, num_workers, desks[0].size, gradient);
+  const int64_t num_nets = num_embeddings + plan.num_types;
+  parallel.run(num_workers, [&](int64_t w) {
+    for (int64_t i = 0; i < num_nets; ++i) {
+      const bool embedding = i < num_embeddings;
+      const int64_t own = embedding ? i : i - num_embeddings;
+      const auto& nets = embedding ? network.embeddings : network.fittings;
+      const Scalar* first = embedding ? desks[0].embedding_bar + own * desks[0].by_embedding
+                                      : desks[0].fitting_bar + own * desks[0].by_fitting;
+      collect(nets[static_cast<size_t>(own)], first, num_workers, desks[0].size, w, num_workers, gradient);
+    }
   });
 }
 
-#define RLEKF_INSTANTIATE(Scalar)                                                                                   \
-  template int64_t saved_size(const Network<Scalar>&, const Geometry<Scalar>&, bool);                               \
-  template int64_t scratch_size(const Network<Scalar>&, const Geometry<Scalar>&, int64_t);                          \
-  template void predict(const Network<Scalar>&, const Geometry<Scalar>&, const Prediction<Scalar>&, Scalar*,        \
-                        const Parallel&);                                                                           \
-  template void gradients(const Network<Scalar>&, const Geometry<Scalar>&, const Scalar*, const Factors<Scalar>&,   \
+#define RLEKF_INSTANTIATE(Scalar)                                                                                 \
+  template int64_t saved_size(const Network<Scalar>&, const Geometry<Scalar>&, bool);                             \
+  template int64_t scratch_size(const Network<Scalar>&, const Geometry<Scalar>&, int64_t);                        \
+  template void predict(const Network<Scalar>&, const Geometry<Scalar>&, const Prediction<Scalar>&, Scalar*,      \
+                        const Parallel&);                                                                         \
+  template void gradients(const Network<Scalar>&, const Geometry<Scalar>&, const Scalar*, const Factors<Scalar>&, \
                           Scalar*, Scalar*, const Parallel&);
 RLEKF_INSTANTIATE(double)
 RLEKF_INSTANTIATE(float)

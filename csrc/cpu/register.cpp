@@ -9,8 +9,9 @@
 #include <vector>
 
 #include "../neighbors.h"
-#include "../ops.h"
 #include "../network.h"
+#include "../ops.h"
+#include "scratch.h"
 
 namespace rlekf {
 namespace {
@@ -23,13 +24,6 @@ cpu::Parallel torch_threads() {
           }};
 }
 
-/// At least `size` doubles, which the calling thread keeps until it ends.
-double* scratch(int64_t size) {
-  thread_local std::vector<double> memory;
-  if (memory.size() < static_cast<size_t>(size)) memory.resize(static_cast<size_t>(size));
-  return memory.data();
-}
-
 int64_t gram_size(const Covariance& p, const Measurements& m) { return 2 * p.num_blocks * m.count * m.count; }
 
 std::tuple<Tensor, Tensor> project(const Tensor& tiles, const Tensor& pending, const Tensor& state,
@@ -39,8 +33,8 @@ std::tuple<Tensor, Tensor> project(const Tensor& tiles, const Tensor& pending, c
   const auto parallel = torch_threads();
   Tensor cross = torch::stable::new_empty(jacobian, {m.count, p.num_weights});
   Tensor gram = torch::stable::new_empty(jacobian, {2, p.num_blocks, m.count, m.count});
-  cpu::project(p, m, projection_of(p, m, cross, gram), scratch(cpu::scratch_size(p, m.count, parallel.num_workers)),
-               parallel);
+  cpu::project(p, m, projection_of(p, m, cross, gram),
+               cpu::scratch(cpu::scratch_size(p, m.count, parallel.num_workers)), parallel);
   return {cross, gram};
 }
 
@@ -51,7 +45,7 @@ Tensor multiply_tiles(const Tensor& tiles, const Tensor& pending, const Tensor& 
   const auto parallel = torch_threads();
   Tensor z = torch::stable::new_empty(jacobian, {m.count, p.num_weights});
   cpu::multiply_tiles(p, m, static_cast<double*>(z.mutable_data_ptr()),
-                      scratch(cpu::scratch_size(p, m.count, parallel.num_workers)), parallel);
+                      cpu::scratch(cpu::scratch_size(p, m.count, parallel.num_workers)), parallel);
   return z;
 }
 
@@ -78,7 +72,7 @@ void step(const Tensor& weights, const Tensor& tiles, const Tensor& pending, con
   double* w = weights_of(p, weights);
   const auto parallel = torch_threads();
   const int64_t cross_size = m.count * p.num_weights;
-  double* memory = scratch(cross_size + gram_size(p, m) + cpu::scratch_size(p, m.count, parallel.num_workers));
+  double* memory = cpu::scratch(cross_size + gram_size(p, m) + cpu::scratch_size(p, m.count, parallel.num_workers));
   const Projection projection{memory, memory + cross_size};
   cpu::project(p, m, projection, memory + cross_size + gram_size(p, m), parallel);
   cpu::correct(w, p, m, projection, parallel);
@@ -96,14 +90,6 @@ auto with_scalar(const Tensor& tensor, const Function& function) {
   const bool single = tensor.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(single || tensor.scalar_type() == ScalarType::Double, "rlekf: edges should be float64 or float32.");
   return single ? function(float{}) : function(double{});
-}
-
-/// At least `size` numbers at a cache line's start, which the calling thread keeps until it ends.
-template <typename Scalar>
-Scalar* aligned_scratch(int64_t size) {
-  constexpr int64_t kLine = 64 / sizeof(double);
-  const auto start = reinterpret_cast<uintptr_t>(scratch(size + kLine));
-  return reinterpret_cast<Scalar*>((start + 63) / 64 * 64);
 }
 
 using Tensors = std::vector<Tensor>;
@@ -163,8 +149,7 @@ Network<Scalar> network_of(const Tensors& parameters, const Normalization<Scalar
   Network<Scalar> network{normalization, {}, {}, sizes[3], 0};
   size_t next = 0;
   for (int64_t i = 0; i < sizes[0]; ++i) {
-    network.embeddings.push_back(
-        net_of<Scalar>(parameters, sizes[1], timesteps[0], false, next, network.num_weights));
+    network.embeddings.push_back(net_of<Scalar>(parameters, sizes[1], timesteps[0], false, next, network.num_weights));
   }
   for (size_t t = 0; t < normalization.sel.size(); ++t) {
     network.fittings.push_back(net_of<Scalar>(parameters, sizes[2], timesteps[1], true, next, network.num_weights));
@@ -174,8 +159,8 @@ Network<Scalar> network_of(const Tensors& parameters, const Normalization<Scalar
 
 Tensors tabulate(const Tensor& edges, const Tensor& neighbors, const Tensor& types, Sizes slots, Tensors normal,
                  Sizes sel, int64_t num_nodes, double rcut, double rcut_smth, double last) {
-  STD_TORCH_CHECK(num_nodes > 0 && num_nodes % kNodesAtOnce == 0, "rlekf: the nodes of a table should be a multiple of ",
-                  kNodesAtOnce, " but are ", num_nodes, ".");
+  STD_TORCH_CHECK(num_nodes > 0 && num_nodes % kNodesAtOnce == 0,
+                  "rlekf: the nodes of a table should be a multiple of ", kNodesAtOnce, " but are ", num_nodes, ".");
   const int64_t num_atoms = types.size(0), num_types = static_cast<int64_t>(sel.size());
   Tensors parts;
   for (const int64_t size : {num_atoms, num_types + 1, num_atoms + 1}) {
@@ -183,8 +168,9 @@ Tensors tabulate(const Tensor& edges, const Tensor& neighbors, const Tensor& typ
   }
   return with_scalar(edges, [&](auto zero) {
     using Scalar = decltype(zero);
-    const FrameInputs<Scalar> inputs{num_atoms, data_of<Scalar>(edges), data_of<int64_t>(neighbors),
-                                     data_of<int64_t>(types), slots, rcut, rcut_smth};
+    const FrameInputs<Scalar> inputs{
+        num_atoms, data_of<Scalar>(edges), data_of<int64_t>(neighbors), data_of<int64_t>(types), slots, rcut,
+        rcut_smth};
     Geometry<Scalar> sorted{};
     sorted.num_types = num_types;
     sorted.order = data_of<int64_t>(parts[kOrder]);
@@ -213,14 +199,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predict(Tensors parameters, Tensors g
   return with_scalar(like, [&](auto zero) {
     using Scalar = decltype(zero);
     const auto frame = geometry_of<Scalar>(geometry, num_structures);
-    const auto network =
-        network_of(parameters, normalization_of<Scalar>(normal, sel, last), sizes, timesteps);
+    const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last), sizes, timesteps);
     const auto parallel = torch_threads();
     Tensor saved = torch::stable::new_empty(like, {cpu::saved_size(network, frame, forces)});
     cpu::predict(network, frame,
                  {data_of<Scalar>(energies), forces ? data_of<Scalar>(force) : nullptr,
                   forces && virials ? data_of<Scalar>(virial) : nullptr, data_of<Scalar>(saved)},
-                 aligned_scratch<Scalar>(cpu::scratch_size(network, frame, parallel.num_workers)), parallel);
+                 cpu::Memory<Scalar>(cpu::scratch_size(network, frame, parallel.num_workers)).rest(), parallel);
     return std::make_tuple(energies, force, virial, saved);
   });
 }
@@ -232,8 +217,7 @@ Tensor gradients(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel
     using Scalar = decltype(zero);
     const int64_t count = by_energies.size(0), num_structures = by_virials ? by_virials->size(1) : 0;
     const auto frame = geometry_of<Scalar>(geometry, num_structures);
-    const auto network =
-        network_of(parameters, normalization_of<Scalar>(normal, sel, last), sizes, timesteps);
+    const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last), sizes, timesteps);
     const auto parallel = torch_threads();
     STD_TORCH_CHECK(by_forces.has_value() == by_virials.has_value(),
                     "rlekf: factors of forces and virials should be given both, or none.");
@@ -241,12 +225,11 @@ Tensor gradients(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel
                     "rlekf: gradients should be given what predict saved with the same kinds of results.");
     Tensor result = torch::stable::new_empty(saved, {count, network.num_weights});
     for (int64_t i = 0; i < count; ++i) {
-      const Factors<Scalar> factors{
-          data_of<Scalar>(by_energies) + i * frame.num_atoms,
-          by_forces ? data_of<Scalar>(*by_forces) + i * frame.num_atoms * 3 : nullptr,
-          by_virials ? data_of<Scalar>(*by_virials) + i * num_structures * 9 : nullptr};
+      const Factors<Scalar> factors{data_of<Scalar>(by_energies) + i * frame.num_atoms,
+                                    by_forces ? data_of<Scalar>(*by_forces) + i * frame.num_atoms * 3 : nullptr,
+                                    by_virials ? data_of<Scalar>(*by_virials) + i * num_structures * 9 : nullptr};
       cpu::gradients(network, frame, data_of<Scalar>(saved), factors, data_of<Scalar>(result) + i * network.num_weights,
-                     aligned_scratch<Scalar>(cpu::scratch_size(network, frame, parallel.num_workers)), parallel);
+                     cpu::Memory<Scalar>(cpu::scratch_size(network, frame, parallel.num_workers)).rest(), parallel);
     }
     return result;
   });
@@ -273,6 +256,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> place_neighbors(const Tensor& pairs, 
   return {edges, neighbors, slots, shortest};
 }
 
+std::tuple<Tensor, Tensor> measure(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel, double last,
+                                   Sizes sizes, std::vector<bool> timesteps, const Tensor& bias, const Tensor& types,
+                                   const Tensor& num_atoms, std::optional<Tensor> energy, std::optional<Tensor> forces,
+                                   std::optional<Tensor> virial, Sizes kinds, Tensors atoms) {
+  const Tensor& like = geometry[kCoefficients];
+  return with_scalar(like, [&](auto zero) {
+    using Scalar = decltype(zero);
+    const auto frame = geometry_of<Scalar>(geometry, num_atoms.size(0));
+    const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last), sizes, timesteps);
+    const Labels<Scalar> labels{data_of<double>(bias),
+                                data_of<int64_t>(types),
+                                data_of<Scalar>(num_atoms),
+                                energy ? data_of<double>(*energy) : nullptr,
+                                forces ? data_of<Scalar>(*forces) : nullptr,
+                                virial ? data_of<Scalar>(*virial) : nullptr};
+    const bool given[] = {energy.has_value(), forces.has_value(), virial.has_value()};
+    std::vector<Update> updates;
+    for (size_t i = 0; i < kinds.size(); ++i) {
+      STD_TORCH_CHECK(kinds[i] >= 0 && kinds[i] < 3 && given[kinds[i]], "rlekf: update ", i, " needs labels of kind ",
+                      kinds[i], ", which are not given.");
+      updates.push_back({static_cast<Kind>(kinds[i]), data_of<int64_t>(atoms[i]), atoms[i].size(0)});
+    }
+    const int64_t count = static_cast<int64_t>(updates.size());
+    Tensor errors = torch::stable::new_empty(bias, {count});
+    Tensor jacobians = torch::stable::new_empty(bias, {count, network.num_weights});
+    cpu::measure(network, frame, labels, updates, data_of<double>(errors), data_of<double>(jacobians), torch_threads());
+    return std::make_tuple(errors, jacobians);
+  });
+}
+
 }  // namespace
 }  // namespace rlekf
 
@@ -285,5 +298,6 @@ STABLE_TORCH_LIBRARY_IMPL(rlekf, CPU, m) {
   m.impl("tabulate", TORCH_BOX(&rlekf::tabulate));
   m.impl("predict", TORCH_BOX(&rlekf::predict));
   m.impl("gradients", TORCH_BOX(&rlekf::gradients));
+  m.impl("measure", TORCH_BOX(&rlekf::measure));
   m.impl("place_neighbors", TORCH_BOX(&rlekf::place_neighbors));
 }

@@ -84,7 +84,8 @@ struct Case {
           if (b == a || types[static_cast<size_t>(b)] != element) continue;
           const bool apart = structure[static_cast<size_t>(a)] != structure[static_cast<size_t>(b)];
           for (int64_t axis = 0; axis < 3; ++axis) {
-            const double difference = positions[static_cast<size_t>(3 * b + axis)] - positions[static_cast<size_t>(3 * a + axis)];
+            const double difference =
+                positions[static_cast<size_t>(3 * b + axis)] - positions[static_cast<size_t>(3 * a + axis)];
             edges.push_back(static_cast<Scalar>(apart ? 9 : difference));
           }
           neighbors.push_back(b);
@@ -113,8 +114,19 @@ struct Case {
     incoming.resize(static_cast<size_t>(num_edges));
     first_incoming.resize(kAtoms + 1);
     coefficients.assign(kAtoms * 4 * kTypes * kNodes, static_cast<Scalar>(NAN));
-    geometry = {kAtoms, kTypes, kNodes, num_edges, kStructures, order.data(), first_atom.data(), first_edge.data(),
-                records.data(), neighbor.data(), first_incoming.data(), incoming.data(), coefficients.data(),
+    geometry = {kAtoms,
+                kTypes,
+                kNodes,
+                num_edges,
+                kStructures,
+                order.data(),
+                first_atom.data(),
+                first_edge.data(),
+                records.data(),
+                neighbor.data(),
+                first_incoming.data(),
+                incoming.data(),
+                coefficients.data(),
                 structure.data()};
     cpu::tabulate(inputs, network.normalization, geometry, tests::std_threads(num_workers));
   }
@@ -193,7 +205,8 @@ void check_derivatives() {
     const auto before = made.weights;
     double value[2], energy[2];
     for (int side = 0; side < 2; ++side) {
-      for (size_t i = 0; i < before.size(); ++i) made.weights[i] = before[i] + (side == 0 ? kStep : -kStep) * direction[i];
+      for (size_t i = 0; i < before.size(); ++i)
+        made.weights[i] = before[i] + (side == 0 ? kStep : -kStep) * direction[i];
       made.predict(true);
       value[side] = made.total(by_energies, by_forces, by_virials);
       energy[side] = 0;
@@ -211,7 +224,8 @@ void check_derivatives() {
             energy_slope += energies_alone[at] * along[i * layer.outputs + o];
           }
         }
-        for (int64_t k = layer.inputs * layer.outputs; k < (layer.inputs + (layer.timestep ? 2 : 1)) * layer.outputs; ++k) {
+        for (int64_t k = layer.inputs * layer.outputs; k < (layer.inputs + (layer.timestep ? 2 : 1)) * layer.outputs;
+             ++k) {
           slope += all[static_cast<size_t>(layer.first + k)] * along[k];
           energy_slope += energies_alone[static_cast<size_t>(layer.first + k)] * along[k];
         }

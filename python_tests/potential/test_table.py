@@ -13,7 +13,7 @@ from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import collate, make_frame
 from rlekf_ext.potential.table import Nodes, Table, geometry_of, largest_scalar
-from rlekf_ext.potential.train import build_table, train
+from rlekf_ext.potential.train import train
 
 RCUT = 4.0
 SHAPES = {
@@ -302,13 +302,6 @@ def test_training_on_the_table_is_as_training_without(tmp_path):
         curves.append(np.array([[float(v) for v in row] for row in curve_of(folder)]))
         assert (checkpoint_of(folder)["progress"].get("nodes") is not None) == table
     np.testing.assert_allclose(*curves, rtol=0.02)
-
-
-def test_a_table_is_used_where_it_is_faster():
-    few, many = labelled(0), collate([labelled(seed, 27, elements=1) for seed in range(20)])
-    for frame, wanted, expected in ((few, None, False), (many, None, True), (few, True, True), (many, False, False)):
-        table = build_table(model_of([frame], type_one_side=True), [frame], wanted)
-        assert (table is not None) == expected
 
 
 def test_restart_on_the_table_is_bit_for_bit(tmp_path):

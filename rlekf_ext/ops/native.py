@@ -109,6 +109,12 @@ def _(parameters, geometry, normal, sel, last, sizes, timesteps, saved, by_energ
     return saved.new_empty(by_energies.shape[0], sum(p.numel() for p in parameters))
 
 
+@torch.library.register_fake("rlekf::measure")
+def _(parameters, geometry, normal, sel, last, sizes, timesteps, bias, *labels_and_updates):
+    count = len(labels_and_updates[-1])
+    return bias.new_empty(count), bias.new_empty(count, sum(p.numel() for p in parameters))
+
+
 @torch.library.register_fake("rlekf::place_neighbors")
 def _(pairs, vectors, types, num_types, cutoff):
     num_atoms, num_slots = types.shape[0], torch.library.get_ctx().new_dynamic_size()

@@ -185,10 +185,10 @@ class Training:
     disp_freq: int | None = option(None, "Batches per row of `disp_file`. null: an epoch, at most 1000.", low=1)
     save_freq: int = option(1000, "Batches per checkpoint.", low=1)
     save_ckpt: str = option("model.ckpt", "The checkpoint is this with `.pt`.")
-    table: bool | None = option(
-        None,
-        "Whether embedding nets are interpolated in training ([why](performance.md#the-network-on-a-table)). null: if "
-        "that is faster. Evaluation is always exact.",
+    table: bool = option(
+        True,
+        "Whether embedding nets are interpolated in training ([why](performance.md#the-network-on-a-table)). "
+        "Evaluation is always exact.",
     )
     disp_training: bool = True
     time_training: bool = True

@@ -128,10 +128,13 @@ class DeepPotential(nn.Module):
             return results
         return Prediction(*(None if result is None else result.detach() for result in results))  # type: ignore[arg-type]
 
-    def linearized(self, frame: Frame, forces: bool, virials: bool) -> Linearized | None:
-        """The frame at the current weights, for the derivatives of its prediction; None without a table. Raises
-        DataError if it does not fit the network."""
-        return Linearized(self, self.table, frame, forces, virials) if self.table else None
+    def measure(self, frame: Frame, updates: Sequence[tuple[str, Tensor | None]]) -> tuple[Tensor, Tensor] | None:
+        """ε (U,) and H = -dε/dw (U, N) of updates at the current weights, each a kind and the atoms of its group: see
+        rlekf_ext.updates.ERRORS. H has the parameters in turn, each with its dimensions reversed. None where no kernel
+        does it. Raises DataError if the frame does not fit the network."""
+        if self.table is None or not frame.edges.is_cpu:
+            return None
+        return self.table.with_frame(self, frame).measure(updates)
 
     def _energies(self, atomic: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
         """Energies (B,) and (n,) with bias."""
@@ -163,29 +166,6 @@ class DeepPotential(nn.Module):
             for blocks, descriptor in zip(environment.batches, descriptors, strict=True)
         ]
         return _joined(energies)[environment.position]
-
-
-class Linearized:
-    """A frame on the table of a model, at its current weights: see rlekf_ext.updates.Linearized."""
-
-    @torch.no_grad()
-    def __init__(self, model: DeepPotential, table: Table, frame: Frame, forces: bool, virials: bool):
-        self._frame, self._on_table, self._forces = frame, table.with_frame(model, frame), forces
-        results = self._on_table.predict(forces, virials)
-        energies = model._energies(results.energies, frame)
-        self.prediction = Prediction(energies[0], results.forces, results.virials, energies[1])
-
-    @torch.no_grad()
-    def jacobian(self, kind: str, factor: Tensor) -> Tensor:
-        frame = self._frame
-        num_atoms, num_structures = len(frame.types), len(frame.num_atoms)
-        factor = factor.to(frame.edges.dtype)
-        by_energies = factor[frame.structure][None] if kind == "energy" else factor.new_zeros(1, num_atoms)
-        if not self._forces:
-            return self._on_table.gradients(by_energies, None, None)[0].double()
-        by_forces = factor[None] if kind == "force" else factor.new_zeros(1, num_atoms, 3)
-        by_virials = factor[None] if kind == "virial" else factor.new_zeros(1, num_structures, 3, 3)
-        return self._on_table.gradients(by_energies, by_forces, by_virials)[0].double()
 
 
 def _forces(frame: Frame, edges: EdgeForces) -> tuple[Tensor, Tensor]:

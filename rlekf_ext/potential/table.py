@@ -17,7 +17,7 @@ computes it; ops/network_reference.py says the same in torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from rlekf_ext.errors import DataError
 from rlekf_ext.ops import network_reference
 from rlekf_ext.ops.network_reference import STENCIL
+from rlekf_ext.options import KINDS
 from rlekf_ext.potential.architecture import DescriptorArchitecture
 from rlekf_ext.potential.descriptor import switched
 from rlekf_ext.potential.neighbors import Frame
@@ -148,6 +149,15 @@ class OnATable:
         predicted, or neither."""
         factors = (None if by is None else by.contiguous() for by in (by_energies, by_forces, by_virials))
         return self._ops.gradients(self._parameters, self._geometry, *self._network, self._saved, *factors)
+
+    @torch.no_grad()
+    def measure(self, updates: Sequence[tuple[str, Tensor | None]]) -> tuple[Tensor, Tensor]:
+        """See DeepPotential.measure."""
+        frame = self.frame
+        kinds = [KINDS.index(kind) for kind, _ in updates]
+        atoms = [frame.types[:0] if atoms is None else atoms for _, atoms in updates]
+        labels = self.model.energy_bias, frame.types, frame.num_atoms, frame.energy, frame.forces, frame.virial
+        return torch.ops.rlekf.measure(self._parameters, self._geometry, *self._network, *labels, kinds, atoms)
 
 
 class OnTable(torch.autograd.Function):

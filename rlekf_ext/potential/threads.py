@@ -16,8 +16,8 @@ from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import AdamSteps, KalmanSteps
 from rlekf_ext.processes import ALONE, Processes
 
-NETWORK_PER_THREAD = 8e6  # atoms evaluated at once, times the weights of the net of an atom
-BYTES_PER_THREAD = 64e6  # of P
+NETWORK_PER_THREAD = 2.5e6  # atoms evaluated at once, times the weights of the net of an atom
+BYTES_PER_THREAD = 32e6  # of P
 
 
 def use_threads(

@@ -200,16 +200,14 @@ def build_model(
 
 
 def build_table(
-    model: DeepPotential, frames: Sequence[Frame], wanted: bool | None = None, nodes: Sequence[Any] | None = None
+    model: DeepPotential, frames: Sequence[Frame], wanted: bool = True, nodes: Sequence[Any] | None = None
 ) -> Table | None:
-    """The table for these frames, or that of a checkpoint; None if it is not wanted or would not be faster."""
-    architecture = model.architecture.descriptor
-    table = Table(max(largest_scalar(architecture, frame) for frame in frames))
+    """The table for these frames, or that of a checkpoint; None if it is not wanted."""
+    if not wanted:
+        return None
     if nodes:
-        table = Table(float(nodes[1]), int(nodes[0]))
-    edges = sum(frame.neighbors.numel() for frame in frames) / len(frames)
-    rows = table.nodes.number * len(model.descriptor.embeddings)
-    return table if (edges >= EDGES_PER_NODE * rows if wanted is None else wanted) else None
+        return Table(float(nodes[1]), int(nodes[0]))
+    return Table(max(largest_scalar(model.architecture.descriptor, frame) for frame in frames))
 
 
 def refine(model: DeepPotential, frames: Sequence[Frame], processes: Processes, say: Callable[[str], Any]) -> None:
@@ -221,7 +219,6 @@ def refine(model: DeepPotential, frames: Sequence[Frame], processes: Processes, 
         say(f"The table of the embedding nets was off by {error:.1e}: from now on it has {table.nodes.number} nodes.")
 
 
-EDGES_PER_NODE = 4  # below it, the exact network is as fast
 CHECKED = 3  # frames
 MOST_NODES = 4096
 TABLE_ERROR = {"float64": 1e-6, "float32": 1e-4}
