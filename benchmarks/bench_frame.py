@@ -3,8 +3,8 @@
     python benchmarks/bench_frame.py [--system Cu] [--network paper] [--data DIR] [--repeat 15] [--threads 1]
                                      [--cutoff ANGSTROM] [--beside CHECKOUT]
 
-A row is the median time, in ms, of one part of an update on a training frame of study.toml. Parts are timed in turn, so
-that a slow moment of the machine affects all of them. `--beside` times the parts of another checkout, with its library
+A row is the median time, in ms, of one part of an update on a training frame of study.toml. Parts are timed in turn, each
+right after an untimed call of it, so that a slow moment of the machine affects all of them. `--beside` times the parts of another checkout, with its library
 built in place, in turn with these.
 """
 
@@ -149,6 +149,7 @@ def main() -> None:
 
 
 def timed_here(call: Callable[[], object]) -> float:
+    call()  # what other parts have left in the caches is not this one's
     started = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - started)
@@ -163,8 +164,10 @@ bench_frame.STUDY["system"][sys.argv[1]]["cutoff"] = float(sys.argv[5])
 _, timed = bench_frame.parts(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
 print(*timed, sep="\\t", flush=True)
 for line in sys.stdin:
+    call = timed[line.rstrip()]
+    call()
     started = time.perf_counter()
-    timed[line.rstrip()]()
+    call()
     print(1e3 * (time.perf_counter() - started), flush=True)
 """
 
@@ -173,9 +176,8 @@ def beside(checkout: Path, arguments: list[object]) -> dict[tuple[str, object], 
     """The parts of another checkout, each a function that returns its time in ms, by name and commit."""
     path = os.pathsep.join(str(checkout.resolve() / part) for part in ("", "benchmarks"))
     pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    server = subprocess.Popen(
-        [sys.executable, "-c", OTHER, *map(str, arguments)], env={**os.environ, "PYTHONPATH": path}, **pipe
-    )
+    command = [sys.executable, "-c", OTHER, *map(str, arguments)]
+    server = subprocess.Popen(command, cwd=checkout, env={**os.environ, "PYTHONPATH": path}, **pipe)
     names = server.stdout.readline().rstrip("\n").split("\t")
     described = subprocess.run(["git", "-C", checkout, "describe", "--always"], capture_output=True, text=True)
 

@@ -610,7 +610,8 @@ def spoil(monkeypatch, from_update):
 
 def test_skipped_measurements_are_told(tmp_path, capsys, monkeypatch):
     spoil(monkeypatch, 0)
-    train(read_input(input_of(tmp_path, {"type": "RLEKF", "block_size": 40, "preset": "paper"}, numb_steps=2, table=False)))
+    options = {"type": "RLEKF", "block_size": 40, "preset": "paper"}
+    train(read_input(input_of(tmp_path, options, numb_steps=2, table=False)))
     assert "skipped so far: error not finite: 2" in capsys.readouterr().out
 
 
