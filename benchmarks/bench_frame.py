@@ -3,9 +3,9 @@
     python benchmarks/bench_frame.py [--system Cu] [--network paper] [--data DIR] [--repeat 15] [--threads 1]
                                      [--cutoff ANGSTROM] [--beside CHECKOUT]
 
-A row is the median time, in ms, of one part of an update on a training frame of study.toml. Parts are timed in turn, each
-right after an untimed call of it, so that a slow moment of the machine affects all of them. `--beside` times the parts of another checkout, with its library
-built in place, in turn with these.
+A row is the median time, in ms, of one part of an update on a training frame of study.toml. Parts are timed in turn,
+each right after an untimed call of it, so that a slow moment of the machine affects all of them. `--beside` times the
+parts of another checkout, with its library built in place, in turn with these.
 """
 
 from __future__ import annotations
