@@ -182,7 +182,6 @@ template <typename Scalar>
 RLEKF_INLINE void along_of_atom(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t atom,
                                 const Factors<Scalar>& factors, Scalar* own) {
   const int64_t stride = geometry.num_types * geometry.num_nodes, from = geometry.order[atom];
-  std::fill_n(own, 4 * stride, Scalar{});
   const Scalar* start = factors.forces + 3 * from;
   const Scalar* virial = factors.virials + 9 * geometry.structure[from];
   const int64_t first = geometry.first_edge[atom], count = geometry.first_edge[atom + 1] - first;

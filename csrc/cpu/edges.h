@@ -29,8 +29,8 @@ struct ByEdge {
 void by_edge(const Geometry<double>&, const RowScale<double>&, int64_t begin, int64_t end, const ByEdge<double>&);
 void by_edge(const Geometry<float>&, const RowScale<float>&, int64_t begin, int64_t end, const ByEdge<float>&);
 
-/// For atoms [begin, end) of one element: coefficients (4, T, K) of each <- their derivatives in a sum with these factors
-/// of forces and virials.
+/// For atoms [begin, end) of one element: adds to coefficients (4, T, K) of each their derivatives in a sum with these
+/// factors of forces and virials.
 void along(const Geometry<double>&, const RowScale<double>&, int64_t begin, int64_t end, const Factors<double>&,
            double* coefficients);
 void along(const Geometry<float>&, const RowScale<float>&, int64_t begin, int64_t end, const Factors<float>&,

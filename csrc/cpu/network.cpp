@@ -335,14 +335,44 @@ struct Desk {
   int64_t by_embedding, by_fitting, bar_size, size;
 };
 
+/// Some columns of the coefficients, all of one net.
+struct Run {
+  int64_t begin, end;
+};
+
+/// The columns that are not zero for all atoms of a block: those of their stencils, and the first node of each net, for
+/// the empty slots.
+template <typename Scalar>
+std::vector<Run> runs_of(const Plan<Scalar>& plan, const AtomBlock& block) {
+  const Geometry<Scalar>& frame = plan.frame;
+  std::vector<bool> used(static_cast<size_t>(plan.num_columns / kNodesAtOnce));
+  const auto mark = [&](int64_t column) { used[static_cast<size_t>(column / kNodesAtOnce)] = true; };
+  for (int64_t t = 0; t < plan.num_types; ++t) mark(t * frame.num_nodes);
+  for (int64_t e = frame.first_edge[block.atom]; e < frame.first_edge[block.atom + block.atoms]; ++e) {
+    const auto place = static_cast<int64_t>(frame.edges[e].place);
+    mark(place);
+    mark(place + kStencil - 1);
+  }
+  std::vector<Run> runs;
+  for (int64_t column = 0; column < plan.num_columns; column += kNodesAtOnce) {
+    if (!used[static_cast<size_t>(column / kNodesAtOnce)]) continue;
+    const bool first_of_net = column % frame.num_nodes == 0;
+    if (!runs.empty() && runs.back().end == column && !first_of_net) runs.back().end += kNodesAtOnce;
+    else runs.push_back({column, column + kNodesAtOnce});
+  }
+  return runs;
+}
+
 /// flat (atoms, 4, pitch) = C values, and as a panel.
 template <typename Scalar>
-void moments_of(const Plan<Scalar>& plan, const AtomBlock& block, const Scalar* coefficients, const Scalar* values,
-                Scalar* flat, Panel<Scalar> t) {
+void moments_of(const Plan<Scalar>& plan, const AtomBlock& block, const std::vector<Run>& runs,
+                const Scalar* coefficients, const Scalar* values, Scalar* flat, Panel<Scalar> t) {
   constexpr int64_t kW = kWidth<Scalar>;
-  multiply(Product<Scalar>{4 * block.atoms, plan.num_columns, plan.pitch / kW, coefficients, plan.num_columns, 1,
-                           values + block.element * plan.num_columns * plan.pitch, plan.pitch, kW, flat, plan.pitch,
-                           kW});
+  for (const Run& run : runs) {
+    multiply(Product<Scalar>{4 * block.atoms, run.end - run.begin, plan.pitch / kW, coefficients + run.begin,
+                             plan.num_columns, 1, values + (block.element * plan.num_columns + run.begin) * plan.pitch,
+                             plan.pitch, kW, flat, plan.pitch, kW, nullptr, run.begin != runs[0].begin});
+  }
   std::fill(flat + 4 * block.atoms * plan.pitch, flat + 4 * block.units * kW * plan.pitch, Scalar{});
   to_panel(block.units, 4, plan.num_values, t, flat, plan.pitch);
 }
@@ -377,7 +407,9 @@ void predict_atoms(const Plan<Scalar>& plan, const AtomBlock& block, const Desk<
   const Net<Scalar>& net = plan.network.fittings[static_cast<size_t>(block.element)];
   const Panel<Scalar> record = plan.atoms_from(result.saved, block.unit);
   const int64_t size = 4 * plan.num_columns;
-  moments_of(plan, block, plan.frame.coefficients + block.atom * size, result.saved + plan.values, desk.flat, record);
+  const std::vector<Run> runs = runs_of(plan, block);
+  moments_of(plan, block, runs, plan.frame.coefficients + block.atom * size, result.saved + plan.values, desk.flat,
+             record);
   const Moments<Scalar> moments{block.units, plan.num_values, plan.network.axis, record};
   describe(moments, desk.d);
   const Traces<Scalar> traces = traces_of(plan.atom_places, record, desk.d);
@@ -393,11 +425,12 @@ void predict_atoms(const Plan<Scalar>& plan, const AtomBlock& block, const Desk<
   describe_back(moments, d_bar, desk.t_bar, false);
   from_panel(block.units, 4, plan.num_values, desk.t_bar, desk.flat, plan.pitch);
   std::copy_n(desk.flat, 4 * block.atoms * plan.pitch, result.saved + plan.t_bar + 4 * block.atom * plan.pitch);
-  for (int64_t t = 0; t < plan.num_types; ++t) {
-    const Panel<Scalar> nodes = plan.nodes(result.saved, block.element * plan.num_types + t, 0);
-    multiply(Product<Scalar>{4 * block.atoms, plan.num_values, plan.node_units, desk.flat, plan.pitch, 1,
-                             nodes.data + plan.node_y, kW, nodes.stride, desk.columns + t * plan.frame.num_nodes,
-                             plan.num_columns, kW});
+  for (const Run& run : runs) {
+    const int64_t t = run.begin / plan.frame.num_nodes, unit = run.begin % plan.frame.num_nodes / kW;
+    const Panel<Scalar> nodes = plan.nodes(result.saved, block.element * plan.num_types + t, unit);
+    multiply(Product<Scalar>{4 * block.atoms, plan.num_values, (run.end - run.begin) / kW, desk.flat, plan.pitch, 1,
+                             nodes.data + plan.node_y, kW, nodes.stride, desk.columns + run.begin, plan.num_columns,
+                             kW});
   }
   by_edge(plan.frame, row_scale(plan.network.normalization, plan.frame, block.element), block.atom,
           block.atom + block.atoms, {desk.columns, by_edges + 3 * plan.frame.first_edge[block.atom]});
@@ -438,11 +471,18 @@ void gradients_of_atoms(const Plan<Scalar>& plan, const AtomBlock& block, const 
   const Moments<Scalar> moments{block.units, plan.num_values, plan.network.axis, record};
   const Moments<Scalar> moved{block.units, plan.num_values, plan.network.axis, desk.t_dot};
   Traces<Scalar> traces = traces_of(plan.atom_places, record, desk.d);
+  const std::vector<Run> runs = runs_of(plan, block);
   describe(moments, desk.d);
   if (is_along) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (const Run& run : runs) {
+        std::fill(desk.columns + row * plan.num_columns + run.begin, desk.columns + row * plan.num_columns + run.end,
+                  Scalar{});
+      }
+    }
     along(plan.frame, row_scale(plan.network.normalization, plan.frame, block.element), block.atom,
           block.atom + block.atoms, factors, desk.columns);
-    moments_of(plan, block, desk.columns, saved + plan.values, desk.flat, desk.t_dot);
+    moments_of(plan, block, runs, desk.columns, saved + plan.values, desk.flat, desk.t_dot);
     describe_along(moments, desk.t_dot, desk.d_dot);
     for (size_t l = 0; l < net.size(); ++l) {
       traces[l].x_dot = desk.x_dot[l];
@@ -460,23 +500,24 @@ void gradients_of_atoms(const Plan<Scalar>& plan, const AtomBlock& block, const 
   if (is_along) describe_back(moved, Panel<Scalar>{record.data + plan.atom_d_bar, record.stride}, desk.t_bar, true);
   from_panel(block.units, 4, plan.num_values, desk.t_bar, desk.flat, plan.pitch);
   Scalar* to = desk.node_values_bar + block.element * plan.num_columns * plan.pitch;
-  Product<Scalar> product{plan.num_columns,
-                          rows,
-                          plan.pitch / kW,
-                          plan.frame.coefficients + block.atom * size,
-                          1,
-                          plan.num_columns,
-                          desk.flat,
-                          plan.pitch,
-                          kW,
-                          to,
-                          plan.pitch,
-                          kW,
-                          nullptr,
-                          true};
-  multiply(product);
-  if (is_along) {
-    product.a = desk.columns;
+  for (const Run& run : runs) {
+    Product<Scalar> product{run.end - run.begin,
+                            rows,
+                            plan.pitch / kW,
+                            plan.frame.coefficients + block.atom * size + run.begin,
+                            1,
+                            plan.num_columns,
+                            desk.flat,
+                            plan.pitch,
+                            kW,
+                            to + run.begin * plan.pitch,
+                            plan.pitch,
+                            kW,
+                            nullptr,
+                            true};
+    multiply(product);
+    if (!is_along) continue;
+    product.a = desk.columns + run.begin;
     product.b = saved + plan.t_bar + 4 * block.atom * plan.pitch;
     multiply(product);
   }

@@ -1,6 +1,6 @@
 """How many threads train: as many as there is work for, since waking one takes some 60 µs.
 
-The network's operations are many and short, about 100 to an update; the filter's step is a few long ones. So each has
+An update of the network and a step of the filter wake them a few times each, for work of different size. So each has
 its own number. The constants lie between sizes at which two threads were not faster than one and sizes at which they
 were, on 2 cores of an AMD EPYC with OMP_WAIT_POLICY=passive.
 """
