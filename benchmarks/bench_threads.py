@@ -35,26 +35,24 @@ def milliseconds(method: str, checkout: Path, data: Path, asked: str) -> float:
     given = {
         "model": {
             "type_map": ["Cu"],
-            "descriptor": {"sel": "auto", "rcut": 6.0, "seed": 1},
+            "descriptor": {"type": "se_e2_a", "sel": "auto", "rcut": 6.0, "seed": 1},
             "fitting_net": {"seed": 1},
         },
         "optimizer": optimizer,
         "training": {
-            "training_data": {"systems": str(folder(data, "Cu/pwmlff_aimd_72"))},
+            "training_data": {"systems": str(folder(data.resolve(), "Cu/pwmlff_aimd_72"))},
             "numb_steps": BATCHES[method],
             "seed": 1,
         },
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
     environment["PYTHONPATH"] = str(checkout)
-    threads = {}
-    if asked and checkout == ROOT:
-        threads = {"options": ["--threads", asked]}
-    elif asked:
+    options = ["--threads", asked] if asked and checkout == ROOT else []
+    if asked and not options:
         environment["OMP_NUM_THREADS"] = asked
     with tempfile.TemporaryDirectory() as work:
         (Path(work) / "input.json").write_text(json.dumps(given))
-        command = [sys.executable, "-m", "rlekf_ext", "train", "input.json", *threads.get("options", [])]
+        command = [sys.executable, "-m", "rlekf_ext", "train", "input.json", *options]
         subprocess.run(command, cwd=work, env=environment, check=True, capture_output=True)
         summary = json.loads((Path(work) / "lcurve.out.json").read_text())
     return 1e3 * summary["seconds"] / summary["step"]
