@@ -251,6 +251,22 @@ def on_the_table(_: Study) -> str:
     return table(["ms, before : now", *cases], rows)
 
 
+def threads_of_a_training(_: Study) -> str:
+    """ "before : now", for each number of threads and neighbour."""
+    with (ROOT / "benchmarks/results/threads.csv").open(newline="") as file:
+        ms = {
+            (row["method"], row["asked"], row["neighbour"], row["commit"] == BEFORE): float(row["ms"])
+            for row in csv.DictReader(file)
+        }
+    neighbours = list(dict.fromkeys(neighbour for _, _, neighbour, _ in ms))
+    rows = []
+    for method, asked in dict.fromkeys((method, asked) for method, asked, *_ in ms):
+        pairs = [[ms[method, asked, neighbour, before] for before in (True, False)] for neighbour in neighbours]
+        rows.append([f"{method}, {'own choice' if asked == 'chosen' else f'{asked} threads'}"])
+        rows[-1] += [" : ".join(map(short, pair)) for pair in pairs]
+    return table(["ms per batch, before : now", "alone", "beside a busy process"], rows)
+
+
 TABLES: dict[str, Callable[[Study], str]] = {
     "summary": summary,
     "table 1": table_1,
@@ -263,6 +279,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "a frame": lambda _: columns("frame.csv", ["network", "part", "ms"]),
     "network on a table": on_the_table,
     "table against exact": table_against_exact,
+    "threads of a training": threads_of_a_training,
     "variants": variants,
     "skip connections": skip_connections,
     "theorem 1": lambda _: columns(
