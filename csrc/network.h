@@ -1,5 +1,5 @@
-// The network on a table, as pointers and sizes: no torch, no Python. rlekf_ext/potential/table.py has the formulas, and
-// says the same in torch.
+// The network on a table, as pointers and sizes: no torch, no Python. rlekf_ext/potential/table.py has the formulas,
+// rlekf_ext/ops/network_reference.py says the same in torch.
 //
 // n atoms in the order of their elements, E edges in the order of the atoms that they start from, B structures, T
 // elements, K nodes per net, M outputs of an embedding net, M_< of them on the right of the descriptor, N weights.
@@ -21,18 +21,19 @@ constexpr int kNodesAtOnce = 16;  // K is a multiple of it
 template <typename Scalar>
 struct Edge {
   Scalar direction[3], length;  // length in Å
-  Scalar share, slope;          // s / length and ds/dlength, 1/Å²
+  Scalar ratio, slope;          // s / length and ds/dlength, 1/Å²
   Scalar where;                 // s in units of the distance of two nodes, from the first node of its stencil
   Scalar place;                 // t K + the first node of the stencil
 };
 
-/// What a frame is made from. An edge that is not shorter than rcut is an empty slot.
+/// What a frame is made from. A slot with an edge of rcut or longer is empty.
 template <typename Scalar>
 struct FrameInputs {
   int64_t num_atoms;
   const Scalar* edges;       // (n, slots, 3), Å, in the order of the frame
   const int64_t* neighbors;  // (n, slots)
   const int64_t* types;      // (n)
+  uint8_t* near;             // (n, slots), filled in by sort_atoms(): whether a slot has an edge
   std::vector<int64_t> slots;
   double rcut, rcut_smth;
 };
@@ -126,7 +127,7 @@ struct Labels {
 
 namespace cpu {
 
-/// Orders the atoms by element and counts their edges: order, first_atom and first_edge.
+/// Orders the atoms by element and finds their edges: order, first_atom, first_edge, and inputs.near.
 template <typename Scalar>
 void sort_atoms(const FrameInputs<Scalar>& inputs, const Geometry<Scalar>& geometry);
 

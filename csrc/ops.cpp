@@ -50,10 +50,6 @@ STABLE_TORCH_LIBRARY(rlekf, m) {
 namespace rlekf {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-constexpr int64_t kAny = -1;
-
 template <typename Sizes>
 std::string shape_text(const Sizes& shape) {
   std::ostringstream text;
@@ -71,6 +67,12 @@ int device_of(const Tensor& tensor) { return tensor.is_cuda() ? static_cast<int>
 
 std::string device_text(int device) { return device < 0 ? "the CPU" : "GPU " + std::to_string(device); }
 
+double* float64_of(const Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
+
+const double* const_float64_of(const Tensor& tensor) { return static_cast<const double*>(tensor.const_data_ptr()); }
+
+}  // namespace
+
 void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype, int device) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   int64_t dim = 0;
@@ -81,17 +83,14 @@ void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t
   STD_TORCH_CHECK(same, "rlekf: ", name, " should have shape ", shape_text(shape), " but has ",
                   shape_text(tensor.sizes()), ".");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "rlekf: ", name, " should be ",
-                  dtype == ScalarType::Long ? "int64" : "float64", " but is not; convert it with .to(dtype).");
+                  dtype == ScalarType::Long    ? "int64"
+                  : dtype == ScalarType::Float ? "float32"
+                                               : "float64",
+                  " but is not; convert it with .to(dtype).");
   STD_TORCH_CHECK(device_of(tensor) == device, "rlekf: ", name, " should be on ", device_text(device),
-                  " as tiles (or the jacobian) are, but is on ", device_text(device_of(tensor)), "; move it there.");
+                  " as the others are, but is on ", device_text(device_of(tensor)), "; move it there.");
   STD_TORCH_CHECK(tensor.is_contiguous(), "rlekf: ", name, " should be contiguous; call .contiguous() on it.");
 }
-
-double* float64_of(const Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
-
-const double* const_float64_of(const Tensor& tensor) { return static_cast<const double*>(tensor.const_data_ptr()); }
-
-}  // namespace
 
 Covariance covariance_of(const Tensor& tiles, const Tensor& pending, const Tensor& state, const Tensor& layout) {
   const int device = device_of(tiles);

@@ -4,11 +4,20 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
+
 #include "step.h"
 
 namespace rlekf {
 
 using torch::stable::Tensor;
+
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kAny = -1;  // in a shape
+
+/// Checks shape, dtype, device (-1: CPU) and contiguity. Its errors give the rule and the value.
+void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype, int device);
 
 /// Each checks shape, dtype, device and contiguity and returns the pointers. Its errors give the rule and the value.
 Covariance covariance_of(const Tensor& tiles, const Tensor& pending, const Tensor& state, const Tensor& layout);

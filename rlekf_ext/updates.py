@@ -1,7 +1,8 @@
 """From frames to updates of the filter: Algorithm 1 of the paper, for any model of energies and forces.
 
 A model is called as model(frame, forces=...) and returns an object with `energy` (B,) in eV and, when forces are
-asked for, `forces` in eV/Å and, for virial updates, `virial` (B, 3, 3) in eV. batch_parts.py says what a frame is.
+asked for, `forces` in eV/Å and, for virial updates, `virial` (B, 3, 3) in eV. batch_parts.py says what a frame is. A
+model may have a method measure(frame, updates), as DeepPotential has, that makes ε and H without autograd.
 """
 
 from __future__ import annotations

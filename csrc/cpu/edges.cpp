@@ -14,6 +14,7 @@ namespace rlekf::cpu {
 namespace {
 
 static_assert(kStencil == kLanes);
+static_assert(sizeof(Edge<double>) == 64 && sizeof(Edge<float>) == 32);
 constexpr double kMiddle = (kStencil - 1) / 2.0;
 
 /// [d][j]: the coefficient of u^d in the polynomial that is 1 at node j and 0 at the other ones; u = where - kMiddle.
@@ -71,7 +72,7 @@ RLEKF_INLINE Edge<Scalar> edge_of(const Scalar* vector, double rcut, double rcut
   const double bent = u * (1 - u);
   const double s = smooth / r;
   const double t = s * per_step, highest = static_cast<double>(num_nodes - kStencil);
-  const double first = std::clamp(std::floor(t) - (kStencil / 2 - 1), 0.0, highest);
+  const double first = t > 0 ? std::clamp(std::floor(t) - (kStencil / 2 - 1), 0.0, highest) : 0;  // 0 for NaN
   return {{static_cast<Scalar>(x / r), static_cast<Scalar>(y / r), static_cast<Scalar>(z / r)},
           static_cast<Scalar>(r),
           static_cast<Scalar>(s / r),
@@ -83,17 +84,11 @@ RLEKF_INLINE Edge<Scalar> edge_of(const Scalar* vector, double rcut, double rcut
 /// R / nnei.
 template <typename Scalar>
 RLEKF_INLINE void row_of(const Edge<Scalar>& edge, const RowScale<Scalar>& scale, double* row) {
-  const double s = static_cast<double>(edge.share) * static_cast<double>(edge.length);
+  const double s = static_cast<double>(edge.ratio) * static_cast<double>(edge.length);
   row[0] = (s - static_cast<double>(scale.davg[0])) * scale.scale[0];
   for (int c = 1; c < 4; ++c) {
     row[c] = (s * static_cast<double>(edge.direction[c - 1]) - static_cast<double>(scale.davg[c])) * scale.scale[c];
   }
-}
-
-template <typename Scalar>
-RLEKF_INLINE bool is_near(const Scalar* vector, double rcut) {
-  const double x = vector[0], y = vector[1], z = vector[2];
-  return x * x + y * y + z * z < rcut * rcut;
 }
 
 template <typename Scalar>
@@ -113,11 +108,12 @@ RLEKF_INLINE void tabulate_atom(const FrameInputs<Scalar>& in, const RowScale<Sc
   const int64_t from = geometry.order[atom];
   const Scalar* vector = in.edges + 3 * from * slots;
   const int64_t* neighbor = in.neighbors + from * slots;
+  const uint8_t* near = in.near + from * slots;
   int64_t e = geometry.first_edge[atom];
   for (int64_t element = 0; element < geometry.num_types; ++element) {
     int64_t num_empty = normalization.sel[static_cast<size_t>(element)];
-    for (int64_t slot = 0; slot < in.slots[static_cast<size_t>(element)]; ++slot, vector += 3, ++neighbor) {
-      if (!is_near(vector, in.rcut)) continue;
+    for (int64_t slot = 0; slot < in.slots[static_cast<size_t>(element)]; ++slot, vector += 3, ++neighbor, ++near) {
+      if (!*near) continue;
       const Edge<Scalar> edge = edge_of(vector, in.rcut, in.rcut_smth, scale.per_step, num_nodes, element);
       geometry.edges[e] = edge;
       geometry.neighbor[e] = *neighbor;
@@ -150,17 +146,17 @@ RLEKF_INLINE void by_edge_of_atom(const Geometry<Scalar>& geometry, const RowSca
     row_of(edge, scale, row);
     Lanes values, slopes, y;
     interpolate(static_cast<double>(edge.where), values, slopes);
-    // dE/d(edge) = radial d + share (b_1, b_2, b_3), with b_c the derivatives by the columns of the environment matrix
-    // and radial = slope (b_0 + dE/ds by the polynomials) + (slope - share) b·d: four sums over the stencil.
-    const double slope = static_cast<double>(edge.slope), share = static_cast<double>(edge.share);
+    // dE/d(edge) = radial d + ratio (b_1, b_2, b_3), with b_c the derivatives by the columns of the environment matrix
+    // and radial = slope (b_0 + dE/ds by the polynomials) + (slope - ratio) b·d: four sums over the stencil.
+    const double slope = static_cast<double>(edge.slope), ratio = static_cast<double>(edge.ratio);
     Lanes by_slopes{}, by_values{}, parts[4];
     for (int c = 0; c < 4; ++c, own += stride) {
       load(own, y);
       const double factor =
-          scale.scale[c] * (c == 0 ? slope : (slope - share) * static_cast<double>(edge.direction[c - 1]));
+          scale.scale[c] * (c == 0 ? slope : (slope - ratio) * static_cast<double>(edge.direction[c - 1]));
       by_slopes += row[c] * y;
       by_values += factor * y;
-      if (c > 0) parts[c] = (share * scale.scale[c]) * (y * values);
+      if (c > 0) parts[c] = (ratio * scale.scale[c]) * (y * values);
     }
     parts[0] = by_values * values + (scale.per_step * slope) * (by_slopes * slopes);
     double total[4];
@@ -171,22 +167,13 @@ RLEKF_INLINE void by_edge_of_atom(const Geometry<Scalar>& geometry, const RowSca
   }
 }
 
-/// Edge `step` of an atom's `count` edges, in an order in which one does not follow another that is about as long: their
-/// stencils overlap, and a load waits for a store that it overlaps in part.
-RLEKF_INLINE int64_t scattered(int64_t step, int64_t count) {
-  const int64_t quarter = count / 4;
-  return step < 4 * quarter ? step % 4 * quarter + step / 4 : step;
-}
-
 template <typename Scalar>
 RLEKF_INLINE void along_of_atom(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t atom,
                                 const Factors<Scalar>& factors, Scalar* own) {
   const int64_t stride = geometry.num_types * geometry.num_nodes, from = geometry.order[atom];
   const Scalar* start = factors.forces + 3 * from;
   const Scalar* virial = factors.virials + 9 * geometry.structure[from];
-  const int64_t first = geometry.first_edge[atom], count = geometry.first_edge[atom + 1] - first;
-  for (int64_t step = 0; step < count; ++step) {
-    const int64_t e = first + scattered(step, count);
+  for (int64_t e = geometry.first_edge[atom]; e < geometry.first_edge[atom + 1]; ++e) {
     const Edge<Scalar> edge = geometry.edges[e];
     const Scalar* end = factors.forces + 3 * geometry.neighbor[e];
     // The force on an atom is the sum of dE/d(edge) of the edges that leave it, less that of those that reach it; the
@@ -200,11 +187,11 @@ RLEKF_INLINE void along_of_atom(const Geometry<Scalar>& geometry, const RowScale
           static_cast<double>(start[a]) - static_cast<double>(end[a]) - static_cast<double>(edge.length) * strain;
       inner += moved[a] * d[a];
     }
-    const double slope = static_cast<double>(edge.slope), share = static_cast<double>(edge.share);
+    const double slope = static_cast<double>(edge.slope), ratio = static_cast<double>(edge.ratio);
     const double s_dot = slope * inner;
     double row[4], row_dot[4] = {s_dot * scale.scale[0]};
     for (int a = 0; a < 3; ++a) {
-      row_dot[a + 1] = ((slope - share) * inner * d[a] + share * moved[a]) * scale.scale[a + 1];
+      row_dot[a + 1] = ((slope - ratio) * inner * d[a] + ratio * moved[a]) * scale.scale[a + 1];
     }
     row_of(edge, scale, row);
     Lanes values, slopes, total;
@@ -294,7 +281,12 @@ void sort_atoms(const FrameInputs<Scalar>& inputs, const Geometry<Scalar>& geome
   for (int64_t a = 0; a < inputs.num_atoms; ++a) {
     int64_t count = 0;
     const Scalar* vector = inputs.edges + 3 * geometry.order[a] * slots;
-    for (int64_t slot = 0; slot < slots; ++slot) count += is_near(vector + 3 * slot, inputs.rcut);
+    uint8_t* near = inputs.near + geometry.order[a] * slots;
+    for (int64_t slot = 0; slot < slots; ++slot, vector += 3) {
+      const double x = vector[0], y = vector[1], z = vector[2];
+      near[slot] = !(x * x + y * y + z * z >= inputs.rcut * inputs.rcut);  // so that NaN is an edge, and is seen
+      count += near[slot];
+    }
     geometry.first_edge[a + 1] = geometry.first_edge[a] + count;
   }
 }

@@ -1,4 +1,5 @@
-// Vectors of eight numbers, and code for several instruction sets of which the loader picks one.
+// Vectors of 64 bytes, and code for several instruction sets of which the loader picks one. `Vector` is of the type of
+// its numbers; `Lanes` are eight doubles, which are float in memory where that is their type.
 
 #pragma once
 
@@ -45,7 +46,7 @@ RLEKF_INLINE void write(Scalar* to, const Vector<Scalar>& from) {
 constexpr int kLanes = 8;
 
 using Lanes = double __attribute__((vector_size(kLanes * sizeof(double))));
-using LanesUnaligned = double __attribute__((vector_size(kLanes * sizeof(double)), aligned(8), may_alias));
+using LanesUnaligned = Vectors<double>::Anywhere;
 using FloatLanesUnaligned = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
 RLEKF_INLINE void load(const double* from, Lanes& to) { to = *reinterpret_cast<const LanesUnaligned*>(from); }

@@ -27,9 +27,9 @@ void measure(const Network<Scalar>& network, const Geometry<Scalar>& geometry, c
     forces = forces || update.kind != Kind::kEnergy;
     virials = virials || update.kind == Kind::kVirial;
   }
-  const int64_t all = 13 * n + 18 * num_structures;
+  const int64_t results = 8 * n + 18 * num_structures;
   const int64_t saved = saved_size(network, geometry, forces);
-  Memory<Scalar> memory(all + saved + network.num_weights + scratch_size(network, geometry, parallel.num_workers));
+  Memory<Scalar> memory(results + saved + network.num_weights + scratch_size(network, geometry, parallel.num_workers));
   Scalar* kept = memory.take(saved);
   Scalar* gradient = memory.take(network.num_weights);
   const Prediction<Scalar> found{memory.take(n), forces ? memory.take(3 * n) : nullptr,
@@ -64,7 +64,7 @@ void measure(const Network<Scalar>& network, const Geometry<Scalar>& geometry, c
       const double share = 1 / static_cast<double>(3 * update.num_atoms);
       for (int64_t k = 0; k < 3 * update.num_atoms; ++k) {
         const int64_t at = 3 * update.atoms[k / 3] + k % 3;
-        by_forces[at] = static_cast<Scalar>(
+        by_forces[at] += static_cast<Scalar>(
             add(static_cast<double>(found.forces[at]), static_cast<double>(labels.forces[at]), share, error));
       }
     } else {

@@ -18,14 +18,10 @@
 #include "lanes.h"
 #include "layers.h"
 #include "matrix.h"
+#include "plan.h"
 
 namespace rlekf::cpu {
 namespace {
-
-constexpr int64_t kRowsAtOnce = 32;  // atoms of a block, or nodes
-
-template <typename Scalar>
-constexpr int64_t kUnitsAtOnce = kRowsAtOnce / kWidth<Scalar>;
 
 /// T (4, M) of U units: D = Tᵀ T_<, (M, M_<).
 template <typename Scalar>
@@ -146,223 +142,6 @@ RLEKF_INLINE void exchange(int64_t units, int64_t groups, int64_t numbers, Panel
 RLEKF_FOR_SCALAR(double)
 RLEKF_FOR_SCALAR(float)
 
-/// Hands out memory from a start, or only counts if there is none.
-template <typename Scalar>
-struct Arena {
-  Scalar* start;
-  int64_t used = 0;
-  Scalar* take(int64_t size) {
-    Scalar* taken = start ? start + used : nullptr;
-    used += padded<Scalar>(size);
-    return taken;
-  }
-};
-
-/// The places, in the record of a unit, of what is saved of a net.
-struct Places {
-  std::vector<int64_t> x, h, y_bar, z_bar;
-};
-
-template <typename Scalar>
-Places places_of(const Net<Scalar>& net, bool with_bars, int64_t& used) {
-  const auto take = [&](int64_t numbers) {
-    const int64_t place = used;
-    used += numbers * kWidth<Scalar>;
-    return place;
-  };
-  Places places;
-  for (size_t l = 0; l < net.size(); ++l) {
-    places.x.push_back(l > 0 ? take(net[l].inputs) : -1);  // that of the first layer is kept by the caller
-    places.h.push_back(take(net[l].outputs));
-    places.y_bar.push_back(with_bars ? take(net[l].outputs) : -1);
-    places.z_bar.push_back(with_bars ? take(net[l].outputs) : -1);
-  }
-  return places;
-}
-
-template <typename Scalar>
-Traces<Scalar> traces_of(const Places& places, Panel<Scalar> record, Panel<Scalar> x) {
-  const auto at = [&](int64_t place) {
-    return place < 0 ? Panel<Scalar>{} : Panel<Scalar>{record.data + place, record.stride};
-  };
-  Traces<Scalar> traces(places.h.size());
-  for (size_t l = 0; l < traces.size(); ++l) {
-    traces[l].x = l > 0 ? at(places.x[l]) : x;
-    traces[l].h = at(places.h[l]);
-    traces[l].y_bar = at(places.y_bar[l]);
-    traces[l].z_bar = at(places.z_bar[l]);
-  }
-  return traces;
-}
-
-/// Sizes of a network and a frame, and where predict() saves what.
-template <typename Scalar>
-struct Plan {
-  static constexpr int64_t kW = kWidth<Scalar>;
-
-  Plan(const Network<Scalar>& net, const Geometry<Scalar>& geometry, bool with_forces)
-      : network(net),
-        frame(geometry),
-        forces(with_forces),
-        num_types(geometry.num_types),
-        num_values(net.num_values()),
-        pitch(padded<Scalar>(num_values)),
-        num_columns(num_types * geometry.num_nodes),
-        num_outputs(num_values * net.axis),
-        node_units(geometry.num_nodes / kW) {
-    for (int64_t t = 0; t < num_types; ++t) {
-      first_unit.push_back(num_units);
-      num_units += (geometry.first_atom[t + 1] - geometry.first_atom[t] + kW - 1) / kW;
-    }
-    first_unit.push_back(num_units);
-    node_x = 0;
-    node_record = kW;
-    node_places = places_of(net.embeddings[0], false, node_record);
-    node_y = node_record;
-    node_record += num_values * kW;
-    atom_record = 4 * num_values * kW;
-    atom_places = places_of(net.fittings[0], forces, atom_record);
-    atom_d_bar = atom_record;
-    if (forces) atom_record += num_outputs * kW;
-    Arena<Scalar> arena{nullptr};
-    arena.take(num_types * num_types * node_units * node_record);
-    values = arena.used;
-    arena.take(num_types * num_columns * pitch);
-    atoms = arena.used;
-    arena.take(num_units * atom_record);
-    t_bar = arena.used;
-    if (forces) arena.take(geometry.num_atoms * 4 * pitch);
-    saved_size = arena.used;
-  }
-
-  Panel<Scalar> nodes(Scalar* saved, int64_t pair, int64_t unit) const {
-    return {saved + (pair * node_units + unit) * node_record, node_record};
-  }
-  Panel<Scalar> atoms_from(Scalar* saved, int64_t unit) const {
-    return {saved + atoms + unit * atom_record, atom_record};
-  }
-
-  const Network<Scalar>& network;
-  const Geometry<Scalar>& frame;
-  bool forces;
-  int64_t num_types, num_values, pitch, num_columns, num_outputs, node_units;
-  int64_t num_units = 0;
-  std::vector<int64_t> first_unit;  // of each element
-  int64_t node_x, node_y, node_record, atom_d_bar, atom_record;
-  Places node_places, atom_places;
-  int64_t values, atoms, t_bar, saved_size;
-};
-
-/// Some units of atoms of one element.
-struct AtomBlock {
-  int64_t element, unit, units, atom, atoms;
-};
-
-/// Calls function(block) for the share of the atoms that a worker has.
-template <typename Scalar, typename Function>
-void over_atoms(const Plan<Scalar>& plan, int64_t worker, int64_t num_workers, const Function& function) {
-  const int64_t begin = worker * plan.num_units / num_workers, end = (worker + 1) * plan.num_units / num_workers;
-  for (int64_t t = 0; t < plan.num_types; ++t) {
-    const auto at = static_cast<size_t>(t);
-    int64_t unit = std::max(begin, plan.first_unit[at]);
-    const int64_t last = std::min(end, plan.first_unit[at + 1]), count = last - unit;
-    if (count <= 0) continue;
-    const int64_t blocks = (count + kUnitsAtOnce<Scalar> - 1) / kUnitsAtOnce<Scalar>;
-    const int64_t step = (count + blocks - 1) / blocks;
-    for (; unit < last; unit += step) {
-      const int64_t units = std::min(step, last - unit);
-      const int64_t atom = plan.frame.first_atom[t] + (unit - plan.first_unit[at]) * kWidth<Scalar>;
-      function(AtomBlock{t, unit, units, atom, std::min(units * kWidth<Scalar>, plan.frame.first_atom[t + 1] - atom)});
-    }
-  }
-}
-
-/// The nodes of the net of one pair of elements, a few units at once.
-struct NodeBlock {
-  int64_t pair, unit, units;
-};
-
-template <typename Scalar>
-int64_t num_node_blocks(const Plan<Scalar>& plan) {
-  const int64_t per_net = (plan.node_units + kUnitsAtOnce<Scalar> - 1) / kUnitsAtOnce<Scalar>;
-  return plan.num_types * plan.num_types * per_net;
-}
-
-template <typename Scalar>
-NodeBlock node_block(const Plan<Scalar>& plan, int64_t i) {
-  const int64_t per_net = (plan.node_units + kUnitsAtOnce<Scalar> - 1) / kUnitsAtOnce<Scalar>;
-  const int64_t unit = i % per_net * kUnitsAtOnce<Scalar>;
-  return {i / per_net, unit, std::min(kUnitsAtOnce<Scalar>, plan.node_units - unit)};
-}
-
-/// What a worker needs beside what is saved.
-template <typename Scalar>
-struct Desk {
-  Desk(const Plan<Scalar>& plan, Scalar* start) {
-    constexpr int64_t kW = kWidth<Scalar>;
-    const int64_t units = kUnitsAtOnce<Scalar>, rows = units * kW;
-    const Net<Scalar>& net = plan.network.fittings[0];
-    Arena<Scalar> arena{start};
-    const auto panel = [&](int64_t numbers) { return Panel<Scalar>{arena.take(units * numbers * kW), numbers * kW}; };
-    flat = arena.take(rows * 4 * plan.pitch);
-    columns = arena.take(rows * 4 * plan.num_columns);
-    d = panel(plan.num_outputs);
-    d_dot = panel(plan.num_outputs);
-    d_bar = panel(plan.num_outputs);
-    t_bar = panel(4 * plan.num_values);
-    t_dot = panel(4 * plan.num_values);
-    y = panel(std::max(widest(net), widest(plan.network.embeddings[0])));
-    for (size_t l = 0; l < net.size(); ++l) {
-      x_dot.push_back(l > 0 ? panel(net[l].inputs) : d_dot);
-      z_dot.push_back(panel(net[l].outputs));
-    }
-    net_scratch = arena.take(std::max(reverse_scratch(net, units), reverse_scratch(plan.network.embeddings[0], units)));
-    node_values_bar = arena.take(plan.num_types * plan.num_columns * plan.pitch);
-    by_embedding = padded_size(plan.network.embeddings[0]);
-    by_fitting = padded_size(net);
-    embedding_bar = arena.take(static_cast<int64_t>(plan.network.embeddings.size()) * by_embedding);
-    fitting_bar = arena.take(plan.num_types * by_fitting);
-    first_bar = node_values_bar;
-    bar_size = arena.used - (first_bar - start);
-    size = arena.used;
-  }
-
-  Scalar *flat, *columns;  // (atoms, 4, pitch), (atoms, 4, T, K)
-  Panel<Scalar> d, d_dot, d_bar, t_bar, t_dot, y;
-  std::vector<Panel<Scalar>> x_dot, z_dot;
-  Scalar* net_scratch;
-  Scalar *first_bar, *node_values_bar, *embedding_bar, *fitting_bar;  // sums: (T, T K, pitch), padded gradients
-  int64_t by_embedding, by_fitting, bar_size, size;
-};
-
-/// Some columns of the coefficients, all of one net.
-struct Run {
-  int64_t begin, end;
-};
-
-/// The columns that are not zero for all atoms of a block: those of their stencils, and the first node of each net, for
-/// the empty slots.
-template <typename Scalar>
-std::vector<Run> runs_of(const Plan<Scalar>& plan, const AtomBlock& block) {
-  const Geometry<Scalar>& frame = plan.frame;
-  std::vector<bool> used(static_cast<size_t>(plan.num_columns / kNodesAtOnce));
-  const auto mark = [&](int64_t column) { used[static_cast<size_t>(column / kNodesAtOnce)] = true; };
-  for (int64_t t = 0; t < plan.num_types; ++t) mark(t * frame.num_nodes);
-  for (int64_t e = frame.first_edge[block.atom]; e < frame.first_edge[block.atom + block.atoms]; ++e) {
-    const auto place = static_cast<int64_t>(frame.edges[e].place);
-    mark(place);
-    mark(place + kStencil - 1);
-  }
-  std::vector<Run> runs;
-  for (int64_t column = 0; column < plan.num_columns; column += kNodesAtOnce) {
-    if (!used[static_cast<size_t>(column / kNodesAtOnce)]) continue;
-    const bool first_of_net = column % frame.num_nodes == 0;
-    if (!runs.empty() && runs.back().end == column && !first_of_net) runs.back().end += kNodesAtOnce;
-    else runs.push_back({column, column + kNodesAtOnce});
-  }
-  return runs;
-}
-
 /// flat (atoms, 4, pitch) = C values, and as a panel.
 template <typename Scalar>
 void moments_of(const Plan<Scalar>& plan, const AtomBlock& block, const std::vector<Run>& runs,
@@ -388,12 +167,11 @@ void predict_nodes(const Plan<Scalar>& plan, const NodeBlock& block, Scalar* sav
   for (int64_t u = 0; u < block.units; ++u) {
     for (int64_t lane = 0; lane < kW; ++lane) {
       const double s = static_cast<double>((block.unit + u) * kW + lane) * per_node;
-      record.data[u * record.stride + plan.node_x + lane] = static_cast<Scalar>((s - mean) / deviation);
+      record.data[u * record.stride + lane] = static_cast<Scalar>((s - mean) / deviation);
     }
   }
   const Panel<Scalar> y{record.data + plan.node_y, record.stride};
-  const Panel<Scalar> x{record.data + plan.node_x, record.stride};
-  forward(plan.network.embedding(center, neighbor), block.units, traces_of(plan.node_places, record, x), y);
+  forward(plan.network.embedding(center, neighbor), block.units, traces_of(plan.node_places, record, record), y);
   const int64_t row = center * plan.num_columns + neighbor * plan.frame.num_nodes + block.unit * kW;
   Scalar* to = saved + plan.values + row * plan.pitch;
   std::fill_n(to, block.units * kW * plan.pitch, Scalar{});
@@ -538,21 +316,10 @@ void gradients_of_nodes(const Plan<Scalar>& plan, const NodeBlock& block, const 
   }
   to_panel(block.units, 1, plan.num_values, desk.y, total, plan.pitch);
   const Panel<Scalar> record = plan.nodes(saved, block.pair, block.unit);
-  const Panel<Scalar> x{record.data + plan.node_x, record.stride};
   const Net<Scalar>& net = plan.network.embedding(center, neighbor);
   const int64_t number = &net - plan.network.embeddings.data();
-  reverse(net, block.units, traces_of(plan.node_places, record, x), false, desk.y, {},
+  reverse(net, block.units, traces_of(plan.node_places, record, record), false, desk.y, {},
           desk.embedding_bar + number * desk.by_embedding, desk.net_scratch);
-}
-
-template <typename Scalar>
-std::vector<Desk<Scalar>> desks_of(const Plan<Scalar>& plan, Scalar* scratch, int64_t num_workers) {
-  std::vector<Desk<Scalar>> desks;
-  for (int64_t w = 0; w < num_workers; ++w) {
-    desks.emplace_back(plan, scratch);
-    scratch += desks.back().size;
-  }
-  return desks;
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../neighbors.h"
@@ -78,15 +79,36 @@ void step(const Tensor& weights, const Tensor& tiles, const Tensor& pending, con
   cpu::correct(w, p, m, projection, parallel);
 }
 
-template <typename Scalar>
-Scalar* data_of(const Tensor& tensor) {
-  return static_cast<Scalar*>(tensor.mutable_data_ptr());
+template <typename Number>
+Number* data_of(const Tensor& tensor) {
+  return static_cast<Number*>(tensor.mutable_data_ptr());
+}
+
+template <typename Number>
+constexpr ScalarType kType = std::is_same_v<Number, double>  ? ScalarType::Double
+                             : std::is_same_v<Number, float> ? ScalarType::Float
+                                                             : ScalarType::Long;
+
+/// The numbers of a tensor that is as it should be.
+template <typename Number>
+Number* checked(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  check(tensor, name, shape, kType<Number>, -1);
+  return data_of<Number>(tensor);
+}
+
+/// Indices below `limit`.
+int64_t* checked_indices(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, int64_t limit) {
+  int64_t* indices = checked<int64_t>(tensor, name, shape);
+  for (int64_t i = 0; i < tensor.numel(); ++i) {
+    STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < limit, "rlekf: ", name, " should lie in 0 ... ", limit - 1,
+                    " but one is ", indices[i], ".");
+  }
+  return indices;
 }
 
 /// Calls function with a value of the type of the tensor's numbers.
 template <typename Function>
 auto with_scalar(const Tensor& tensor, const Function& function) {
-  using torch::headeronly::ScalarType;
   const bool single = tensor.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(single || tensor.scalar_type() == ScalarType::Double, "rlekf: edges should be float64 or float32.");
   return single ? function(float{}) : function(double{});
@@ -97,6 +119,7 @@ using Sizes = std::vector<int64_t>;
 
 enum Part { kOrder, kFirstAtom, kFirstEdge, kEdges, kNeighbor, kFirstIncoming, kIncoming, kCoefficients, kStructure };
 
+/// Without a number of structures those of the atoms are not read.
 template <typename Scalar>
 Geometry<Scalar> geometry_of(const Tensors& parts, int64_t num_structures) {
   const Tensor& coefficients = parts[kCoefficients];
@@ -113,12 +136,16 @@ Geometry<Scalar> geometry_of(const Tensors& parts, int64_t num_structures) {
           data_of<int64_t>(parts[kFirstIncoming]),
           data_of<int64_t>(parts[kIncoming]),
           data_of<Scalar>(coefficients),
-          parts.size() > kStructure ? data_of<int64_t>(parts[kStructure]) : nullptr};
+          num_structures > 0
+              ? checked_indices(parts[kStructure], "structure", {coefficients.size(0)}, num_structures)
+              : nullptr};
 }
 
 template <typename Scalar>
 Normalization<Scalar> normalization_of(const Tensors& normal, const Sizes& sel, double last) {
-  return {data_of<Scalar>(normal[0]), data_of<Scalar>(normal[1]), sel, last};
+  const auto num_types = static_cast<int64_t>(sel.size());
+  return {checked<Scalar>(normal[0], "davg", {num_types, 4}), checked<Scalar>(normal[1], "dstd", {num_types, 4}), sel,
+          last};
 }
 
 /// The layers of a net, whose parameters start at `next`; both it and `first` move on to those of the net after it.
@@ -127,13 +154,17 @@ Net<Scalar> net_of(const Tensors& parameters, int64_t num_layers, bool timesteps
                    int64_t& first) {
   Net<Scalar> net;
   for (int64_t l = 0; l < num_layers; ++l) {
+    STD_TORCH_CHECK(next + 2 <= parameters.size(), "rlekf: the network has more parameters than the ",
+                    parameters.size(), " given.");
     const Tensor &weight = parameters[next], &bias = parameters[next + 1];
+    check(weight, "weight", {kAny, kAny}, kType<Scalar>, -1);
     const int64_t inputs = weight.size(0), outputs = weight.size(1);
     const bool hidden = !output || l + 1 < num_layers;
     const int64_t copies = hidden && (outputs == inputs || outputs == 2 * inputs) ? outputs / inputs : 0;
     const bool timestep = timesteps && copies > 0;
-    net.push_back({inputs, outputs, hidden, copies, data_of<Scalar>(weight), data_of<Scalar>(bias),
-                   timestep ? data_of<Scalar>(parameters[next + 2]) : nullptr, first});
+    STD_TORCH_CHECK(!timestep || next + 3 <= parameters.size(), "rlekf: a time step is missing.");
+    net.push_back({inputs, outputs, hidden, copies, data_of<Scalar>(weight), checked<Scalar>(bias, "bias", {outputs}),
+                   timestep ? checked<Scalar>(parameters[next + 2], "time step", {outputs}) : nullptr, first});
     next += timestep ? 3 : 2;
     first += (inputs + (timestep ? 2 : 1)) * outputs;
   }
@@ -143,9 +174,6 @@ Net<Scalar> net_of(const Tensors& parameters, int64_t num_layers, bool timesteps
 template <typename Scalar>
 Network<Scalar> network_of(const Tensors& parameters, const Normalization<Scalar>& normalization, const Sizes& sizes,
                            const std::vector<bool>& timesteps) {
-  for (const Tensor& parameter : parameters) {
-    STD_TORCH_CHECK(parameter.is_contiguous(), "rlekf: the parameters of a network should be contiguous.");
-  }
   Network<Scalar> network{normalization, {}, {}, sizes[3], 0};
   size_t next = 0;
   for (int64_t i = 0; i < sizes[0]; ++i) {
@@ -162,15 +190,24 @@ Tensors tabulate(const Tensor& edges, const Tensor& neighbors, const Tensor& typ
   STD_TORCH_CHECK(num_nodes > 0 && num_nodes % kNodesAtOnce == 0,
                   "rlekf: the nodes of a table should be a multiple of ", kNodesAtOnce, " but are ", num_nodes, ".");
   const int64_t num_atoms = types.size(0), num_types = static_cast<int64_t>(sel.size());
+  const int64_t num_slots = std::accumulate(slots.begin(), slots.end(), int64_t{0});
+  STD_TORCH_CHECK(slots.size() == sel.size(), "rlekf: slots should be of ", num_types, " elements but are of ",
+                  slots.size(), ".");
+  std::vector<uint8_t> near(static_cast<size_t>(num_atoms * num_slots));
   Tensors parts;
   for (const int64_t size : {num_atoms, num_types + 1, num_atoms + 1}) {
     parts.push_back(torch::stable::new_empty(types, {size}));
   }
   return with_scalar(edges, [&](auto zero) {
     using Scalar = decltype(zero);
-    const FrameInputs<Scalar> inputs{
-        num_atoms, data_of<Scalar>(edges), data_of<int64_t>(neighbors), data_of<int64_t>(types), slots, rcut,
-        rcut_smth};
+    const FrameInputs<Scalar> inputs{num_atoms,
+                                     checked<Scalar>(edges, "edges", {num_atoms, num_slots, 3}),
+                                     checked_indices(neighbors, "neighbors", {num_atoms, num_slots}, num_atoms),
+                                     checked_indices(types, "types", {num_atoms}, num_types),
+                                     near.data(),
+                                     slots,
+                                     rcut,
+                                     rcut_smth};
     Geometry<Scalar> sorted{};
     sorted.num_types = num_types;
     sorted.order = data_of<int64_t>(parts[kOrder]);
@@ -223,11 +260,15 @@ Tensor gradients(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel
                     "rlekf: factors of forces and virials should be given both, or none.");
     STD_TORCH_CHECK(saved.size(0) == cpu::saved_size(network, frame, by_forces.has_value()),
                     "rlekf: gradients should be given what predict saved with the same kinds of results.");
+    const int64_t n = frame.num_atoms;
+    const Scalar* energies = checked<Scalar>(by_energies, "factors of energies", {count, n});
+    const Scalar* forces = by_forces ? checked<Scalar>(*by_forces, "factors of forces", {count, n, 3}) : nullptr;
+    const Scalar* virials =
+        by_virials ? checked<Scalar>(*by_virials, "factors of virials", {count, num_structures, 3, 3}) : nullptr;
     Tensor result = torch::stable::new_empty(saved, {count, network.num_weights});
     for (int64_t i = 0; i < count; ++i) {
-      const Factors<Scalar> factors{data_of<Scalar>(by_energies) + i * frame.num_atoms,
-                                    by_forces ? data_of<Scalar>(*by_forces) + i * frame.num_atoms * 3 : nullptr,
-                                    by_virials ? data_of<Scalar>(*by_virials) + i * num_structures * 9 : nullptr};
+      const Factors<Scalar> factors{energies + i * n, forces ? forces + 3 * i * n : nullptr,
+                                    virials ? virials + 9 * i * num_structures : nullptr};
       cpu::gradients(network, frame, data_of<Scalar>(saved), factors, data_of<Scalar>(result) + i * network.num_weights,
                      cpu::Memory<Scalar>(cpu::scratch_size(network, frame, parallel.num_workers)).rest(), parallel);
     }
@@ -265,22 +306,24 @@ std::tuple<Tensor, Tensor> measure(Tensors parameters, Tensors geometry, Tensors
     using Scalar = decltype(zero);
     const auto frame = geometry_of<Scalar>(geometry, num_atoms.size(0));
     const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last), sizes, timesteps);
-    const Labels<Scalar> labels{data_of<double>(bias),
-                                data_of<int64_t>(types),
-                                data_of<Scalar>(num_atoms),
-                                energy ? data_of<double>(*energy) : nullptr,
-                                forces ? data_of<Scalar>(*forces) : nullptr,
-                                virial ? data_of<Scalar>(*virial) : nullptr};
+    const int64_t n = frame.num_atoms, count = num_atoms.size(0), num_types = static_cast<int64_t>(sel.size());
+    const Labels<Scalar> labels{checked<double>(bias, "energy bias", {num_types}),
+                                checked_indices(types, "types", {n}, num_types),
+                                checked<Scalar>(num_atoms, "num_atoms", {count}),
+                                energy ? checked<double>(*energy, "energy", {count}) : nullptr,
+                                forces ? checked<Scalar>(*forces, "forces", {n, 3}) : nullptr,
+                                virial ? checked<Scalar>(*virial, "virial", {count, 3, 3}) : nullptr};
     const bool given[] = {energy.has_value(), forces.has_value(), virial.has_value()};
     std::vector<Update> updates;
     for (size_t i = 0; i < kinds.size(); ++i) {
       STD_TORCH_CHECK(kinds[i] >= 0 && kinds[i] < 3 && given[kinds[i]], "rlekf: update ", i, " needs labels of kind ",
                       kinds[i], ", which are not given.");
-      updates.push_back({static_cast<Kind>(kinds[i]), data_of<int64_t>(atoms[i]), atoms[i].size(0)});
+      updates.push_back(
+          {static_cast<Kind>(kinds[i]), checked_indices(atoms[i], "atoms of a group", {kAny}, n), atoms[i].size(0)});
     }
-    const int64_t count = static_cast<int64_t>(updates.size());
-    Tensor errors = torch::stable::new_empty(bias, {count});
-    Tensor jacobians = torch::stable::new_empty(bias, {count, network.num_weights});
+    const auto num_updates = static_cast<int64_t>(updates.size());
+    Tensor errors = torch::stable::new_empty(bias, {num_updates});
+    Tensor jacobians = torch::stable::new_empty(bias, {num_updates, network.num_weights});
     cpu::measure(network, frame, labels, updates, data_of<double>(errors), data_of<double>(jacobians), torch_threads());
     return std::make_tuple(errors, jacobians);
   });

@@ -27,6 +27,7 @@ struct Case {
   std::vector<double> positions;
   std::vector<Scalar> edges, davg, dstd, weights, coefficients;
   std::vector<Edge<Scalar>> records;
+  std::vector<uint8_t> near;
   std::vector<int64_t> types, structure, neighbors, order, first_atom, first_edge, neighbor, first_incoming, incoming;
   Network<Scalar> network;
   Geometry<Scalar> geometry{};
@@ -99,7 +100,9 @@ struct Case {
     }
     std::vector<int64_t> slots(kTypes, 0);
     for (const int64_t type : types) ++slots[static_cast<size_t>(type)];
-    const FrameInputs<Scalar> inputs{kAtoms, edges.data(), neighbors.data(), types.data(), slots, kCutoff, 0.5};
+    near.resize(neighbors.size());
+    const FrameInputs<Scalar> inputs{kAtoms,      edges.data(), neighbors.data(), types.data(),
+                                     near.data(), slots,        kCutoff,          0.5};
     order.resize(kAtoms);
     first_atom.resize(kTypes + 1);
     first_edge.resize(kAtoms + 1);

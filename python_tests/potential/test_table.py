@@ -1,6 +1,9 @@
 """The network on a table: against the exact one and against finite differences, and how its error falls."""
 
+import copy
+import dataclasses
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import collate, make_frame
 from rlekf_ext.potential.table import Nodes, Table, geometry_of, largest_scalar
 from rlekf_ext.potential.train import train
+from rlekf_ext.updates import ERRORS
 
 RCUT = 4.0
 SHAPES = {
@@ -212,10 +216,10 @@ def test_several_sums_at_once():
     on_table = model.table.with_frame(model, frame)
     factors = torch.randn(3, 27), torch.randn(3, 27, 3), torch.randn(3, 1, 3, 3)
     factors = [factor.double() for factor in factors]
-    on_table.predict(True, True)
-    together = on_table.gradients(*factors)
+    _, saved = on_table.predict(True, True)
+    together = on_table.gradients(saved, *factors)
     for i in range(3):
-        assert torch.equal(on_table.gradients(*(factor[i : i + 1] for factor in factors))[0], together[i])
+        assert torch.equal(on_table.gradients(saved, *(factor[i : i + 1] for factor in factors))[0], together[i])
 
 
 def test_the_same_bits_with_the_same_number_of_threads():
@@ -237,7 +241,7 @@ def test_the_same_bits_with_the_same_number_of_threads():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_schemas_and_fake_kernels(dtype):
-    frame = labelled(0, dtype=dtype)
+    frame = labelled(0, dtype=dtype, energy=-3.0, forces=np.zeros((9, 3)))
     model = with_table(model_of([frame], str(dtype).removeprefix("torch.")), frame, 16)
     on_table = model.table.with_frame(model, frame)
     calls = {}
@@ -250,13 +254,14 @@ def test_schemas_and_fake_kernels(dtype):
 
             return call
 
-    on_table._ops = Recorder()
-    on_table.predict(True, True)
-    on_table.gradients(*(torch.ones(1, *size, dtype=dtype) for size in ((9,), (9, 3), (1, 3, 3))))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("rlekf_ext.potential.table.ops_for", lambda device: Recorder())
+        patched.setattr("rlekf_ext.potential.table.OPS", Recorder())
+        _, saved = on_table.predict(True, True)
+        on_table.gradients(saved, *(torch.ones(1, *size, dtype=dtype) for size in ((9,), (9, 3), (1, 3, 3))))
+        on_table.measure([("energy", None), ("force", torch.tensor([3, 1]))])
         geometry_of(model, frame, Nodes(16, 1.0))
-    assert set(calls) == {"tabulate", "predict", "gradients"}
+    assert set(calls) == {"tabulate", "predict", "gradients", "measure"}
     for name, arguments in calls.items():
         detached = [
             [p.detach() for p in a]
@@ -269,17 +274,119 @@ def test_schemas_and_fake_kernels(dtype):
 
 
 def test_what_the_ops_refuse():
-    frame = labelled(0)
+    frame = labelled(0, energy=-3.0, forces=np.zeros((9, 3)))
     model = with_table(model_of([frame]), frame)
     on_table = model.table.with_frame(model, frame)
-    on_table.predict(False, False)
+    _, saved = on_table.predict(False, False)
     by = [torch.ones(1, *size, dtype=torch.float64) for size in ((9,), (9, 3), (1, 3, 3))]
     with pytest.raises(RuntimeError, match="what predict saved with the same kinds of results"):
-        on_table.gradients(*by)
+        on_table.gradients(saved, *by)
     with pytest.raises(RuntimeError, match="given both, or none"):
-        on_table.gradients(by[0], by[1], None)
+        on_table.gradients(saved, by[0], by[1], None)
+    with pytest.raises(RuntimeError, match=r"factors of energies should have shape \(1, 9\) but has \(1, 8\)"):
+        on_table.gradients(saved, by[0][:, :8], None, None)
     with pytest.raises(RuntimeError, match="should be a multiple of 16 but are 20"):
         geometry_of(model, frame, Nodes(20, 1.0))
+    for atoms, message in (
+        (torch.tensor([True]), "atoms of a group should be int64"),
+        (torch.tensor([0, 9]), r"atoms of a group should lie in 0 ... 8 but one is 9"),
+        (torch.tensor([-1]), "but one is -1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            on_table.measure([("force", atoms)])
+    with pytest.raises(RuntimeError, match="update 0 needs labels of kind 2"):
+        on_table.measure([("virial", None)])
+    wrong = dataclasses.replace(frame, energy=frame.energy.float())
+    with pytest.raises(RuntimeError, match="energy should be float64"):
+        model.measure(wrong, [("energy", None)])
+    for name, values in (
+        ("types", frame.types + 1),
+        ("neighbors", frame.neighbors + 9),
+        ("structure", frame.types + 1),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name} should lie in 0"):
+            model(dataclasses.replace(frame, **{name: values}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_measure_is_what_autograd_finds(dtype):
+    """Of every kind, for one update and for several at once."""
+    random = np.random.default_rng(5)
+    frames = [
+        labelled(i, n, dtype=dtype, energy=-n, forces=random.normal(size=(n, 3)), virial=random.normal(size=(3, 3)))
+        for i, n in enumerate((9, 5, 14))
+    ]
+    frame = collate(frames)
+    model = with_table(model_of([frame], str(dtype).removeprefix("torch.")), frame)
+    model.energy_bias[:] = torch.tensor([0.3, -0.2])
+    updates = [("energy", None), ("force", torch.tensor([3, 27, 11])), ("virial", None), ("force", torch.tensor([0]))]
+    together = model.measure(frame, updates)
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-6}
+    for i, (kind, atoms) in enumerate(updates):
+        error = ERRORS[kind](model(frame), frame, atoms)
+        gradients = torch.autograd.grad(-error, list(model.parameters()), allow_unused=True)
+        flat = [
+            torch.zeros(p.numel()) if g is None else g.T.flatten() if g.dim() == 2 else g
+            for g, p in zip(gradients, model.parameters(), strict=True)
+        ]
+        for found in (model.measure(frame, [(kind, atoms)]), [part[i : i + 1] for part in together]):
+            assert found[0].dtype == found[1].dtype == torch.float64
+            torch.testing.assert_close(found[0][0], error.detach().double(), **tolerance)
+            torch.testing.assert_close(found[1][0], torch.cat(flat).double(), **tolerance)
+
+
+def test_a_shell_at_the_cutoff():
+    """Neighbours whose distance is the cutoff up to rounding: those counted are those filled in."""
+    for spacing in (1.635, 1.64, 1.675, 1.71):
+        frame = make_frame([[0, 0, 0]], spacing * np.eye(3), [0], 3 * spacing, 1)
+        model = DeepPotential(
+            {"type_map": ["A"], "descriptor": {"sel": [200], "rcut": 3 * spacing, "neuron": [2], "axis_neuron": 1}}
+        )
+        exact = model(frame).atomic_energy
+        model = with_table(model, frame)
+        torch.testing.assert_close(model(frame).atomic_energy, exact, rtol=1e-6, atol=0)
+
+
+def test_changes_after_a_frame_was_tabulated():
+    frame = labelled(0)
+    model = with_table(model_of([frame]), frame)
+    before = model(frame).energy.item()
+    model.descriptor.davg += 0.1
+    with torch.no_grad():
+        exact = model(frame).energy.item()
+    assert model(frame).energy.item() == pytest.approx(exact, rel=1e-7)
+    assert before != pytest.approx(exact, rel=1e-3)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            next(other.parameters()).add_(0.1)
+        assert other(frame).energy.item() != model(frame).energy.item()
+        assert other.table._kept[0].model is other
+    model.float()
+    with pytest.raises(DataError, match=r"float32, the frame torch.float64"):
+        model(frame)
+
+
+def test_two_predictions_of_a_frame():
+    """Each keeps what its gradient needs, and a gradient at weights that have changed is refused."""
+    frame = labelled(0)
+    model = with_table(model_of([frame]), frame)
+    alone, both = model(frame, forces=False), model(frame)
+    gradients = [torch.autograd.grad(p.energy.sum(), list(model.parameters())) for p in (both, alone)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    late = model(frame).energy.sum()
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
+
+
+def test_an_edge_that_is_not_a_number_is_seen():
+    frame = labelled(0)
+    model = with_table(model_of([frame]), frame)
+    edges = frame.edges.clone()
+    edges[2, 1] = np.nan
+    assert model(dataclasses.replace(frame, edges=edges)).energy.isnan().all()
 
 
 def test_values_that_are_not_finite_are_seen():

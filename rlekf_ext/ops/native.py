@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from rlekf_ext.covariance import Covariance
 
 torch.ops.load_library(Path(__file__).parent.parent / "librlekf_ops.so")
+OPS = torch.ops.rlekf
 
 
 def why_absent(device_type: str) -> str:
@@ -98,7 +99,7 @@ def _(edges, neighbors, types, slots, normal, sel, num_nodes, rcut, rcut_smth, l
 
 @torch.library.register_fake("rlekf::predict")
 def _(parameters, geometry, normal, sel, last, sizes, timesteps, num_structures, forces, virials):
-    like, saved = geometry[7], torch.library.get_ctx().new_dynamic_size()
+    like, saved = geometry[-2], torch.library.get_ctx().new_dynamic_size()
     num_atoms = like.shape[0]
     shapes = (num_atoms,), (num_atoms * forces, 3), (num_structures * (forces and virials), 3, 3), (saved,)
     return tuple(like.new_empty(shape) for shape in shapes)

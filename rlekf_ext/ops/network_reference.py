@@ -149,10 +149,10 @@ def _results(parameters, geometry, normal, sel, last, sizes, timesteps, num_stru
     by_column = (y * values[:, None, :]).sum(-1) * scale
     rows = _rows(records, davg[types], scale)
     by_s = ((rows[:, :, None] * y).sum(1) * slopes).sum(-1) * ((num_nodes - 1) / last)
-    direction, length, share, slope = records[:, :3], records[:, 3:4], records[:, 4:5], records[:, 5:6]
+    direction, length, ratio, slope = records[:, :3], records[:, 3:4], records[:, 4:5], records[:, 5:6]
     inner = (by_column[:, 1:] * direction).sum(1, keepdim=True)
-    radial = (by_column[:, :1] + by_s[:, None]) * slope + inner * (slope - share)
-    by_edge = radial * direction + share * by_column[:, 1:]
+    radial = (by_column[:, :1] + by_s[:, None]) * slope + inner * (slope - ratio)
+    by_edge = radial * direction + ratio * by_column[:, 1:]
     force = by_edge.new_zeros(len(order), 3).index_add(0, order[row], by_edge).index_add(0, neighbor, -by_edge)
     outer = -(length * direction)[:, :, None] * by_edge[:, None, :]
     return energy, force, by_edge.new_zeros(num_structures, 3, 3).index_add(0, structure[order[row]], outer)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlekf_ext.errors import DataError, OptionError
+from rlekf_ext.ops.native import OPS
 from rlekf_ext.options import KINDS
 
 # Two nuclei this close are a mistake in the data, and 1/r would drown every other neighbour.
@@ -97,7 +98,7 @@ def make_frame(
     _check_extent(points, cell, cutoff)
     n = len(points)
     pairs, vectors = _pairs(points, cell, cutoff)
-    edges, neighbors, slots, shortest = torch.ops.rlekf.place_neighbors(pairs, vectors, elements, num_types, cutoff)
+    edges, neighbors, slots, shortest = OPS.place_neighbors(pairs, vectors, elements, num_types, cutoff)
     if shortest < SHORTEST_DISTANCE:
         i, j = pairs[vectors.norm(dim=1).argmin()].tolist()
         raise DataError(

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from rlekf_ext.errors import DataError
 from rlekf_ext.ops import network_reference
+from rlekf_ext.ops.native import OPS
 from rlekf_ext.ops.network_reference import STENCIL
 from rlekf_ext.options import KINDS
 from rlekf_ext.potential.architecture import DescriptorArchitecture
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 # csrc/network.h: the number of nodes is a multiple of NODES_AT_ONCE; of the parts of a geometry, the edges, and of the
 # numbers of an edge, its place within its stencil.
 NODES_AT_ONCE, EDGES, WHERE = 16, 3, 6
+ROUNDING = 1e-3  # of the distance of two nodes
+KEPT = 8  # frames
 LEAST_FORCE = 1e-3  # eV/Å: smaller forces, as in a perfect lattice, are not what the table is judged by
 
 
@@ -66,11 +69,14 @@ class Table:
 
     def __init__(self, last: float, number: int = 128):
         self.nodes = Nodes(-(-number // NODES_AT_ONCE) * NODES_AT_ONCE, last)
-        self._latest: OnATable | None = None
+        self._kept: list[TabulatedFrame] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": []}  # a copy of the model tabulates its frames anew
 
     def results(self, model: DeepPotential, frame: Frame, forces: bool) -> Results:
         """What autograd can differentiate by the weights. Raises DataError if the frame does not fit the network."""
-        return Results(*OnTable.apply(self.with_frame(model, frame), forces, *model.parameters()))
+        return Results(*TabulatedResults.apply(self.with_frame(model, frame), forces, *model.parameters()))
 
     def error(self, model: DeepPotential, frames: Iterable[Frame]) -> float:
         """The largest relative difference (RMS) from the exact network over the frames: of forces, and of the
@@ -89,30 +95,37 @@ class Table:
         """Double the nodes."""
         self.nodes = Nodes(2 * self.nodes.number, self.nodes.last)
 
-    def with_frame(self, model: DeepPotential, frame: Frame) -> OnATable:
-        """The frame on the table; kept for the latest frame. Raises DataError if it does not fit the network."""
-        latest = self._latest
-        if latest is None or latest.frame is not frame or latest.model is not model or latest.nodes != self.nodes:
-            model.descriptor.check(frame)
-            latest = OnATable(model, frame, self.nodes)
-            if latest.is_beyond():
-                largest = largest_scalar(model.descriptor.architecture, frame)
-                spacing = self.nodes.last / (self.nodes.number - 1)
-                more = math.ceil(largest / spacing) + 1
-                number = -(-more // NODES_AT_ONCE) * NODES_AT_ONCE
-                self.nodes = Nodes(number, spacing * (number - 1))
-                latest = OnATable(model, frame, self.nodes)
-            self._latest = latest
-        return latest
+    def with_frame(self, model: DeepPotential, frame: Frame) -> TabulatedFrame:
+        """The frame on the table; kept for the latest few. Raises DataError if it does not fit the network."""
+        key = TabulatedFrame.key(model, frame, self.nodes)
+        for kept in self._kept:
+            if kept.made_of == key:
+                return kept
+        model.descriptor.check(frame)
+        made = TabulatedFrame(model, frame, self.nodes)
+        if made.is_beyond():
+            largest = largest_scalar(model.descriptor.architecture, frame)
+            spacing = self.nodes.last / (self.nodes.number - 1)
+            number = -(-(math.ceil(largest / spacing) + 1) // NODES_AT_ONCE) * NODES_AT_ONCE
+            self.nodes = Nodes(number, spacing * (number - 1))
+            made = TabulatedFrame(model, frame, self.nodes)
+        self._kept = [made, *self._kept[: KEPT - 1]]
+        return made
 
 
-class OnATable:
+class TabulatedFrame:
     """A frame on the table of a model."""
 
+    @staticmethod
+    def key(model: DeepPotential, frame: Frame, nodes: Nodes) -> tuple[Any, ...]:
+        """What it is made of: the objects, and what may change in them."""
+        davg, dstd = model.descriptor.davg, model.descriptor.dstd
+        return id(model), id(frame), nodes, id(davg), davg._version, id(dstd), dstd._version
+
     def __init__(self, model: DeepPotential, frame: Frame, nodes: Nodes):
-        self.model, self.frame, self.nodes = model, frame, nodes
+        self.model, self.frame, self.made_of = model, frame, self.key(model, frame, nodes)
         self._geometry, self._num_structures = geometry_of(model, frame, nodes), len(frame.num_atoms)
-        self._ops, descriptor = ops_for(frame.edges.device), model.descriptor
+        descriptor = model.descriptor
         architecture, fitting = descriptor.architecture, model.architecture.fitting_net
         self._parameters = list(model.parameters())
         sizes = [
@@ -132,23 +145,27 @@ class OnATable:
     def is_beyond(self) -> bool:
         """Whether some edge is shorter than the nodes reach."""
         where = self._geometry[EDGES][:, WHERE]
-        return bool(where.numel()) and float(where.max()) > STENCIL - 1
+        return bool(where.numel()) and float(where.max()) > STENCIL - 1 + ROUNDING
 
     @torch.no_grad()
-    def predict(self, forces: bool, virials: bool) -> Results:
-        """At the current weights, which must not change before the calls of `gradients` that follow."""
-        *results, self._saved = self._ops.predict(
+    def predict(self, forces: bool, virials: bool) -> tuple[Results, Tensor]:
+        """The results at the current weights, and what `gradients` needs at the same weights."""
+        ops = ops_for(self.frame.edges.device)
+        *results, saved = ops.predict(
             self._parameters, self._geometry, *self._network, self._num_structures, forces, virials
         )
-        return Results(*results)
+        return Results(*results), saved
 
     @torch.no_grad()
-    def gradients(self, by_energies: Tensor, by_forces: Tensor | None, by_virials: Tensor | None) -> Tensor:
+    def gradients(
+        self, saved: Tensor, by_energies: Tensor, by_forces: Tensor | None, by_virials: Tensor | None
+    ) -> Tensor:
         """For M sums of the results with factors (M, n), (M, n, 3) and (M, B, 3, 3), their derivatives by the weights
         (M, N): each parameter in turn, with its dimensions reversed. Both forces and virials have factors if they were
         predicted, or neither."""
+        ops = ops_for(self.frame.edges.device)
         factors = (None if by is None else by.contiguous() for by in (by_energies, by_forces, by_virials))
-        return self._ops.gradients(self._parameters, self._geometry, *self._network, self._saved, *factors)
+        return ops.gradients(self._parameters, self._geometry, *self._network, saved, *factors)
 
     @torch.no_grad()
     def measure(self, updates: Sequence[tuple[str, Tensor | None]]) -> tuple[Tensor, Tensor]:
@@ -157,25 +174,27 @@ class OnATable:
         kinds = [KINDS.index(kind) for kind, _ in updates]
         atoms = [frame.types[:0] if atoms is None else atoms for _, atoms in updates]
         labels = self.model.energy_bias, frame.types, frame.num_atoms, frame.energy, frame.forces, frame.virial
-        return torch.ops.rlekf.measure(self._parameters, self._geometry, *self._network, *labels, kinds, atoms)
+        return OPS.measure(self._parameters, self._geometry, *self._network, *labels, kinds, atoms)
 
 
-class OnTable(torch.autograd.Function):
-    """Results, from the weights."""
+class TabulatedResults(torch.autograd.Function):
+    """The results of a tabulated frame, from the weights."""
 
     @staticmethod
-    def forward(ctx: Any, frame: OnATable, forces: bool, *weights: Tensor) -> Any:
-        ctx.frame, ctx.forces, ctx.shapes = frame, forces, [w.shape for w in weights]
-        return tuple(frame.predict(forces, forces))
+    def forward(ctx: Any, frame: TabulatedFrame, forces: bool, *weights: Tensor) -> Any:
+        results, ctx.saved = frame.predict(forces, forces)
+        ctx.frame, ctx.forces = frame, forces
+        ctx.save_for_backward(*weights)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_energies: Tensor, by_forces: Tensor, by_virials: Tensor) -> Any:
+        weights = ctx.saved_tensors  # raises if they have changed since
         forces = (by_forces[None], by_virials[None]) if ctx.forces else (None, None)
-        flat = ctx.frame.gradients(by_energies[None], *forces)[0]
-        pieces = flat.split([shape.numel() for shape in ctx.shapes])
-        both = zip(pieces, ctx.shapes, strict=True)
-        return None, None, *(piece.view(s[::-1]).mT if len(s) == 2 else piece for piece, s in both)
+        flat = ctx.frame.gradients(ctx.saved, by_energies[None], *forces)[0]
+        both = zip(flat.split([w.numel() for w in weights]), weights, strict=True)
+        return None, None, *(piece.view(w.shape[::-1]).mT if w.dim() == 2 else piece for piece, w in both)
 
 
 @torch.no_grad()
@@ -202,13 +221,13 @@ def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> list[Tensor
 
 def ops_for(device: torch.device) -> Any:
     """The compiled ops, or their reference where there are none."""
-    return torch.ops.rlekf if device.type == "cpu" else network_reference
+    return OPS if device.type == "cpu" else network_reference
 
 
 def largest_scalar(architecture: DescriptorArchitecture, frame: Frame) -> float:
-    """The largest s(r) of a frame, 1/Å."""
+    """The largest s(r) of a frame, 1/Å; at least 1/rcut, so that a table has a length."""
     nearest = frame.edges.new_tensor([[min(frame.shortest_edge(), architecture.rcut), 0.0, 0.0]])
-    return float(switched(nearest, architecture.rcut, architecture.rcut_smth)[2])
+    return max(float(switched(nearest, architecture.rcut, architecture.rcut_smth)[2]), 1 / architecture.rcut)
 
 
 def _derivatives(model: DeepPotential, frame: Frame, table: Table | None) -> tuple[Tensor, Tensor]:

@@ -214,7 +214,15 @@ def refine(model: DeepPotential, frames: Sequence[Frame], processes: Processes, 
     """Double the nodes of the table until it is exact enough on a few frames."""
     table, few = model.table, frames[:: -(-len(frames) // CHECKED)]
     limit = TABLE_ERROR[model.architecture.precision]
-    while table and table.nodes.number < MOST_NODES and processes.any((error := table.error(model, few)) > limit):
+    error = 0.0
+
+    def too_coarse() -> bool:
+        nonlocal error
+        assert table  # for mypy
+        error = table.error(model, few)
+        return error > limit and table.nodes.number < MOST_NODES
+
+    while table and processes.any(too_coarse()):  # all processes ask, and refine together
         table.refine()
         say(f"The table of the embedding nets was off by {error:.1e}: from now on it has {table.nodes.number} nodes.")
 
