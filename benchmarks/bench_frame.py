@@ -133,6 +133,8 @@ def main() -> None:
     for _ in range(given.repeat + 2):
         for key, call in calls.items():
             times[key].append(call())
+    name = "on the table: RLEKF: a frame, N_b = 1024"
+    times[f"{name}, outside of ops", where["commit"]] = outside_of_ops(timed[name], given.repeat + 2)
     rate = MATMUL_FLOPS / median(times[MATMUL, where["commit"]][2:])
     for kind, count_of_flops in floors.items():  # the time that they take at the rate of a matrix product
         times[f"on the table: {kind}: floor", where["commit"]] = [count_of_flops / rate] * 3
@@ -148,8 +150,35 @@ def main() -> None:
         print(*(f"{row[column]}" for column in COLUMNS[:5]), commit, sep="   ")
 
 
-def timed_here(call: Callable[[], object]) -> float:
-    call()  # what other parts have left in the caches is not this one's
+def outside_of_ops(call: Callable[[], object], repeat: int) -> list[float]:
+    """The times in ms that calls spend outside of the compiled ops: in Python and in small operations of torch."""
+    spent = 0.0
+
+    def counted(op: Callable[..., object], *arguments: object) -> object:
+        nonlocal spent
+        started = time.perf_counter()
+        try:
+            return op(*arguments)
+        finally:
+            spent += 1e3 * (time.perf_counter() - started)
+
+    ops = {name: getattr(torch.ops.rlekf, name) for name in ("measure", "step", "tabulate")}
+    found = []
+    try:
+        for name, op in ops.items():
+            setattr(torch.ops.rlekf, name, partial(counted, op))
+        for _ in range(repeat):
+            spent = 0.0
+            found.append(timed_here(call, before=False) - spent)
+    finally:
+        for name, op in ops.items():
+            setattr(torch.ops.rlekf, name, op)
+    return found
+
+
+def timed_here(call: Callable[[], object], before: bool = True) -> float:
+    if before:
+        call()  # what other parts have left in the caches is not this one's
     started = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - started)

@@ -245,9 +245,14 @@ def on_the_table(_: Study) -> str:
             rows.append(["floor of its flops (share)", *shares])
             for part in ("neighbour list", "environment", "filter, N_b = 1024"):
                 rows.append([part, *(short(time(case, threads, True, part)) for case in cases)])
+            outside = [
+                time(case, threads, True, f"{FRAMES['a frame, default settings']}, outside of ops") for case in cases
+            ]
         for name, part in FRAMES.items():
             pairs = ([time(case, threads, now, part) for now in (False, True)] for case in cases)
             rows.append([name + suffix, *(" : ".join(map(short, pair)) for pair in pairs)])
+            if threads == "1" and name == "a frame, default settings":
+                rows.append(["of it outside of the kernels", *map(short, outside)])
     return table(["ms, before : now", *cases], rows)
 
 
