@@ -107,8 +107,8 @@ class KalmanFilter:
             self._unmeasured = 0
             stored = self.covariance.stored_diagonal()
             self.covariance.set(largest=(self._share.processes.sum(stored) if self._share else stored).max())
-        for row in h[-MAX_MEASUREMENTS:]:
-            self._recent[self._next] = row
+        for row in h[-MAX_MEASUREMENTS:].split(1) if len(h) > 1 else [h]:
+            self._recent[self._next : self._next + 1] = row
             self._next = (self._next + 1) % MAX_MEASUREMENTS
         return increment
 

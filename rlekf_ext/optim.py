@@ -263,7 +263,6 @@ class _Moves:
         """Whether some parameter is no longer stored where it was."""
         return [p.data_ptr() for p in self._parameters] != self._addresses
 
-    @torch.compiler.disable
     def apply(self) -> None:
         """Add the increment, in float64 and rounded once, whatever the dtype of the model."""
         first = 0

@@ -132,9 +132,11 @@ class FrameUpdater:
                 of_jacobian, of_innovation = self._scales(kind, error, whole, (factors or {}).get(kind, 1.0))
                 jacobian *= of_jacobian
                 innovations.append(of_innovation * error)
-                done += [(kind, one) for one in error]
-            joined = innovations[0] if len(innovations) == 1 else torch.cat(innovations)
-            self.optimizer.update(jacobians.flatten(0, 1), joined)
+                done += [(kind, one) for one in error.unbind()]
+            alone = len(updates) == 1
+            self.optimizer.update(
+                jacobians[0] if alone else torch.cat(jacobians), innovations[0] if alone else torch.cat(innovations)
+            )
         if self._average:
             self._average.update_parameters(self.model)  # type: ignore[arg-type]
         self._look_after(len(done))
@@ -179,15 +181,15 @@ class FrameUpdater:
 
     def _measure(
         self, updates: Sequence[tuple[str, int]], parts: Sequence[Part], num_rows: int
-    ) -> tuple[Tensor, Tensor]:
-        """ε (updates, rows) and H (updates, rows, N) of every measurement, float64, all at the current weights."""
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Of each update ε (rows,) and H (rows, N), float64, all at the current weights."""
         wanted = [
             [(kind, *own.groups[group]) if kind == "force" else (kind, None, own.share) for kind, group in updates]
             for own in parts
         ]
         if num_rows == len(parts) == self._processes.size == 1:
             errors, jacobians = self._of_frame(parts[0].frame, [(kind, atoms) for kind, atoms, _ in wanted[0]])
-            return errors[:, None], jacobians[:, None]
+            return errors.split(1), jacobians.split(1)
         count, num_weights = len(updates) * num_rows, self.optimizer.filter.plan.num_weights
         device = self.optimizer.filter.covariance.state.device
         message = torch.zeros(count * (num_weights + 1), dtype=torch.float64, device=device)
@@ -200,7 +202,7 @@ class FrameUpdater:
                 errors[i, own.row] += each[i][2] * error
                 jacobians[i, own.row].add_(jacobian, alpha=each[i][2])
         self._processes.sum(message)
-        return errors.clone(), jacobians
+        return errors.clone().unbind(), jacobians.unbind()
 
     def _of_frame(self, frame: Any, updates: Sequence[tuple[str, Tensor | None]]) -> tuple[Tensor, Tensor]:
         """ε (U,) and H = -dε/dw (U, N) of updates at the current weights, each a kind and the atoms of its group."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from rlekf_ext.covariance import Covariance
 
 torch.ops.load_library(Path(__file__).parent.parent / "librlekf_ops.so")
 OPS = torch.ops.rlekf
+HAS_KERNELS = {key: torch._C._dispatch_has_kernel_for_dispatch_key("rlekf::step", key) for key in ("CPU", "CUDA")}
 
 
 def why_absent(device_type: str) -> str:
@@ -20,17 +20,12 @@ def why_absent(device_type: str) -> str:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     if key is None:
         return f"none are written for {device_type}."
-    if not _has_kernels(key):
+    if not HAS_KERNELS[key]:
         return "this build found no nvcc; put one on PATH and reinstall rlekf_ext."
     if key == "CUDA" and not torch.cuda.is_available():
         built = f"torch {torch.__version__}"
         return f"{built} finds no GPU." if torch.version.cuda else f"{built} is built without CUDA."
     return ""
-
-
-@lru_cache
-def _has_kernels(key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("rlekf::step", key)
 
 
 def project(p: Covariance, jacobian: Tensor) -> tuple[Tensor, Tensor]:
