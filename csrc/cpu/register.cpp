@@ -136,9 +136,8 @@ Geometry<Scalar> geometry_of(const Tensors& parts, int64_t num_structures) {
           data_of<int64_t>(parts[kFirstIncoming]),
           data_of<int64_t>(parts[kIncoming]),
           data_of<Scalar>(coefficients),
-          num_structures > 0
-              ? checked_indices(parts[kStructure], "structure", {coefficients.size(0)}, num_structures)
-              : nullptr};
+          num_structures > 0 ? checked_indices(parts[kStructure], "structure", {coefficients.size(0)}, num_structures)
+                             : nullptr};
 }
 
 template <typename Scalar>
