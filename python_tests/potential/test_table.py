@@ -320,6 +320,7 @@ def test_measure_is_what_autograd_finds(dtype):
     model = with_table(model_of([frame], str(dtype).removeprefix("torch.")), frame)
     model.energy_bias[:] = torch.tensor([0.3, -0.2])
     updates = [("energy", None), ("force", torch.tensor([3, 27, 11])), ("virial", None), ("force", torch.tensor([0]))]
+    updates.append(("force", None))  # all atoms
     together = model.measure(frame, updates)
     tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-6}
     for i, (kind, atoms) in enumerate(updates):

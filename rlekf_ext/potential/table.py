@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # numbers of an edge, its place within its stencil.
 NODES_AT_ONCE, EDGES, WHERE = 16, 3, 6
 ROUNDING = 1e-3  # of the distance of two nodes
-KEPT = 8  # frames
+KEPT = 4  # frames: some MB each
 LEAST_FORCE = 1e-3  # eV/Å: smaller forces, as in a perfect lattice, are not what the table is judged by
 
 
@@ -172,7 +172,8 @@ class TabulatedFrame:
         """See DeepPotential.measure."""
         frame = self.frame
         kinds = [KINDS.index(kind) for kind, _ in updates]
-        atoms = [frame.types[:0] if atoms is None else atoms for _, atoms in updates]
+        everyone = torch.arange(len(frame.types))
+        atoms = [everyone if atoms is None else atoms for _, atoms in updates]
         labels = self.model.energy_bias, frame.types, frame.num_atoms, frame.energy, frame.forces, frame.virial
         return OPS.measure(self._parameters, self._geometry, *self._network, *labels, kinds, atoms)
 
