@@ -25,7 +25,7 @@ from statistics import median
 import numpy as np
 import torch
 from bench_training import ROOT, STUDY, available, chosen, config_of, load, method_of
-from rows import MACHINE, append, machine
+from rows import MACHINE, append, commit, machine
 
 from rlekf_ext import RLEKF
 from rlekf_ext.batch_parts import force_groups
@@ -138,7 +138,7 @@ def main() -> None:
     rate = MATMUL_FLOPS / median(times[MATMUL, where["commit"]][2:])
     for kind, count_of_flops in floors.items():  # the time that they take at the rate of a matrix product
         times[f"on the table: {kind}: floor", where["commit"]] = [count_of_flops / rate] * 3
-    for (name, commit), found in times.items():
+    for (name, of_sources), found in times.items():
         row = {
             "system": f"{given.system}, {given.cutoff:g} Å",
             "network": given.network,
@@ -146,8 +146,8 @@ def main() -> None:
             "part": name,
         }
         row["ms"] = f"{median(found[2:]):.2f}"
-        append(given.output, COLUMNS, [{**row, **where, "commit": commit}])
-        print(*(f"{row[column]}" for column in COLUMNS[:5]), commit, sep="   ")
+        append(given.output, COLUMNS, [{**row, **where, "commit": of_sources}])
+        print(*(f"{row[column]}" for column in COLUMNS[:5]), of_sources, sep="   ")
 
 
 def outside_of_ops(call: Callable[[], object], repeat: int) -> list[float]:
@@ -208,13 +208,13 @@ def beside(checkout: Path, arguments: list[object]) -> dict[tuple[str, object], 
     command = [sys.executable, "-c", OTHER, *map(str, arguments)]
     server = subprocess.Popen(command, cwd=checkout, env={**os.environ, "PYTHONPATH": path}, **pipe)
     names = server.stdout.readline().rstrip("\n").split("\t")
-    described = subprocess.run(["git", "-C", checkout, "describe", "--always"], capture_output=True, text=True)
+    of_other = commit(checkout)
 
     def ask(name: str) -> float:
         print(name, file=server.stdin, flush=True)
         return float(server.stdout.readline())
 
-    return {(name, described.stdout.strip()): partial(ask, name) for name in names}
+    return {(name, of_other): partial(ask, name) for name in names}
 
 
 if __name__ == "__main__":

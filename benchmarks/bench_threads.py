@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from bench_training import ROOT, available, folder
-from rows import MACHINE, append, machine
+from rows import MACHINE, append, commit, machine
 
 RESULTS = ROOT / "benchmarks/results/threads.csv"
 COLUMNS = ["method", "batches", "neighbour", "asked", "ms", "processors", *MACHINE]
@@ -81,16 +81,10 @@ def main() -> None:
             if other:
                 other.kill()
         for (method, asked, checkout), found in times.items():
-            git = ["git", "-C", str(checkout), "describe", "--always"]
-            commit = (
-                where["commit"]
-                if checkout == ROOT
-                else subprocess.run(git, capture_output=True, text=True).stdout.strip()
-            )
             row = {"method": method, "batches": BATCHES[method], "neighbour": neighbour, "asked": asked or "chosen"}
             row |= {"ms": f"{median(found):.2f}", "processors": os.cpu_count()}
-            append(given.output, COLUMNS, [{**row, **where, "threads": "", "commit": commit}])
-            print(*(row[name] for name in COLUMNS[:6]), commit, sep="   ", flush=True)
+            append(given.output, COLUMNS, [{**row, **where, "threads": "", "commit": commit(checkout)}])
+            print(*(row[name] for name in COLUMNS[:6]), commit(checkout), sep="   ", flush=True)
 
 
 if __name__ == "__main__":

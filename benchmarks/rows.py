@@ -18,11 +18,12 @@ MACHINE = ("threads", "cpu", "cpu_isa", "torch", "version", "commit")
 PLACE = re.compile(r"<!-- table: (?P<name>[^\n]*) -->\n(?P<table>.*?\n)??<!-- end -->", re.DOTALL)
 
 
-def commit() -> str:
-    """The commit of the sources, with "-dirty" if they differ from it; without git or a repository, RLEKF_COMMIT."""
+def commit(checkout: Path = ROOT) -> str:
+    """The commit of the sources in a checkout, with "-dirty" if they differ from it; without git or a repository,
+    RLEKF_COMMIT."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True).stdout.strip()
 
     try:
         found = git("describe", "--always")

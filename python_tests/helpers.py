@@ -14,6 +14,16 @@ from rlekf_ext.potential.train import train
 
 NACL = Path(__file__).resolve().parents[1] / "examples" / "nacl" / "gpaw_pbe_8"
 RCUT = 3.5  # Å, of the runs
+# An input file that trains a tiny network on three frames for four batches.
+TINY = {
+    "model": {
+        "type_map": ["Na", "Cl"],
+        "descriptor": {"rcut": 3.5, "neuron": [4, 4], "axis_neuron": 2},
+        "fitting_net": {"neuron": [6, 6]},
+    },
+    "optimizer": {"type": "RLEKF", "block_size": 40},
+    "training": {"training_data": {"systems": "data", "batch_size": 1}, "numb_steps": 4, "disp_freq": 1, "seed": 1},
+}
 
 
 def make_model(

@@ -11,28 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import hdf5_contents, write_data, write_input
+from helpers import TINY, hdf5_contents, write_data, write_input
 
 from rlekf_ext import cli
 from rlekf_ext.cli import main
-
-# An input file that trains a tiny network on three frames for four batches.
-GIVEN = {
-    "model": {
-        "type_map": ["Na", "Cl"],
-        "descriptor": {"rcut": 3.5, "neuron": [4, 4], "axis_neuron": 2},
-        "fitting_net": {"neuron": [6, 6]},
-    },
-    "optimizer": {"type": "RLEKF", "block_size": 40},
-    "training": {"training_data": {"systems": "data", "batch_size": 1}, "numb_steps": 4, "disp_freq": 1, "seed": 1},
-}
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working directory with data and an input file."""
     write_data(tmp_path / "data", count=3)
-    write_input(tmp_path, GIVEN)
+    write_input(tmp_path, TINY)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -42,7 +31,7 @@ def trained(tmp_path_factory):
     """A folder in which `rlekf train` ran."""
     folder = tmp_path_factory.mktemp("trained")
     write_data(folder / "data", count=3)
-    write_input(folder, GIVEN)
+    write_input(folder, TINY)
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -127,7 +116,7 @@ def test_test_compares_errors_with_predicted_deviations(in_trained, capsys):
 
 
 def test_uncertainty_needs_a_filter(folder, capsys):
-    write_input(folder, GIVEN, {"optimizer": {"type": "Adam"}})
+    write_input(folder, TINY, {"optimizer": {"type": "Adam"}})
     assert main(["train", "input.json"]) == 0
     capsys.readouterr()
     said = complaint(capsys, ["test", "-s", "data", "-u", "u"])
@@ -233,7 +222,7 @@ def test_ctrl_c_before_training_begins(folder, monkeypatch, capsys):
     ],
 )
 def test_wrong_input_is_named(folder, capsys, change, message):
-    write_input(folder, GIVEN, change)
+    write_input(folder, TINY, change)
     before = sorted(folder.rglob("*"))
     said = complaint(capsys, ["train", "input.json"])
     assert re.search(message, said), said
@@ -274,10 +263,10 @@ def test_restart_without_a_checkpoint(folder, capsys):
 
 
 def test_restart_with_another_network_or_optimizer(in_trained, capsys):
-    write_input(in_trained, GIVEN, {"model/fitting_net/neuron": [7, 7]})
+    write_input(in_trained, TINY, {"model/fitting_net/neuron": [7, 7]})
     said = complaint(capsys, ["train", "input.json", "--restart"])
     assert "model/fitting_net/neuron = [6, 6] but the input file asks for [7, 7]; start without --restart" in said
-    write_input(in_trained, GIVEN, {"optimizer": {"type": "Adam"}})
+    write_input(in_trained, TINY, {"optimizer": {"type": "Adam"}})
     said = complaint(capsys, ["train", "input.json", "--restart"])
     assert "model.ckpt.pt is of RLEKF or LKF but the input file asks for the optimizer Adam" in said
 

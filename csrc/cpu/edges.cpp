@@ -212,29 +212,14 @@ struct Tabulated {
   const Geometry<Scalar>& geometry;
 };
 
-// target_clones takes no templates.
-#define RLEKF_FOR_SCALAR(Scalar)                                                                                      \
-  RLEKF_EVERY_ISA void tabulate_atoms(const Tabulated<Scalar>& t, const RowScale<Scalar>& scale, int64_t begin,       \
-                                      int64_t end) {                                                                  \
-    for (int64_t a = begin; a < end; ++a) tabulate_atom(t.inputs, scale, t.normalization, t.geometry, a);             \
-  }                                                                                                                   \
-  RLEKF_EVERY_ISA void by_edge_of_atoms(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale,              \
-                                        int64_t begin, int64_t end, const ByEdge<Scalar>& by) {                       \
-    const int64_t size = 4 * geometry.num_types * geometry.num_nodes;                                                 \
-    for (int64_t a = begin; a < end; ++a) {                                                                           \
-      by_edge_of_atom(geometry, scale, a, by.by_coefficient + (a - begin) * size,                                     \
-                      by.by_edge + 3 * (geometry.first_edge[a] - geometry.first_edge[begin]));                        \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  RLEKF_EVERY_ISA void along_of_atoms(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t begin, \
-                                      int64_t end, const Factors<Scalar>& factors, Scalar* coefficients) {            \
-    const int64_t size = 4 * geometry.num_types * geometry.num_nodes;                                                 \
-    for (int64_t a = begin; a < end; ++a) {                                                                           \
-      along_of_atom(geometry, scale, a, factors, coefficients + (a - begin) * size);                                  \
-    }                                                                                                                 \
-  }
-RLEKF_FOR_SCALAR(double)
-RLEKF_FOR_SCALAR(float)
+RLEKF_EVERY_ISA void tabulate_atoms(const Tabulated<double>& t, const RowScale<double>& scale, int64_t begin,
+                                    int64_t end) {
+  for (int64_t a = begin; a < end; ++a) tabulate_atom(t.inputs, scale, t.normalization, t.geometry, a);
+}
+RLEKF_EVERY_ISA void tabulate_atoms(const Tabulated<float>& t, const RowScale<float>& scale, int64_t begin,
+                                    int64_t end) {
+  for (int64_t a = begin; a < end; ++a) tabulate_atom(t.inputs, scale, t.normalization, t.geometry, a);
+}
 
 }  // namespace
 
@@ -251,22 +236,25 @@ RowScale<Scalar> row_scale(const Normalization<Scalar>& normalization, const Geo
   return result;
 }
 
-void by_edge(const Geometry<double>& geometry, const RowScale<double>& scale, int64_t begin, int64_t end,
-             const ByEdge<double>& by) {
-  by_edge_of_atoms(geometry, scale, begin, end, by);
-}
-void by_edge(const Geometry<float>& geometry, const RowScale<float>& scale, int64_t begin, int64_t end,
-             const ByEdge<float>& by) {
-  by_edge_of_atoms(geometry, scale, begin, end, by);
-}
-void along(const Geometry<double>& geometry, const RowScale<double>& scale, int64_t begin, int64_t end,
-           const Factors<double>& factors, double* coefficients) {
-  along_of_atoms(geometry, scale, begin, end, factors, coefficients);
-}
-void along(const Geometry<float>& geometry, const RowScale<float>& scale, int64_t begin, int64_t end,
-           const Factors<float>& factors, float* coefficients) {
-  along_of_atoms(geometry, scale, begin, end, factors, coefficients);
-}
+// target_clones takes no templates.
+#define RLEKF_FOR_SCALAR(Scalar)                                                                               \
+  RLEKF_EVERY_ISA void by_edge(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t begin, \
+                               int64_t end, const ByEdge<Scalar>& by) {                                        \
+    const int64_t size = 4 * geometry.num_types * geometry.num_nodes;                                          \
+    for (int64_t a = begin; a < end; ++a) {                                                                    \
+      by_edge_of_atom(geometry, scale, a, by.by_coefficient + (a - begin) * size,                              \
+                      by.by_edge + 3 * (geometry.first_edge[a] - geometry.first_edge[begin]));                 \
+    }                                                                                                          \
+  }                                                                                                            \
+  RLEKF_EVERY_ISA void along(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t begin,   \
+                             int64_t end, const Factors<Scalar>& factors, Scalar* coefficients) {              \
+    const int64_t size = 4 * geometry.num_types * geometry.num_nodes;                                          \
+    for (int64_t a = begin; a < end; ++a) {                                                                    \
+      along_of_atom(geometry, scale, a, factors, coefficients + (a - begin) * size);                           \
+    }                                                                                                          \
+  }
+RLEKF_FOR_SCALAR(double)
+RLEKF_FOR_SCALAR(float)
 
 template <typename Scalar>
 void sort_atoms(const FrameInputs<Scalar>& inputs, const Geometry<Scalar>& geometry) {

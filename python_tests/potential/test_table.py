@@ -190,7 +190,7 @@ def test_interpolation_is_exact_for_polynomials():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_the_reference(monkeypatch, shape, dtype):
-    """With few nodes, where the interpolation is far from the network: it is the same interpolation."""
+    """With so few nodes that the interpolation is far from the network, both still interpolate alike."""
     frame = collate([labelled(0, dtype=dtype), labelled(1, 5, dtype=dtype), labelled(3, 27, dtype=dtype)])
     model = with_table(model_of([frame], str(dtype).removeprefix("torch."), **SHAPES[shape]), frame, 16)
     weights = torch.randn(3), torch.randn(len(frame.types), 3), torch.randn(3, 3, 3)

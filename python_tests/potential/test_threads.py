@@ -10,28 +10,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import make_model, write_data, write_input
+from helpers import TINY, make_model, write_data, write_input
 
 from rlekf_ext import cli
 from rlekf_ext.potential import threads
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.optimizers import build_optimizer
 
-GIVEN = {
-    "model": {
-        "type_map": ["Na", "Cl"],
-        "descriptor": {"rcut": 3.5, "neuron": [4, 4], "axis_neuron": 2},
-        "fitting_net": {"neuron": [6, 6]},
-    },
-    "optimizer": {"type": "RLEKF", "block_size": 40},
-    "training": {"training_data": {"systems": "data"}, "numb_steps": 2, "seed": 1},
-}
-
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     write_data(tmp_path / "data", count=3)
-    write_input(tmp_path, GIVEN)
+    write_input(tmp_path, TINY, {"training/numb_steps": 2})
     monkeypatch.chdir(tmp_path)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
@@ -66,7 +56,7 @@ def torch_has():
 def test_threads_follow_the_work(monkeypatch, torch_has, optimizer, batches, most, said):
     model = make_model()
     frames = [SimpleNamespace(types=torch.zeros(8))] * 4
-    config = read_input({**GIVEN, "optimizer": optimizer})
+    config = read_input({**TINY, "optimizer": optimizer})
     optimize = build_optimizer(config, model, 10)
     monkeypatch.setattr(threads, "NETWORK_PER_THREAD", 8 * sum(p.numel() for p in model.parameters()) / 2)  # a frame
     own = optimize.optimizer.filter if optimizer["type"] != "Adam" else None

@@ -72,7 +72,7 @@ class Table:
         self._kept: list[TabulatedFrame] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": []}  # a copy of the model tabulates its frames anew
+        return {**self.__dict__, "_kept": []}  # a copy of the model tabulates its frames again
 
     def results(self, model: DeepPotential, frame: Frame, forces: bool) -> Results:
         """What autograd can differentiate by the weights. Raises DataError if the frame does not fit the network."""
@@ -125,6 +125,7 @@ class TabulatedFrame:
     def __init__(self, model: DeepPotential, frame: Frame, nodes: Nodes):
         self.model, self.frame, self.made_of = model, frame, self.key(model, frame, nodes)
         self._geometry, self._num_structures = geometry_of(model, frame, nodes), len(frame.num_atoms)
+        self._all_atoms = torch.arange(len(frame.types))
         descriptor = model.descriptor
         architecture, fitting = descriptor.architecture, model.architecture.fitting_net
         self._parameters = list(model.parameters())
@@ -172,8 +173,7 @@ class TabulatedFrame:
         """See DeepPotential.measure."""
         frame = self.frame
         kinds = [KINDS.index(kind) for kind, _ in updates]
-        everyone = torch.arange(len(frame.types))
-        atoms = [everyone if atoms is None else atoms for _, atoms in updates]
+        atoms = [self._all_atoms if atoms is None else atoms for _, atoms in updates]
         labels = self.model.energy_bias, frame.types, frame.num_atoms, frame.energy, frame.forces, frame.virial
         return OPS.measure(self._parameters, self._geometry, *self._network, *labels, kinds, atoms)
 

@@ -28,8 +28,8 @@ def use_threads(
     most: int,
     processes: Processes = ALONE,
 ) -> str:
-    """Set the numbers of threads for training on these frames in so many batches: each at most `most`, and the same on
-    all processes. Returns a sentence that gives them."""
+    """Set how many threads train on these frames in this many batches per epoch: each number is at most `most`, and the
+    same on all processes. Returns a sentence that gives them."""
     own = optimize.optimizer.filter if isinstance(optimize, KalmanSteps) else None
     apart = isinstance(optimize, KalmanSteps) and optimize.updater.options.batch == "joint"
     atoms = sum(len(frame.types) for frame in frames) / (len(frames) if apart else num_batches * processes.size)

@@ -44,7 +44,7 @@ def train(
     Writes DeePMD-kit's lcurve.out, a checkpoint, and in lcurve.out.json a summary with the held-out RMSE at the end of
     every epoch. Ctrl-C writes the checkpoint and ends after the batch at hand. `restart` continues from the
     checkpoint, bit for bit. Several processes share the frames of each batch and P, and the first writes the files.
-    `most_threads` sets the numbers of threads to what there is work for, at most so many; see threads.py.
+    With `most_threads`, the numbers of threads follow from the work that there is, up to this many; see threads.py.
 
     Raises InputError and DataError before anything is written, and StoppedError, with the checkpoint written, when the
     filter has skipped `max_skipped` measurements in a row.
@@ -214,15 +214,10 @@ def refine(model: DeepPotential, frames: Sequence[Frame], processes: Processes, 
     """Double the nodes of the table until it is exact enough on a few frames."""
     table, few = model.table, frames[:: -(-len(frames) // CHECKED)]
     limit = TABLE_ERROR[model.architecture.precision]
-    error = 0.0
-
-    def too_coarse() -> bool:
-        nonlocal error
-        assert table  # for mypy
+    while table:
         error = table.error(model, few)
-        return error > limit and table.nodes.number < MOST_NODES
-
-    while table and processes.any(too_coarse()):  # all processes ask, and refine together
+        if not processes.any(error > limit and table.nodes.number < MOST_NODES):  # all ask, and refine together
+            return
         table.refine()
         say(f"The table of the embedding nets was off by {error:.1e}: from now on it has {table.nodes.number} nodes.")
 
