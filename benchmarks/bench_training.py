@@ -52,17 +52,20 @@ COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS, *MACHINE
 
 def method_of(label: str) -> dict[str, Any]:
     """The sections of the input file for a method of study.toml, and `skip` for its skip connections."""
+    found = STUDY["method"]["default" if label in STUDY["prior"] else "RLEKF"]
     if label in STUDY["method"]:
-        return STUDY["method"][label]
-    base = STUDY["method"]["RLEKF"]
-    if label in STUDY["skip"]:
-        return {**base, "skip": STUDY["skip"][label]}
-    changes = dict(STUDY["variant"][label])
-    batch_size = changes.pop("batch_size", 1)
-    return {"optimizer": {**base["optimizer"], **changes}, "batch_size": batch_size}
+        found = STUDY["method"][label]
+    elif label in STUDY["skip"]:
+        found = {**found, "skip": STUDY["skip"][label]}
+    else:
+        changes = dict(STUDY["prior" if label in STUDY["prior"] else "variant"][label])
+        found = {**found, "batch_size": changes.pop("batch_size", 1), "optimizer": {**found["optimizer"], **changes}}
+    options = {name: None if value == "null" else value for name, value in found["optimizer"].items()}
+    return {**found, "optimizer": options}
 
 
-LABELS = [label for section in ("method", "variant", "skip") for label in STUDY[section]]
+LABELS = [label for section in ("method", "variant", "prior", "skip") for label in STUDY[section]]
+SYSTEMS = {**STUDY["system"], **STUDY["beyond"]}
 
 
 def folder(data: Path, name: str) -> Path:
@@ -72,13 +75,13 @@ def folder(data: Path, name: str) -> Path:
 
 
 def available(name: str, data: Path) -> bool:
-    folders = STUDY["system"][name].get("folders", [])
+    folders = SYSTEMS[name].get("folders", [])
     return bool(folders) and all(folder(data, path).is_dir() for path in folders)
 
 
 def load(name: str, data: Path, most: int | None) -> dict[str, list[Frame]]:
     """The frames of each part; if more than `most` are for training, all parts are thinned evenly and equally."""
-    asked, found = STUDY["system"][name], {}
+    asked, found = SYSTEMS[name], {}
     for part, systems in chosen(name, data, most).items():
         found[part] = frames(systems, asked["cutoff"], len(asked["elements"]))
     return found
@@ -90,7 +93,7 @@ def num_training(name: str, data: Path, most: int | None) -> int:
 
 @functools.cache
 def chosen(name: str, data: Path, most: int | None) -> dict[str, list[System]]:
-    asked = STUDY["system"][name]
+    asked = SYSTEMS[name]
     systems = [
         s[: asked.get("first", len(s))]
         for f in asked["folders"]
@@ -111,7 +114,7 @@ def thinned(system: System, first: int, last: int, share: float) -> System:
 
 def config_of(name: str, network: str, method: Mapping[str, Any], seed: int) -> Config:
     """The input file of a run; its data are passed separately."""
-    asked, net = STUDY["system"][name], STUDY["network"][network]
+    asked, net = SYSTEMS[name], STUDY["network"][network]
     descriptor = {"type": "se_e2_a", "rcut": asked["cutoff"], "rcut_smth": 0.5, "sel": "auto:1.5", "seed": seed}
     descriptor |= {"neuron": net["neuron"], "axis_neuron": net["axis_neuron"], "resnet_dt": "skip" in method}
     fitting = {"neuron": net["fitting"], "seed": seed, "resnet_dt": "skip" in method}
@@ -201,7 +204,7 @@ def run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--system", choices=[n for n, s in STUDY["system"].items() if "folders" in s], required=True)
+    parser.add_argument("--system", choices=[n for n, s in SYSTEMS.items() if "folders" in s], required=True)
     parser.add_argument("--method", choices=LABELS, default="RLEKF")
     parser.add_argument("--network", choices=list(STUDY["network"]), default="small")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])

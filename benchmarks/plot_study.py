@@ -21,8 +21,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from bench_training import ROOT, STUDY
-from rows import fill, table
+from bench_training import ROOT, STUDY, SYSTEMS
+from rows import RESULTS, fill, table
 
 MARK = 1.2  # times the lower final RMSE of RLEKF and Adam counts as reached: the paper's rule
 KINDS = {"E": "energy, meV/atom", "F": "force, meV/Å"}
@@ -171,18 +171,29 @@ def costs(study: Study, network: str = "small") -> str:
 
 
 def variants(study: Study) -> str:
-    """Validation errors relative to the default's at the same epoch."""
     systems = study.systems(*STUDY["variant"])
+    return relative_to("RLEKF", study, [*STUDY["variant"], *STUDY["past"]], systems)
+
+
+def noise(network: str) -> str:
+    study = Study(RESULTS / "study_noise.csv")
+    systems = [system for system in SYSTEMS if study.curves(system, "default", network)]
+    labels = [label for label in STUDY["prior"] if study.curves(systems[0], label, network)]
+    return relative_to("default", study, labels, systems, network)
+
+
+def relative_to(base: str, study: Study, labels: Sequence[str], systems: Sequence[str], network: str = "small") -> str:
+    """Validation errors at epoch 4, and relative to those of `base`."""
     rows = []
-    for label in ["RLEKF", *STUDY["variant"], *STUDY["past"]]:
+    for label in [base, *labels]:
         ratios, cells = {kind: [] for kind in KINDS}, []
         for system in systems:
-            errors = [study.error(system, label, f"validation_{kind}", epoch=4) for kind in KINDS]
+            errors = [study.error(system, label, f"validation_{kind}", network, epoch=4) for kind in KINDS]
             for kind, error in zip(KINDS, errors, strict=True):
-                ratios[kind].append(error / study.error(system, "RLEKF", f"validation_{kind}", epoch=4))
+                ratios[kind].append(error / study.error(system, base, f"validation_{kind}", network, epoch=4))
             cells.append(" / ".join(short(e) for e in errors))
         means = " / ".join(short(geometric_mean(r)) if r else "–" for r in ratios.values())
-        rows.append(["default" if label == "RLEKF" else label, *cells, means])
+        rows.append(["default" if label == base else label, *cells, means])
     return table(["setting", *systems, "times the default's"], rows)
 
 
@@ -286,6 +297,8 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "table against exact": table_against_exact,
     "threads of a training": threads_of_a_training,
     "variants": variants,
+    "noise and prior, paper's network": lambda _: noise("paper"),
+    "noise and prior, small networks": lambda _: noise("small"),
     "skip connections": skip_connections,
     "theorem 1": lambda _: columns(
         "theorem.csv", ["blocks", "sigma", "updates", "distance of P S σ²/L from I", "|ε K|", "|ε K| t"]

@@ -1,10 +1,11 @@
 """The study of the paper on real data: all runs of study.toml that have no rows yet.
 
-    python benchmarks/study.py [--data DIR] [--full] [--estimate] [--workers 2]
+    python benchmarks/study.py [--data DIR] [--plan small | noise | full] [--estimate] [--workers 2]
 
 Rows go to benchmarks/results/study.csv as each run ends, so an interrupted study continues where it stopped; systems
-without a folder in DIR are left out. `--full` is the study at the size of the paper, with rows in study_full.csv. Both
-begin with an estimate of the time, from three batches of each kind of run; `--estimate` stops there.
+without a folder in DIR are left out. Other plans than `small` have rows of their own: `noise`, of measurement noise and
+prior, in study_noise.csv; `full`, the study at the size of the paper, in study_full.csv. All begin with an estimate of
+the time, from three batches of each kind of run; `--estimate` stops there.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rlekf_ext.potential.evaluate import Comparison
 
 PARITY = ("system", "network", "method", "seed", "kind", "label", "prediction")
 POINTS = 200
+PLANS = ("small", "noise", "full")
 Rows = dict[tuple[str, ...], dict[str, str]]  # the last row of each run that is done
 
 
@@ -122,13 +124,13 @@ def pace(kind: tuple[str, str, str], data: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "examples", help="folder of the sets; NaCl needs none")
-    parser.add_argument("--full", action="store_true", help="at the size of the paper")
+    parser.add_argument("--plan", choices=PLANS, default=PLANS[0], help="which runs of study.toml")
     parser.add_argument("--estimate", action="store_true", help="print the estimated time, and stop")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, each on one core")
-    parser.add_argument("--output", type=Path, help="rows (default: benchmarks/results/study[_full].csv)")
+    parser.add_argument("--output", type=Path, help="rows (default: benchmarks/results/study[_PLAN].csv)")
     given = parser.parse_args()
-    data, plan = given.data.resolve(), STUDY["full" if given.full else "small"]
-    output = given.output or ROOT / f"benchmarks/results/study{'_full' if given.full else ''}.csv"
+    data, plan = given.data.resolve(), STUDY[given.plan]
+    output = given.output or ROOT / f"benchmarks/results/study{'' if given.plan == PLANS[0] else f'_{given.plan}'}.csv"
 
     if not given.estimate:
         machine(output)

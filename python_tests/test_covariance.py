@@ -52,6 +52,25 @@ def test_identity(dtype):
     assert int(p.tiles.count_nonzero()) == PLAN.num_weights
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_starts_over_as_a_diagonal(dtype):
+    """Whatever was there: S, pending vectors, scale and shift. Each process writes its own tiles."""
+    variances = torch.rand(PLAN.num_weights, dtype=torch.float64) + 0.1
+    for own in (range(16), range(5, 11)):
+        p = identity(PLAN, dtype=dtype, tiles=own)
+        p.tiles.normal_()
+        p.pending.normal_()
+        p.set(scale=2.0, shift=0.5, num_pending=2, forgetting=0.25)
+        p.set_diagonal(variances)
+        whole = pack([torch.diag(v / variances.max()) for v in variances.split(PLAN.sizes)], dtype)
+        assert torch.equal(p.tiles, whole[own.start : own.stop])
+        assert p.scalars().forgetting == 0.25
+    p = identity(PLAN, dtype=dtype)
+    p.set_diagonal(variances)
+    assert relative(p.diagonal(), variances) < torch.finfo(dtype).eps
+    assert p.scalars().largest >= float(p.stored_diagonal().max())
+
+
 def test_scalars_are_those_of_the_kernels():
     assert Scalars._fields == tuple(_C.STATE)
     assert {name for name, kind in get_type_hints(Scalars).items() if kind is int} == _C.COUNTERS

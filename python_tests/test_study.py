@@ -44,14 +44,14 @@ def test_the_best_of_tuned_methods_gets_the_other_seeds():
     assert names([TUNED], rows) == [*first, ("Adam 2e-3", "2"), ("Adam 2e-3", "3")]
 
 
-@pytest.mark.parametrize("plan", ["small", "full"])
+@pytest.mark.parametrize("plan", study.PLANS)
 def test_the_plan_names_what_there_is(plan):
     for group in bench_training.STUDY[plan]:
         labels = group["methods"] if isinstance(group["methods"], list) else bench_training.STUDY[group["methods"]]
         systems = bench_training.STUDY["system"] if group["systems"] == "all" else group["systems"]
         for label in labels:
             for system in systems:
-                if "folders" in bench_training.STUDY["system"][system]:
+                if "folders" in bench_training.SYSTEMS[system]:
                     method = bench_training.method_of(label)
                     config = bench_training.config_of(system, group["network"], method, seed=1)
                     assert config.optimizer.type == method["optimizer"]["type"]

@@ -238,11 +238,15 @@ def test_robust_preset_is_whole():
     model = WithBias()
     updater, frame = FrameUpdater(model), make_frame(model, counts=(30,))
     assert updater.optimizer.filter.memory_factor == pytest.approx(0.998)
-    with pytest.raises(OptionError, match="call warm_start"):
+    with pytest.raises(OptionError, match="Call warm_start"):
         updater(frame)
     before = flat(model)
     updater.warm_start([frame])
     assert not torch.equal(flat(model)[-1], before[-1])
+    # The bias and the others are one layer: P is the share of the bias in |H|² of the energy per atom.
+    _, h = by_hand(model, frame, E)
+    share = h[-1].square() / h.square().sum()
+    assert relative(updater.optimizer.filter.covariance.diagonal(), share.expand(10)) < 1e-13
     assert [kind for kind, _ in updater(frame)] == [F, E] * 4
     assert updater.options.group_size is None
     first = flat(model)
@@ -251,7 +255,7 @@ def test_robust_preset_is_whole():
 
 
 def test_half_a_preset_is_an_error():
-    model = Quadratic()
+    model, own = Quadratic(), {"memory_factor": 0.998, "measurement_noise": 1.0}
     with pytest.raises(OptionError, match=r"memory_factor must be 0.998, for the preset robust.* made with 0.98"):
         FrameUpdater(model, RLEKF(model.parameters()))
     with pytest.raises(OptionError, match="block_size must be 20"):
@@ -259,8 +263,8 @@ def test_half_a_preset_is_an_error():
     with pytest.raises(OptionError, match="model with a method fit_energy_bias"):
         FrameUpdater(model).warm_start([make_frame(model)])
     with pytest.raises(OptionError, match="average_frames must be 1"):
-        FrameUpdater(lambda frame, forces: model(frame, forces=forces), RLEKF(model.parameters(), memory_factor=0.998))
-    updater = FrameUpdater(model, RLEKF(model.parameters(), memory_factor=0.998), warm_start=False)
+        FrameUpdater(lambda frame, forces: model(frame, forces=forces), RLEKF(model.parameters(), **own))
+    updater = FrameUpdater(model, RLEKF(model.parameters(), **own), warm_start=False, prior="identity")
     assert len(updater(make_frame(model))) == 8
 
 

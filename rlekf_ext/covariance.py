@@ -95,6 +95,15 @@ class Covariance:
         for name, value in scalars.items():
             self.state[STATE[name]] = value
 
+    def set_diagonal(self, variances: Tensor) -> None:
+        """Start over: P becomes a diagonal, variances (N,) > 0; the other scalars stay as they are."""
+        largest = variances.max()
+        weights, places = (index.to(self.tiles.device) for index in diagonal_places(self.plan, self.own_tiles))
+        self.tiles.zero_()
+        self.tiles.view(-1)[places] = (variances / largest)[weights].to(self.tiles.dtype)
+        self.pending.zero_()
+        self.set(scale=largest, shift=0.0, largest=1.0, num_pending=0)
+
     def dense(self) -> list[Tensor]:
         """The blocks of P, each (n_l, n_l) float64, exactly symmetric."""
         now = self.scalars()

@@ -16,6 +16,7 @@ from rlekf_ext.errors import OptionError
 from rlekf_ext.filter import KalmanFilter
 from rlekf_ext.options import FilterOptions, OptimizerOptions, checked, part, takes
 from rlekf_ext.partition import partition
+from rlekf_ext.prior import layer_factors
 from rlekf_ext.schema import counted
 
 MANY_SKIPPED = 20  # measurements in a row
@@ -30,7 +31,8 @@ class RLEKF(torch.optim.Optimizer):
     out of P. Each is flattened as it is stored. `transpose=True` reverses the dimensions first: for models that store
     matrices [in, out], so that the weights of a neuron stay adjacent. With named parameters the strategy "lekf" treats
     the tensors of one module as a layer. `lr` scales the weight increment; it is 1 in the paper, and exists for
-    schedulers. `backend` and `process_group` are those of `KalmanFilter`.
+    schedulers. A parameter group may have its own `lr` and `initial_covariance`. `backend` and `process_group` are
+    those of `KalmanFilter`.
 
         optimizer = RLEKF(model.parameters(), block_size=1024)
 
@@ -81,6 +83,8 @@ class RLEKF(torch.optim.Optimizer):
             process_group=process_group,
             **part(FilterOptions, self.options),
         )
+        if any("initial_covariance" in group for group in self.param_groups):
+            self._start([1.0] * len(parameters))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from a closure that returns the error ε >= 0 and leaves its gradient in `.grad`. Returns ε.
@@ -193,12 +197,40 @@ class RLEKF(torch.optim.Optimizer):
         """
         self.filter.take_over(covariance)
 
+    @torch.no_grad()
+    def start_by_layers(self, squares: Tensor) -> None:
+        """P starts over with the variance of each layer that prior.py says: `squares` (number of parameters,) are the
+        sums of H² over each of them, of energies at the current weights. Raises OptionError for nameless parameters."""
+        if (names := self._names()) is None:
+            raise OptionError(
+                "A prior by layers needs named parameters: make RLEKF of model.named_parameters(), or set prior to "
+                "identity."
+            )
+        shapes = [tuple(p.shape) for p in self.parameters()]
+        self._start(layer_factors(squares.tolist(), names, shapes))
+
+    def _start(self, factors: Sequence[float]) -> None:
+        """P starts over as a diagonal: in each parameter a factor times the initial covariance of its group."""
+        default = self.options.initial_covariance
+        owned = [
+            group.get("initial_covariance", default)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        sizes = torch.tensor([p.numel() for p in self.parameters()])
+        variances = torch.tensor(owned, dtype=torch.float64) * torch.tensor(factors, dtype=torch.float64)
+        covariance = self.filter.covariance
+        covariance.set_diagonal(variances.repeat_interleave(sizes).to(covariance.state.device))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for torch's own constructor. Raises RuntimeError afterwards: the blocks of P are fixed."""
         if hasattr(self, "filter"):
             raise RuntimeError("The blocks of P are fixed when RLEKF is made; give it all parameters then.")
-        if unknown := sorted(set(param_group) - {"params", "param_names", "lr", "initial_lr"}):
-            raise OptionError(f"A parameter group has an lr of its own and nothing else, but this one has: {unknown}.")
+        if unknown := sorted(set(param_group) - {"params", "param_names", "lr", "initial_lr", "initial_covariance"}):
+            raise OptionError(f"A parameter group may have lr and initial_covariance, but this one has: {unknown}.")
+        if "initial_covariance" in param_group:
+            checked(FilterOptions, {"initial_covariance": param_group["initial_covariance"]})
         super().add_param_group(param_group)
 
     def has_all_reversed(self, model: torch.nn.Module) -> bool:
@@ -236,15 +268,23 @@ class RLEKF(torch.optim.Optimizer):
     def _stored(self, tensor: Tensor) -> Tensor:
         return tensor.permute(tuple(reversed(range(tensor.dim())))) if self._transpose else tensor
 
-    def _layers(self) -> list[int] | None:
-        """A layer id per parameter, from the names (a.weight and a.bias are one layer), or None without names."""
+    def _names(self) -> list[str] | None:
+        """The names of the parameters, or None if some have none."""
         if not all("param_names" in group for group in self.param_groups):
             return None
-        modules: dict[str, int] = {}
-        named = [
-            pair for group in self.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
+        return [
+            name
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+            if p.requires_grad
         ]
-        return [modules.setdefault(name.rpartition(".")[0], len(modules)) for name, p in named if p.requires_grad]
+
+    def _layers(self) -> list[int] | None:
+        """A layer id per parameter, from the names (a.weight and a.bias are one layer), or None without names."""
+        modules: dict[str, int] = {}
+        if (names := self._names()) is None:
+            return None
+        return [modules.setdefault(name.rpartition(".")[0], len(modules)) for name in names]
 
 
 class _Moves:

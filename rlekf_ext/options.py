@@ -19,6 +19,7 @@ from rlekf_ext.schema import option, range_text, read, values
 
 KINDS = ("energy", "force", "virial")
 BATCHES = ("mean", "sum", "joint")
+PRIORS = ("identity", "layers")
 PRESETS: dict[str, dict[str, Any]] = {
     # Hu et al. 2023: x = 6, y = 4, λ_1 = 0.98, energy first.
     "paper": {},
@@ -26,6 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "robust": {
         "block_size": 1024,
         "memory_factor": 0.998,
+        "prior": "layers",
+        "measurement_noise": 1.0,  # H and ε are in units of the mean error
         "group_size": None,
         "order": ("force", "energy"),
         "energy_scale": 3.0,
@@ -65,7 +68,7 @@ class FilterOptions:
         low=0,
         high=1,
     )
-    initial_covariance: float = option(1.0, "p_0: P starts as this times the identity.", above=0)
+    initial_covariance: float = option(1.0, "p_0: P starts as this times the identity; see `prior`.", above=0)
     measurement_noise: float | None = option(
         None, "R, the noise of a measurement (α²R in the paper). null: the number of blocks, L.", above=0
     )
@@ -120,6 +123,12 @@ class UpdateOptions:
         "What B frames form: `mean`, one measurement of the mean error; `sum`, one whose H is summed and whose ε is √B "
         "times the mean, as in LKF; `joint`, B measurements at the same weights.",
         choices=BATCHES,
+    )
+    prior: str = option(
+        "identity",
+        "How P starts: `identity`, as p_0 I; `layers`, with p_0 / (1 + x·x) for the weights and the bias of a layer "
+        "whose inputs are x, so that what they add up to has the variance p_0 in every layer.",
+        choices=PRIORS,
     )
     warm_start: bool = option(
         False, "Whether, before training, the energy bias is fitted again, to the residuals of the untrained network."

@@ -26,6 +26,7 @@ from rlekf_ext.processes import Processes
 EMA_DECAY = 0.95
 EARLY_DECAY = Options.forgetting_rate  # per update: as fast as 1 - λ falls in the paper
 UPDATES_PER_GUARD = 250  # a check costs ten reads of P; in trials it warned of float32 500 updates or more in advance
+PRIOR_FRAMES = 16  # the most frames whose energy gradients decide how P starts
 LEAST_ERROR = 1e-6  # eV/atom or eV/Å: what a mean error below it says of the labels is rounding
 CAUSES = {
     "skipped_innovation": "error not finite",
@@ -81,7 +82,7 @@ class FrameUpdater:
         self._early: float | Tensor = 1.0  # the part of early_scale - 1 that is left
         self._health: dict[str, int] = {}  # as of the last batch; asking the filter waits for the device
         self._unguarded = 0  # updates since the last check of how P is stored
-        self._started = not self.options.warm_start
+        self._started = not self.options.warm_start and self.options.prior == "identity"
         # Each update fits the current frame, and leaves the energies of the others off by a common amount whose sign
         # changes from frame to frame: the mean over a few frames cancels it.
         decay = 1 - 1 / self.options.average_frames
@@ -98,8 +99,11 @@ class FrameUpdater:
         return self._average.module if self._average else self.model
 
     def warm_start(self, frames: Iterable[Any]) -> None:
-        """Fit the model's energy bias to the energy residuals of its untrained network on these frames, if the options
-        ask for it, by model.fit_energy_bias(frames, with_network=True). Raises OptionError for a model without it."""
+        """What the options ask for before training: `warm_start` fits the model's energy bias to the energy residuals
+        of its untrained network on these frames, by model.fit_energy_bias(frames, with_network=True); `prior` gives
+        each layer its variance in P, from the gradients of the energies of some of them. Every process of a group must
+        call it. Raises OptionError for a model without fit_energy_bias or parameters without names."""
+        frames = list(frames)
         if self.options.warm_start:
             if not hasattr(self.model, "fit_energy_bias"):
                 raise OptionError(
@@ -107,6 +111,17 @@ class FrameUpdater:
                     "does not have: pass warm_start=False."
                 )
             self.model.fit_energy_bias(frames, with_network=True)
+        if self.options.prior == "layers":
+            parameters = self.optimizer.parameters()
+            squares = torch.zeros(len(parameters), dtype=torch.float64, device=parameters[0].device)
+            for frame in frames[:: -(-len(frames) // PRIOR_FRAMES) or 1]:
+                with torch.enable_grad():
+                    energy = (self.model(frame, forces=False).energy / frame.num_atoms).mean()
+                found = torch.autograd.grad(energy, parameters, allow_unused=True)
+                squares += torch.stack(
+                    [squares.new_zeros(()) if h is None else h.double().square().sum() for h in found]
+                )
+            self.optimizer.start_by_layers(self._processes.sum(squares))
         self._started = True
 
     def __call__(self, batch: Any, factors: Mapping[str, float] | None = None) -> list[tuple[str, Tensor]]:
@@ -119,7 +134,7 @@ class FrameUpdater:
         """
         if not self._started:
             raise OptionError(
-                "warm_start is on: call warm_start(frames) before the first batch, or pass warm_start=False."
+                "Call warm_start(frames) before the first batch, or pass warm_start=False and prior='identity'."
             )
         device = self.optimizer.parameters()[0].device
         frames = batch if isinstance(batch, list) else [batch]

@@ -103,6 +103,7 @@ class Trainer:
             raise ValueError(f"Not supported optimizer type '{optimizer['type']}'")
         self.opt_type, self.opt_param = optimizer["type"], optimizer
         self.batches, self.num_steps, self.start_step = training_data, config["training"]["numb_steps"], 0
+        self.step_id = 0
         self.loss = EnergyStdLoss() if config["loss"]["type"] == "ener" else torch.nn.Module()
         self.wrapper = self.model = Wrapper(config["training"]["seed"])
         if restart_model:

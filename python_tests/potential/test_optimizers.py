@@ -150,6 +150,7 @@ def test_rlekf_settings_reach_the_filter(model):
         "process_noise": 0.125,
         "covariance_dtype": "float32",
         "warm_start": False,
+        "prior": "identity",
         "order": ["energy"],
         "energy_scale": 1.0,
         "early_scale": 1.0,

@@ -122,14 +122,15 @@ class Updates:
         self, inputs: dict[str, Any], label: Tensor, update_prefactor: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """All updates of the batch. Returns energy (B, 1) and forces (B, n, 3) as last predicted."""
-        frame = self._frame(inputs)
+        frame = self.frame(inputs)
         self._optimizer.update_on(frame, {"energy": self._energy_factor, "force": update_prefactor})
         if frame.last is None:  # all force groups were drawn from the atoms of other processes
             frame.predict()
         return frame.last["energy"], frame.last["force"]
 
-    def _frame(self, inputs: dict[str, Any]) -> Any:
-        """The batch in the form of batch_parts.py: a force group is the same atoms of every frame."""
+    def frame(self, inputs: dict[str, Any]) -> Any:
+        """The batch whose labels the optimizer has, in the form of batch_parts.py: a force group is the same atoms of
+        every frame."""
         labels = self._optimizer.labels
         num_atoms = (inputs["atype"] >= 0).sum(-1)  # -1 pads batches of mixed systems
         shapes = dict(zip(KINDS, ((), (-1, 3), (3, 3)), strict=True))

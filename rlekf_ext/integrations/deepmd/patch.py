@@ -27,6 +27,7 @@ from rlekf_ext.integrations.deepmd.optimizer import DeepmdRLEKF, Settings, Updat
 from rlekf_ext.options import NOT_IN_DP, Options, help_text
 from rlekf_ext.processes import Processes
 from rlekf_ext.schema import range_text, values
+from rlekf_ext.updates import PRIOR_FRAMES
 
 KNOWN = ("3.2",)  # versions of DeePMD-kit that this was written for and is tested with: make test-deepmd
 
@@ -134,11 +135,17 @@ def _trainer(training: ModuleType) -> type:
             if given.get("restart_model"):
                 saved = torch.load(given["restart_model"], map_location="cpu", weights_only=True)
                 self.optimizer.load_state_dict(saved["optimizer"])
-            elif settings.options.warm_start:
+                return
+            if settings.options.warm_start:
                 processes = Processes(group())
                 if processes.rank == 0:
                     self.model.change_out_bias(self.get_sample_func, bias_adjust_mode="change-by-statistic")
                 processes.agree(self.model.buffers())
+            if settings.options.prior == "layers":
+                updates = Updates(self.wrapper, self.optimizer)
+                self.optimizer.updater.warm_start(
+                    updates.frame(self._next_training_batch("Default")[0]) for _ in range(PRIOR_FRAMES)
+                )
 
         def _next_training_batch(self, *args: Any, **kwargs: Any) -> Any:
             batch = super()._next_training_batch(*args, **kwargs)
