@@ -115,12 +115,8 @@ class FrameUpdater:
             parameters = self.optimizer.parameters()
             squares = torch.zeros(len(parameters), dtype=torch.float64, device=parameters[0].device)
             for frame in frames[:: -(-len(frames) // PRIOR_FRAMES) or 1]:
-                with torch.enable_grad():
-                    energy = (self.model(frame, forces=False).energy / frame.num_atoms).mean()
-                found = torch.autograd.grad(energy, parameters, allow_unused=True)
-                squares += torch.stack(
-                    [squares.new_zeros(()) if h is None else h.double().square().sum() for h in found]
-                )
+                for i, gradient in enumerate(self._energy_gradients(frame)):
+                    squares[i] += 0 if gradient is None else gradient.double().square().sum()
             self.optimizer.start_by_layers(self._processes.sum(squares))
         self._started = True
 
@@ -232,6 +228,12 @@ class FrameUpdater:
         ]
         jacobians = [self.optimizer.flatten(gradient) for gradient in gradients]
         return torch.stack([error.detach().double() for error in found]), torch.stack(jacobians)
+
+    def _energy_gradients(self, frame: Any) -> tuple[Tensor | None, ...]:
+        """Those of the mean energy per atom by each parameter."""
+        with torch.enable_grad():
+            energy = (self.model(frame, forces=False).energy / frame.num_atoms).mean()
+        return torch.autograd.grad(energy, self.optimizer.parameters(), allow_unused=True)
 
     def _scales(self, kind: str, errors: Tensor, whole: Whole, factor: float) -> tuple[float | Tensor, float | Tensor]:
         """What H and ε of the measurements with these errors are multiplied by."""
