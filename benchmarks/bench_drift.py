@@ -17,12 +17,10 @@ import torch
 from ase import units
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.md.verlet import VelocityVerlet
-from bench_training import ROOT, STUDY, chosen, config_of, load, method_of
+from bench_training import ROOT, STUDY, Run, chosen, config_of, load, method_of
 from rows import MACHINE, append, machine
 
 from rlekf_ext.potential.calculator import Calculator
-from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.train import build_model, build_table
 
 RESULTS = ROOT / "benchmarks/results/drift.csv"
 COLUMNS = ["system", "network", "method", "epochs", "steps", "drift, meV/atom/ns", "fluctuation, meV/atom", *MACHINE]
@@ -31,15 +29,10 @@ METHODS = "RLEKF", "RLEKF on the table"
 
 def trained(system: str, network: str, method: str, data: Path, epochs: int) -> Calculator:
     frames = load(system, data, 100)["train"]
-    config = config_of(system, network, method_of(method), seed=1)
-    model = build_model(config, frames)
-    optimize = build_optimizer(config, model, epochs * len(frames))
-    optimize.start(frames)
-    model.table = build_table(model, frames, config.training.table)
-    for epoch in range(epochs):
-        for i in np.random.default_rng(epoch).permutation(len(frames)):
-            optimize([frames[i]], 0)
-    return Calculator(optimize.result)
+    run = Run(config_of(system, network, method_of(method), seed=1), frames, epochs)
+    for _ in range(run.num_steps):
+        run.step()
+    return Calculator(run.optimize.result)
 
 
 def total_energies(calculator: Calculator, system: str, data: Path, steps: int) -> np.ndarray:

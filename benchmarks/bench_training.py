@@ -132,39 +132,55 @@ def config_of(name: str, network: str, method: Mapping[str, Any], seed: int) -> 
     )
 
 
+class Run:
+    """A training, batch after batch."""
+
+    def __init__(
+        self, config: Config, training: list[Frame], epochs: float, skip: tuple[float, float] | None = None
+    ) -> None:
+        """`skip`: μ and σ of the skip connections' factors."""
+        seed = config.training.seed or 0
+        self.model, self.training = build_model(config, training), training
+        if skip:
+            draw_skip_connections(self.model, *skip, seed)
+        groups = by_composition(training)
+        self._batches = Batches(groups, [config.training.training_data.batch_size] * len(groups), seed)
+        self.per_epoch, self.num_steps = len(self._batches), round(epochs * len(self._batches))
+        self.optimize = build_optimizer(config, self.model, self.num_steps)
+        self.optimize.start(training)
+        self.model.table = build_table(self.model, training, config.training.table)
+        self._done = 0
+
+    def step(self) -> int:
+        """One batch; returns the number of updates."""
+        self._done += 1
+        return self.optimize(next(self._batches), self._done - 1)
+
+    def refine(self) -> None:
+        refine(self.model, self.training, ALONE, print)
+
+
 def curve(
     config: Config, parts: Mapping[str, list[Frame]], epochs: float, looks: int, skip: tuple[float, float] | None = None
 ) -> Iterator[tuple[dict[str, float], Comparison]]:
-    """Train, and stop `looks` times at even intervals to evaluate: errors of all parts, and the test frames' points.
-
-    `skip`: μ and σ of the skip connections' factors.
-    """
+    """Train, and stop `looks` times at even intervals to evaluate: errors of all parts, and the test frames' points."""
     training = parts["train"]
-    model = build_model(config, training)
-    seed = config.training.seed or 0
-    if skip:
-        draw_skip_connections(model, *skip, seed)
-    groups = by_composition(training)
-    batches = Batches(groups, [config.training.training_data.batch_size] * len(groups), seed)
-    steps = round(epochs * len(batches))
-    optimize = build_optimizer(config, model, steps)
-    optimize.start(training)
-    model.table = build_table(model, training, config.training.table)
+    run = Run(config, training, epochs, skip)
     shown = {**parts, "train": training[:: -(-len(training) // SHOWN)]}
-    stops = {round((i + 1) * steps / looks) for i in range(looks)}
+    stops = {round((i + 1) * run.num_steps / looks) for i in range(looks)}
     updates, seconds, cpu = 0, 0.0, 0.0
-    for step in range(steps):
+    for step in range(run.num_steps):
         started = time.perf_counter(), time.process_time()
-        updates += optimize(next(batches), step)
+        updates += run.step()
         seconds += time.perf_counter() - started[0]
         cpu += time.process_time() - started[1]
         if step + 1 in stops:
-            row = {"epoch": round((step + 1) / len(batches), 4), "updates": updates}
+            row = {"epoch": round((step + 1) / run.per_epoch, 4), "updates": updates}
             row |= {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2)}
             for part, some in shown.items():
-                found = compare(optimize.result, some)
+                found = compare(run.optimize.result, some)
                 row[f"{part}_E"], row[f"{part}_F"] = significant(found.energy_rmse), significant(found.force_rmse)
-            refine(model, training, ALONE, print)
+            run.refine()
             yield row, found
 
 
@@ -189,7 +205,7 @@ def significant(error: float) -> float:
     return float(f"{1e3 * error:.5g}")
 
 
-def run(
+def rows_of(
     key: Mapping[str, Any], method: Mapping[str, Any], data: Path, looks: int
 ) -> tuple[list[dict[str, Any]], Comparison]:
     """The rows of one run, named by KEY, and labels and predictions of the test frames at its end."""
@@ -230,7 +246,7 @@ def main() -> None:
     for seed in given.seeds:
         key = dict(zip(KEY, (given.system, given.network, given.label or given.method, seed), strict=False))
         key |= {"frames": given.frames, "epochs": given.epochs}
-        found, _ = run(key, method, given.data, given.looks or round(given.epochs))
+        found, _ = rows_of(key, method, given.data, given.looks or round(given.epochs))
         append(given.output, COLUMNS, found)
         for row in found:
             print(*(f"{name} {row[name]}" for name in COLUMNS[: -len(MACHINE)]), flush=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_training import COLUMNS, KEY, ROOT, STUDY, available, method_of, num_training, run
+from bench_training import COLUMNS, KEY, ROOT, STUDY, available, method_of, num_training, rows_of
 from rows import append, machine
 
 from rlekf_ext.potential.evaluate import Comparison
@@ -102,7 +102,7 @@ def validation(row: dict[str, str]) -> float:
 def do(job: Job, data: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of the run, and of its predictions."""
     key = dict(zip(KEY, job.key, strict=True))
-    rows, found = run(key, method_of(key["method"]), data, job.looks)
+    rows, found = rows_of(key, method_of(key["method"]), data, job.looks)
     return rows, list(parity(key, found)) if job.parity else []
 
 

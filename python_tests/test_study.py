@@ -72,7 +72,7 @@ def test_parts_share_no_frame():
 
 def test_a_run(tmp_path):
     key = dict(zip(bench_training.KEY, ("NaCl", "small", "RLEKF", 1, 4, 1), strict=True))
-    rows, found = bench_training.run(key, bench_training.method_of("RLEKF"), DATA, looks=2)
+    rows, found = bench_training.rows_of(key, bench_training.method_of("RLEKF"), DATA, looks=2)
     assert [row["epoch"] for row in rows] == [0.5, 1.0]
     assert [row["updates"] for row in rows] == [16, 32]
     assert set(rows[0]) == set(bench_training.COLUMNS)
