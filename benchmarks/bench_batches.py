@@ -14,7 +14,7 @@ import csv
 from pathlib import Path
 from statistics import median
 
-from bench_training import COLUMNS, KEY, ROOT, STUDY, available, run
+from bench_training import COLUMNS, KEY, ROOT, available, method_of, rows_of
 from rows import append, machine
 from rows import table as markdown
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     machine(given.output)
-    base = STUDY["method"]["RLEKF"]
+    base = method_of("RLEKF")
     done = read(given.output) if given.output.exists() else {}
     for seed in given.seeds:
         for name in given.systems:
@@ -66,7 +66,7 @@ def main() -> None:
                     continue
                 method = {"optimizer": {**base["optimizer"], "batch": batch}, "batch_size": size}
                 key = dict(zip(KEY, (name, "small", label(size, batch), seed, FRAMES, EPOCHS), strict=True))
-                rows, _ = run(key, method, given.data, EPOCHS)
+                rows, _ = rows_of(key, method, given.data, EPOCHS)
                 append(given.output, COLUMNS, rows)
                 print(*(f"{name} {rows[-1][name]}" for name in (*KEY[:4], "seconds", "test_E", "test_F")), flush=True)
     print(table(given.output))
