@@ -21,7 +21,7 @@ ORDER = [
     ["rlekf_ext.covariance", "rlekf_ext.diagnostics", "rlekf_ext.processes"],
     ["rlekf_ext.packing", "rlekf_ext.options", "rlekf_ext.environment"],
     ["rlekf_ext.partition", "rlekf_ext.schema"],
-    ["rlekf_ext.errors", "rlekf_ext._C"],
+    ["rlekf_ext.errors", "rlekf_ext.prior", "rlekf_ext._C"],
 ]
 OPTIONAL = {
     "vesin": {"potential/neighbors.py"},
