@@ -50,15 +50,18 @@ ERRORS = tuple(f"{part}_{kind}" for part in PARTS for kind in ("E", "F"))
 COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS, *MACHINE)
 
 
+def base_of(label: str) -> str:
+    """The method that a label changes a part of; a method itself."""
+    return label if label in STUDY["method"] else "default" if label in STUDY["prior"] else "RLEKF"
+
+
 def method_of(label: str) -> dict[str, Any]:
     """The sections of the input file for a method of study.toml, and `skip` for its skip connections."""
-    found = STUDY["method"]["default" if label in STUDY["prior"] else "RLEKF"]
-    if label in STUDY["method"]:
-        found = STUDY["method"][label]
-    elif label in STUDY["skip"]:
+    found = STUDY["method"][base_of(label)]
+    if label in STUDY["skip"]:
         found = {**found, "skip": STUDY["skip"][label]}
-    else:
-        changes = dict(STUDY["prior" if label in STUDY["prior"] else "variant"][label])
+    elif label not in STUDY["method"]:
+        changes = dict({**STUDY["variant"], **STUDY["prior"]}[label])
         found = {**found, "batch_size": changes.pop("batch_size", 1), "optimizer": {**found["optimizer"], **changes}}
     options = {name: None if value == "null" else value for name, value in found["optimizer"].items()}
     return {**found, "optimizer": options}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_training import COLUMNS, KEY, ROOT, STUDY, available, method_of, num_training, rows_of
+from bench_training import COLUMNS, KEY, ROOT, STUDY, available, base_of, method_of, num_training, rows_of
 from rows import append, machine
 
 from rlekf_ext.potential.evaluate import Comparison
@@ -49,7 +49,7 @@ class Job:
         system, network, label = self.key[:3]
         if label.startswith("Adam"):
             label = "Adam 2e-3"
-        return system, network, label if label in STUDY["method"] else "RLEKF"
+        return system, network, base_of(label)
 
     def num_batches(self, data: Path) -> float:
         system, _, _, _, most, epochs = self.key

@@ -41,17 +41,18 @@ def test_the_prior_of_a_layer_is_in_units_of_its_inputs():
 
 def test_a_bias_without_gradient_does_not_freeze_its_layer():
     """Where δ cancels |H_b|² is small whatever x is: the factor is at least that of n inputs of 1."""
-    assert layer_factors([1.0, 1e-9], ["a.weight", "a.bias"], [(7, 3), (3,)]) == [1 / 8] * 2
+    assert layer_factors([1.0, 1e-9], [0, 0], [False, True], [(7, 3), (3,)]) == [1 / 8] * 2
 
 
 def test_layers_of_the_same_shapes_have_one_factor():
     """So a net whose element is in no frame has that of the others; without a bias or a finite gradient it is 1."""
-    names = ["a.weight", "a.bias", "b.weight", "b.bias", "c.weight", "c.bias", "d.weight", "e.weight", "e.bias"]
+    layers = [0, 0, 1, 1, 2, 2, 3, 4, 4]
+    biases = [False, True, False, True, False, True, False, False, True]
     shapes = [(2, 3), (3,), (2, 3), (3,), (2, 3), (3,), (3, 3), (3, 3), (3,)]
     squares = [3.0, 1.0, 1.0, 1.0, 0.0, 0.0, 5.0, 0.0, 0.0]
-    assert layer_factors(squares, names, shapes) == [1 / 3] * 6 + [1.0] * 3
+    assert layer_factors(squares, layers, biases, shapes) == [1 / 3] * 6 + [1.0] * 3
     squares[0] = float("inf")
-    assert layer_factors(squares, names, shapes) == [1.0] * 9
+    assert layer_factors(squares, layers, biases, shapes) == [1.0] * 9
 
 
 def test_a_group_has_its_own_initial_covariance():

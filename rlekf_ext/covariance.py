@@ -288,15 +288,13 @@ def identity(
         raise NotEnoughMemoryError(f"{too_large}.")
     try:
         s = torch.empty(len(own), TILE, TILE, dtype=dtype, device=device)
-        pending = torch.zeros(max_pending, plan.num_weights, dtype=torch.float64, device=device)
+        pending = torch.empty(max_pending, plan.num_weights, dtype=torch.float64, device=device)
     except RuntimeError as error:  # what torch makes of memory that it does not get
         raise NotEnoughMemoryError(f"{too_large}.") from error
     if device.type == "cpu":
         _C.advise_huge_pages(s.data_ptr(), s.nbytes)  # before the first touch: a step then has fewer TLB misses
-    s.zero_()
-    s.view(-1)[diagonal_places(plan, own)[1].to(device)] = 1.0
     new = Covariance(plan, s, pending, _initial_state(device), layout_of(plan, device=device), own.start)
-    new.set(scale=initial_covariance)
+    new.set_diagonal(torch.full((plan.num_weights,), initial_covariance, dtype=torch.float64, device=device))
     return new
 
 

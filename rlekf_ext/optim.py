@@ -201,13 +201,15 @@ class RLEKF(torch.optim.Optimizer):
     def start_by_layers(self, squares: Tensor) -> None:
         """P starts over with the variance of each layer that prior.py says: `squares` (number of parameters,) are the
         sums of H² over each of them, of energies at the current weights. Raises OptionError for nameless parameters."""
-        if (names := self._names()) is None:
+        names, layers = self._names(), self._layers()
+        if names is None or layers is None:
             raise OptionError(
                 "A prior by layers needs named parameters: make RLEKF of model.named_parameters(), or set prior to "
                 "identity."
             )
+        biases = [name.rpartition(".")[2] == "bias" for name in names]
         shapes = [tuple(p.shape) for p in self.parameters()]
-        self._start(layer_factors(squares.tolist(), names, shapes))
+        self._start(layer_factors(squares.tolist(), layers, biases, shapes))
 
     def _start(self, factors: Sequence[float]) -> None:
         """P starts over as a diagonal: in each parameter a factor times the initial covariance of its group."""

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from math import inf, prod
 
 
-def layer_factors(squares: Sequence[float], names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[float]:
+def layer_factors(
+    squares: Sequence[float], layers: Sequence[int], biases: Sequence[bool], shapes: Sequence[tuple[int, ...]]
+) -> list[float]:
     """What multiplies p_0 in each parameter: 1 / (1 + |x|²) in a layer with inputs x.
 
     `squares` are the sums of H² over each parameter, of energies at the start. With δ the gradient by W x + b, that by
@@ -19,21 +21,22 @@ def layer_factors(squares: Sequence[float], names: Sequence[str], shapes: Sequen
     whatever its inputs are. Where δ nearly cancels among the neighbours of an atom this says little of x: the factor is
     at least 1 / (1 + n), as for n inputs of 1.
 
-    A layer is the parameters of one module, "fit.0.weight" and "fit.0.bias". Those of the same shapes have one factor,
-    from their sums, so that a rare element has that of the others. Without a bias, or gradients, it is 1.
+    `layers` and `biases` say of each parameter which layer it is of, and whether it is a bias. Layers of the same
+    shapes have one factor, from their sums, so that a rare element has that of the others. It is 1 without a bias or
+    without gradients.
     """
-    members: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        members.setdefault(name.rpartition(".")[0], []).append(i)
+    members: dict[int, list[int]] = {}
+    for i, layer in enumerate(layers):
+        members.setdefault(layer, []).append(i)
     alike: dict[tuple, list[int]] = {}  # the parameters of layers of the same shapes
     for places in members.values():
         alike.setdefault(tuple(shapes[i] for i in places), []).extend(places)
-    factors = [1.0] * len(names)
+    factors = [1.0] * len(layers)
     for places in alike.values():
-        biases = [i for i in places if names[i].rpartition(".")[2] == "bias"]
-        of_bias, of_all = (sum(squares[i] for i in some) for some in (biases, places))
+        own_biases = [i for i in places if biases[i]]
+        of_bias, of_all = (sum(squares[i] for i in some) for some in (own_biases, places))
         if of_bias > 0 and of_all < inf:
-            inputs = max(prod(shapes[i]) for i in places) / prod(shapes[biases[0]])
+            inputs = max(prod(shapes[i]) for i in places) / prod(shapes[own_biases[0]])
             for i in places:
                 factors[i] = max(of_bias / of_all, 1 / (1 + inputs))
     return factors
