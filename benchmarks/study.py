@@ -1,10 +1,11 @@
 """The study of the paper on real data: all runs of study.toml that have no rows yet.
 
-    python benchmarks/study.py [--data DIR] [--plan small | noise | full] [--estimate] [--workers 2]
+    python benchmarks/study.py [--data DIR] [--plan small | noise | long | full] [--estimate] [--workers 2]
 
 Rows go to benchmarks/results/study.csv as each run ends, so an interrupted study continues where it stopped; systems
 without a folder in DIR are left out. Other plans than `small` have rows of their own: `noise`, of measurement noise and
-prior, in study_noise.csv; `full`, the study at the size of the paper, in study_full.csv. All begin with an estimate of
+prior, in study_noise.csv; `long`, of long runs on all systems, in study_long.csv; `full`, the study at the size of the
+paper, in study_full.csv. All begin with an estimate of
 the time, from three batches of each kind of run; `--estimate` stops there.
 """
 
@@ -27,7 +28,7 @@ from rlekf_ext.potential.evaluate import Comparison
 
 PARITY = ("system", "network", "method", "seed", "kind", "label", "prediction")
 POINTS = 200
-PLANS = ("small", "noise", "full")
+PLANS = ("small", "noise", "long", "full")
 Rows = dict[tuple[str, ...], dict[str, str]]  # the last row of each run that is done
 
 
@@ -48,7 +49,7 @@ class Job:
         """System, network and a method that takes as long per batch."""
         system, network, label = self.key[:3]
         if label.startswith("Adam"):
-            label = "Adam 2e-3"
+            label = "Adam 2e-3 on the table" if label.endswith("table") else "Adam 2e-3"
         return system, network, base_of(label)
 
     def num_batches(self, data: Path) -> float:

@@ -80,7 +80,7 @@ def test_virials_with_prefactors_are_used(case, capsys):
     assert "Labels used: energy (10 frames), force (10 frames), virial (10 frames)." in capsys.readouterr().out
     main(["test", "-s", "test"])
     (row,) = (row for row in capsys.readouterr().out.splitlines() if row.startswith("virial RMSE"))
-    assert float(row.split()[2]) < 10  # meV/atom; 49 without
+    assert float(row.split()[2]) < 20  # meV/atom: 6 to 14 with three seeds, 49 without
     assert "rmse_v_val" in Path("lcurve.out").read_text()
 
 

@@ -97,8 +97,8 @@ def by_hand(model, frame, kind, atoms=None):
 class Recorder(RLEKF):
     """An optimizer that records what it is given and moves nothing."""
 
-    def __init__(self, model):
-        super().__init__(model.parameters())
+    def __init__(self, model, **options):
+        super().__init__(model.parameters(), **options)
         self.errors, self.jacobians = [], []
 
     def update(self, jacobian, innovation):
@@ -463,6 +463,33 @@ def test_an_error_of_zero_scales_to_zero():
     assert recorder.jacobians[0].isfinite().all()
 
 
+@pytest.mark.parametrize("relinearize", [True, False])
+@pytest.mark.parametrize("learned", [True, False])
+def test_balance_bounds_the_say_of_energies(relinearize, learned):
+    """By HᵀPH of the first energy and the first force update, and only once energies are about as good as forces."""
+    torch.manual_seed(0)
+    model = Quadratic()
+    frame = make_frame(model)
+    with torch.no_grad():
+        frame.energy = model(frame, forces=False).energy + (0.01 if learned else 2.0)
+    settings = {"energy_scale": 3.0, "adaptive_scale": True, "measurement_noise": 0.5, "relinearize": relinearize}
+    found = {}
+    for balance in (None, 1e-3):
+        recorder = Recorder(model, measurement_noise=0.5)
+        updater = FrameUpdater(model, recorder, **recipe(5, 1, (F, E), balance=balance, **settings))
+        for _ in range(2):
+            updater(frame)
+        found[balance] = recorder
+    free, bound = found[None], found[1e-3]
+    of_force, of_energy = (free.filter.variance(h) for h in free.jacobians[:2])
+    share = min(1.0, (1e-3 * (of_force / 0.5) ** 2 / (of_energy / 0.5)).sqrt().item()) if learned else 1.0
+    assert (share < 0.5) == learned
+    for i, kind in enumerate((F, E, F, E)):
+        left = 1.0 if kind == F else share
+        assert bound.errors[i] == pytest.approx(left * free.errors[i], rel=1e-12)
+        assert relative(bound.jacobians[i], left * free.jacobians[i]) < 1e-12
+
+
 def through_file(state):
     file = io.BytesIO()
     torch.save(state, file)
@@ -475,7 +502,8 @@ def through_file(state):
 def test_saved_and_loaded_it_goes_on_exactly(relinearize, kept):
     model = Quadratic()
     frames = [make_frame(model, seed, counts=(9,)) for seed in range(6)]
-    measurement = recipe(2, 3, (F, E), adaptive_scale=True, early_scale=5.0, relinearize=relinearize)
+    scales = {"adaptive_scale": True, "early_scale": 5.0, "balance": 0.01}
+    measurement = recipe(2, 3, (F, E), relinearize=relinearize, **scales)
     optimizer = RLEKF(model.parameters())
     updater = FrameUpdater(model, optimizer, **measurement, seed=1)
     for frame in frames[:3]:

@@ -34,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "energy_scale": 3.0,
         "adaptive_scale": True,
         "early_scale": 5.0,
+        "balance": 1000.0,
         "warm_start": True,
         "average_frames": 8,
     },
@@ -114,6 +115,12 @@ class UpdateOptions:
     adaptive_scale: bool = option(False, "Whether each scale is divided by the running mean of ε of its kind.")
     early_scale: float = option(
         1.0, "Multiplies all scales at the first update; each update closes 0.13 % of its gap to 1.", above=0
+    )
+    balance: float | None = option(
+        None,
+        "β: HᵀPH/R of energies and virials is at most β times the square of that of forces; where it would be larger, "
+        "their scale is lowered, unless their mean error is above 0.05 Å times that of forces. null: no bound.",
+        above=0,
     )
     relinearize: bool = option(
         True, "Whether the model is evaluated again before each update; if not, one evaluation serves a whole batch."

@@ -26,7 +26,10 @@ from rlekf_ext.processes import Processes
 EMA_DECAY = 0.95
 EARLY_DECAY = Options.forgetting_rate  # per update: as fast as 1 - λ falls in the paper
 UPDATES_PER_GUARD = 250  # a check costs ten reads of P; in trials it warned of float32 500 updates or more in advance
+BATCHES_PER_BALANCE = 8  # the variances of a batch's kinds of update cost up to two reads of P
 PRIOR_FRAMES = 16  # the most frames whose energy gradients decide how P starts
+LEARNED = 0.05  # Å: energies are learned once their mean error is at most this times that of forces
+LEAST_VARIANCE = 1e-12  # in units of the squared mean error
 LEAST_ERROR = 1e-6  # eV/atom or eV/Å: what a mean error below it says of the labels is rounding
 CAUSES = {
     "skipped_innovation": "error not finite",
@@ -80,6 +83,8 @@ class FrameUpdater:
         self._generator = torch.Generator().manual_seed(seed)
         self._means: dict[str, float | Tensor] = {}
         self._early: float | Tensor = 1.0  # the part of early_scale - 1 that is left
+        self._variances: dict[str, float | Tensor] = {}  # HᵀPH by kind, running geometric means, for `balance`
+        self._unbalanced = 0  # batches since they were looked at
         self._health: dict[str, int] = {}  # as of the last batch; asking the filter waits for the device
         self._unguarded = 0  # updates since the last check of how P is stored
         self._started = not self.options.warm_start and self.options.prior == "identity"
@@ -135,6 +140,8 @@ class FrameUpdater:
         device = self.optimizer.parameters()[0].device
         frames = batch if isinstance(batch, list) else [batch]
         parts, whole = divide(frames, self.options, self._processes, self._generator, device)
+        unseen = set(whole.kinds) if self.options.balance and self._unbalanced == 0 else set()
+        self._unbalanced = (self._unbalanced + 1) % BATCHES_PER_BALANCE
         done: list[tuple[str, Tensor]] = []
         for updates in self._passes(whole):
             errors, jacobians = self._measure(updates, parts, whole.num_rows)
@@ -142,6 +149,12 @@ class FrameUpdater:
             for (kind, _), error, jacobian in zip(updates, errors, jacobians, strict=True):
                 of_jacobian, of_innovation = self._scales(kind, error, whole, (factors or {}).get(kind, 1.0))
                 jacobian *= of_jacobian
+                if kind in unseen:
+                    unseen.discard(kind)
+                    self._see_variance(kind, jacobian[0])
+                if (share := self._share(kind)) is not None:
+                    jacobian *= share
+                    of_innovation = of_innovation * share
                 innovations.append(of_innovation * error)
                 done += [(kind, one) for one in error.unbind()]
             alone = len(updates) == 1
@@ -164,6 +177,8 @@ class FrameUpdater:
             "means": {kind: torch.as_tensor(mean, dtype=torch.float64) for kind, mean in self._means.items()},
             "early": torch.as_tensor(self._early, dtype=torch.float64),
             "unguarded": self._unguarded,
+            "variances": {kind: torch.as_tensor(v, dtype=torch.float64) for kind, v in self._variances.items()},
+            "unbalanced": self._unbalanced,
             "average": self._average.state_dict() if self._average else None,
         }
 
@@ -172,6 +187,9 @@ class FrameUpdater:
         self._generator.set_state(saved["generator"].cpu())
         self._means = {kind: mean.clone() for kind, mean in saved["means"].items()}
         self._early, self._unguarded, self._started = saved["early"].clone(), saved["unguarded"], True
+        here = float if self.optimizer.parameters()[0].is_cpu else Tensor.clone
+        self._variances = {kind: here(variance) for kind, variance in saved.get("variances", {}).items()}
+        self._unbalanced = saved.get("unbalanced", 0)
         if self._average:
             if saved["average"]:
                 self._average.load_state_dict(saved["average"])
@@ -249,15 +267,37 @@ class FrameUpdater:
             left = here(self._early)
             scale = scale * (1 + (options.early_scale - 1) * left)
             self._early = _where(finite, EARLY_DECAY ** len(errors) * left, left)
-        if options.adaptive_scale:
+        if options.adaptive_scale or options.balance:
             mean = here(self._means.get(kind, error))
             mean = _where(_is_finite(mean), mean, error)  # the very first ε may not have been finite
             mean = _where(finite, EMA_DECAY * mean + (1 - EMA_DECAY) * error, mean)
             self._means[kind] = mean
+        if options.adaptive_scale:
             scale = scale / _where(mean < LEAST_ERROR, LEAST_ERROR, mean)
         if options.batch == "sum":
             return scale * whole.num_structures, scale * math.sqrt(whole.num_structures)
         return scale, scale
+
+    def _see_variance(self, kind: str, jacobian: Tensor) -> None:
+        """Take HᵀPH of a measurement into the running geometric mean of its kind; H (N,) as scaled without balance."""
+        found = self.optimizer.filter.variance(jacobian).clamp(min=LEAST_VARIANCE)
+        here = float if found.is_cpu else found.new_tensor
+        new: Any = here(found)
+        old: Any = here(self._variances.get(kind, new))
+        old = _where(_is_finite(old), old, new)  # the very first H may not have been finite
+        self._variances[kind] = _where(_is_finite(new), (new * old) ** 0.5, old)
+
+    def _share(self, kind: str) -> float | Tensor | None:
+        """What `balance` leaves of the scale of a kind: at most 1; None if it does not apply."""
+        if kind == "force" or not self.options.balance or not {kind, "force"} <= self._variances.keys():
+            return None
+        noise = self.options.measurement_noise or self.optimizer.filter.plan.num_blocks
+        bound = self.options.balance * (self._variances["force"] / noise) ** 2
+        share = (bound * noise / self._variances[kind]) ** 0.5
+        learned: Any = self._means[kind] <= LEARNED * self._means["force"]
+        if isinstance(share, Tensor):
+            return torch.where(learned, share.clamp(max=1), 1.0)
+        return min(share, 1.0) if learned else 1.0
 
     def _look_after(self, updates: int) -> None:
         """After this many more updates: does the filter still use measurements, and is P still stored well enough?"""
