@@ -182,6 +182,30 @@ def noise(network: str) -> str:
     return relative_to("default", study, labels, systems, network)
 
 
+def long_runs(_: Study) -> str:
+    """Test errors along 16 epochs of the default and of it without balance, and at the end of the better Adam."""
+    study = Study(RESULTS / "study_long.csv")
+    ours = [(label, epoch) for label in ("default", "no balance") for epoch in (8, 16)]
+    rows, ratios = [], defaultdict(list)
+    for system in SYSTEMS:
+        rates = [m for m in STUDY["method"] if m.endswith("on the table") and study.curves(system, m)]
+        if not rates:
+            continue
+        adam = min(
+            (m for m in rates if m.startswith("Adam")),
+            key=lambda m: math.prod(study.error(system, m, f"validation_{kind}") for kind in KINDS),
+        )
+        runs = [*ours, (adam, math.inf)]
+        found = [[study.error(system, m, f"test_{kind}", epoch=epoch) for kind in KINDS] for m, epoch in runs]
+        seconds = [study.error(system, m, "cpu_seconds", epoch=epoch) for m, epoch in (ours[0], runs[-1])]
+        for i, errors in enumerate(found):
+            ratios[i].append([mine / best for mine, best in zip(errors, found[-1], strict=True)])
+        rows.append([system, *(" / ".join(map(short, errors)) for errors in found), " : ".join(map(short, seconds))])
+    means = [" / ".join(short(geometric_mean(r)) for r in zip(*ratios[i], strict=True)) for i in range(len(ratios))]
+    header = [*(f"{label}, {epoch}" for label, epoch in ours), "Adam, 100", "CPU seconds, 8 : Adam's 100"]
+    return table(["test E / F, epoch", *header], [*rows, ["times Adam's", *means, ""]])
+
+
 def relative_to(base: str, study: Study, labels: Sequence[str], systems: Sequence[str], network: str = "small") -> str:
     """Validation errors at epoch 4, and relative to those of `base`."""
     rows = []
@@ -299,6 +323,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "variants": variants,
     "noise and prior, paper's network": lambda _: noise("paper"),
     "noise and prior, small networks": lambda _: noise("small"),
+    "long runs": long_runs,
     "skip connections": skip_connections,
     "theorem 1": lambda _: columns(
         "theorem.csv", ["blocks", "sigma", "updates", "distance of P S σ²/L from I", "|ε K|", "|ε K| t"]

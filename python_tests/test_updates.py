@@ -490,6 +490,19 @@ def test_balance_bounds_the_say_of_energies(relinearize, learned):
         assert relative(bound.jacobians[i], left * free.jacobians[i]) < 1e-12
 
 
+def test_balance_ignores_forces_without_a_gradient():
+    """Those of an isolated atom: HᵀPH = 0 is no reason to drop its energy."""
+    model, recorded = Quadratic(), []
+    frame = make_frame(model)
+    frame.features[F] = torch.zeros_like(frame.features[F])
+    frame.energy = model(frame, forces=False).energy.detach() + 0.01
+    for balance in (None, 1e-3):
+        recorder = Recorder(model)
+        FrameUpdater(model, recorder, **recipe(5, 1, (F, E), balance=balance, adaptive_scale=True))(frame)
+        recorded.append(recorder.errors)
+    assert recorded[0] == recorded[1]
+
+
 def through_file(state):
     file = io.BytesIO()
     torch.save(state, file)

@@ -104,7 +104,7 @@ def trained(frames_of_step, group=None):
             torch.manual_seed(0)
             model = Quadratic()
             optimizer = RLEKF(model.parameters(), block_size=4, process_group=group)
-            settings = {"adaptive_scale": True, "early_scale": 5.0, "relinearize": order == (F, E)}
+            settings = {"adaptive_scale": True, "early_scale": 5.0, "balance": 0.1, "relinearize": order == (F, E)}
             measurement = recipe(3, 2, order, batch=batch, **settings)
             updater = FrameUpdater(model, optimizer, **measurement, seed=3, process_group=group)
             errors = []

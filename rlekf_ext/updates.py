@@ -185,10 +185,10 @@ class FrameUpdater:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue exactly where the saved updater was."""
         self._generator.set_state(saved["generator"].cpu())
-        self._means = {kind: mean.clone() for kind, mean in saved["means"].items()}
-        self._early, self._unguarded, self._started = saved["early"].clone(), saved["unguarded"], True
         here = float if self.optimizer.parameters()[0].is_cpu else Tensor.clone
+        self._means = {kind: here(mean) for kind, mean in saved["means"].items()}
         self._variances = {kind: here(variance) for kind, variance in saved.get("variances", {}).items()}
+        self._early, self._unguarded, self._started = here(saved["early"]), saved["unguarded"], True
         self._unbalanced = saved.get("unbalanced", 0)
         if self._average:
             if saved["average"]:
@@ -280,12 +280,12 @@ class FrameUpdater:
 
     def _see_variance(self, kind: str, jacobian: Tensor) -> None:
         """Take HᵀPH of a measurement into the running geometric mean of its kind; H (N,) as scaled without balance."""
-        found = self.optimizer.filter.variance(jacobian).clamp(min=LEAST_VARIANCE)
+        found = self.optimizer.filter.variance(jacobian)
         here = float if found.is_cpu else found.new_tensor
         new: Any = here(found)
-        old: Any = here(self._variances.get(kind, new))
-        old = _where(_is_finite(old), old, new)  # the very first H may not have been finite
-        self._variances[kind] = _where(_is_finite(new), (new * old) ** 0.5, old)
+        old: Any = here(self._variances.get(kind, math.nan))  # NaN: not known yet
+        usable = _is_finite(new) & (new > LEAST_VARIANCE)  # it is 0 for the forces of an isolated atom
+        self._variances[kind] = _where(usable, (new * _where(_is_finite(old), old, new)) ** 0.5, old)
 
     def _share(self, kind: str) -> float | Tensor | None:
         """What `balance` leaves of the scale of a kind: at most 1; None if it does not apply."""
@@ -294,10 +294,8 @@ class FrameUpdater:
         noise = self.options.measurement_noise or self.optimizer.filter.plan.num_blocks
         bound = self.options.balance * (self._variances["force"] / noise) ** 2
         share = (bound * noise / self._variances[kind]) ** 0.5
-        learned: Any = self._means[kind] <= LEARNED * self._means["force"]
-        if isinstance(share, Tensor):
-            return torch.where(learned, share.clamp(max=1), 1.0)
-        return min(share, 1.0) if learned else 1.0
+        learned = self._means[kind] <= LEARNED * self._means["force"]
+        return _where(learned & (share < 1), share, 1.0)  # 1 if a variance is not known
 
     def _look_after(self, updates: int) -> None:
         """After this many more updates: does the filter still use measurements, and is P still stored well enough?"""
