@@ -52,7 +52,8 @@ COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS, *MACHINE
 
 def base_of(label: str) -> str:
     """The method that a label changes a part of; a method itself."""
-    return label if label in STUDY["method"] else "default" if label in STUDY["prior"] else "RLEKF"
+    of_default = label in STUDY["prior"] or label in STUDY["blocks"]
+    return label if label in STUDY["method"] else "default" if of_default else "RLEKF"
 
 
 def method_of(label: str) -> dict[str, Any]:
@@ -61,13 +62,13 @@ def method_of(label: str) -> dict[str, Any]:
     if label in STUDY["skip"]:
         found = {**found, "skip": STUDY["skip"][label]}
     elif label not in STUDY["method"]:
-        changes = dict({**STUDY["variant"], **STUDY["prior"]}[label])
+        changes = dict({**STUDY["variant"], **STUDY["prior"], **STUDY["blocks"]}[label])
         found = {**found, "batch_size": changes.pop("batch_size", 1), "optimizer": {**found["optimizer"], **changes}}
     options = {name: None if value == "null" else value for name, value in found["optimizer"].items()}
     return {**found, "optimizer": options}
 
 
-LABELS = [label for section in ("method", "variant", "prior", "skip") for label in STUDY[section]]
+LABELS = [label for section in ("method", "variant", "prior", "blocks", "skip") for label in STUDY[section]]
 SYSTEMS = {**STUDY["system"], **STUDY["beyond"]}
 
 

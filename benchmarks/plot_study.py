@@ -182,6 +182,12 @@ def noise(network: str) -> str:
     return relative_to("default", study, labels, systems, network)
 
 
+def blocks(network: str) -> str:
+    study = Study(RESULTS / "study_noise.csv")
+    systems = [s for s in SYSTEMS if all(study.curves(s, label, network) for label in STUDY["blocks"])]
+    return relative_to("default", study, list(STUDY["blocks"]), systems, network)
+
+
 def long_runs(_: Study) -> str:
     """Test errors along 16 epochs of the default and of it without balance, and at the end of the better Adam."""
     study = Study(RESULTS / "study_long.csv")
@@ -323,7 +329,6 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "variants": variants,
     "noise and prior, paper's network": lambda _: noise("paper"),
     "noise and prior, small networks": lambda _: noise("small"),
-    "long runs": long_runs,
     "skip connections": skip_connections,
     "theorem 1": lambda _: columns(
         "theorem.csv", ["blocks", "sigma", "updates", "distance of P S σ²/L from I", "|ε K|", "|ε K| t"]
