@@ -329,6 +329,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "variants": variants,
     "noise and prior, paper's network": lambda _: noise("paper"),
     "noise and prior, small networks": lambda _: noise("small"),
+    "long runs": long_runs,
     "skip connections": skip_connections,
     "theorem 1": lambda _: columns(
         "theorem.csv", ["blocks", "sigma", "updates", "distance of P S σ²/L from I", "|ε K|", "|ε K| t"]
