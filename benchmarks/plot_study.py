@@ -329,6 +329,8 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "variants": variants,
     "noise and prior, paper's network": lambda _: noise("paper"),
     "noise and prior, small networks": lambda _: noise("small"),
+    "sizes of blocks, paper's network": lambda _: blocks("paper"),
+    "sizes of blocks, small networks": lambda _: blocks("small"),
     "long runs": long_runs,
     "skip connections": skip_connections,
     "theorem 1": lambda _: columns(

@@ -118,7 +118,7 @@ class UpdateOptions:
     )
     balance: float | None = option(
         None,
-        "β: HᵀPH/R of energies and virials is at most β times the square of that of forces; where it would be larger, "
+        "κ: HᵀPH/R of energies and virials is at most κ times the square of that of forces; where it would be larger, "
         "their scale is lowered, unless their mean error is above 0.05 Å times that of forces. null: no bound.",
         above=0,
     )
