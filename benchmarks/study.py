@@ -5,8 +5,8 @@
 Rows go to benchmarks/results/study.csv as each run ends, so an interrupted study continues where it stopped; systems
 without a folder in DIR are left out. Other plans than `small` have rows of their own: `noise`, of measurement noise and
 prior, in study_noise.csv; `long`, of long runs on all systems, in study_long.csv; `full`, the study at the size of the
-paper, in study_full.csv. All begin with an estimate of
-the time, from three batches of each kind of run; `--estimate` stops there.
+paper, in study_full.csv. All begin with an estimate of the time, from three batches of each kind of run; `--estimate`
+stops there.
 """
 
 from __future__ import annotations
