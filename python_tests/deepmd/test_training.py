@@ -52,6 +52,7 @@ if not torch.cuda.is_available():
     )
 rank = os.environ.get("RANK", "alone")
 class Trainer(training.Trainer):
+    batches = []  # those of the prior come before run
     def run(self):
         if rank == "alone":
             self.model.load_state_dict(torch.load("start.0.pt"))
@@ -289,11 +290,12 @@ def test_two_processes(dp):
     """Under torchrun, one frame per rank: the same bits on both ranks, and the weights of one process with both frames.
 
     On a machine without GPUs three calls of dp are replaced: see RECORDED. A force group is all atoms, so that it does
-    not matter that several processes draw other groups than one does.
+    not matter that several processes draw other groups than one does. The prior is the identity, since two frames in
+    one batch have other squared gradients than each by itself; at the end both ranks start with a prior by layers.
     """
     (dp.folder / "recorded.py").write_text(RECORDED)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recorded.py")
-    asked = {"type": "RLEKF", "block_size": 256, "num_groups": 1}
+    asked = {"type": "RLEKF", "block_size": 256, "num_groups": 1, "prior": "identity"}
 
     def same_on_both(moment):
         one, other = (torch.load(dp.folder / f"{moment}.{rank}.pt") for rank in range(2))
@@ -319,3 +321,6 @@ def test_two_processes(dp):
     dp(asked, "--restart", "model.ckpt-4.pt", steps=6, program=torchrun)
     _, filtered, _ = same_on_both("end")
     assert filtered[0]["state"][STATE["forgetting"]] < before
+
+    dp({**asked, "prior": "layers"}, steps=2, program=torchrun)
+    same_on_both("end")
