@@ -188,6 +188,23 @@ def blocks(network: str) -> str:
     return relative_to("default", study, list(STUDY["blocks"]), systems, network)
 
 
+def layers(_: Study) -> str:
+    """What three methods do to each kind of layer, at the end; the first two columns are of the start."""
+    found: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
+    with (RESULTS / "layers.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            found[row["system"], row["layer"]][row["method"]].append(row)
+    methods = ["default", "R = L, P_0 = I", "Adam 2e-3 on the table"]
+    rows = []
+    for (system, layer), of_method in found.items():
+        first, last = ([of_method[method][place] for method in methods] for place in (0, -1))
+        moved = [row["moved"] for row in last]
+        forces = [f"{row['force']} to {end['force']}" for row, end in zip(first[:2], last[:2], strict=True)]
+        rows.append([system, layer, first[0]["weights"], first[0]["size"], first[0]["variance"], *moved, *forces])
+    header = ["system", "layer", "weights", "RMS", "P_0", "moved: default", "R = L, P_0 = I", "Adam"]
+    return table([*header, "HᵀPH of forces: default", "R = L, P_0 = I"], rows)
+
+
 def long_runs(_: Study) -> str:
     """Test errors along 16 epochs of the default and of it without balance, and at the end of the better Adam."""
     study = Study(RESULTS / "study_long.csv")
@@ -331,6 +348,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "noise and prior, small networks": lambda _: noise("small"),
     "sizes of blocks, paper's network": lambda _: blocks("paper"),
     "sizes of blocks, small networks": lambda _: blocks("small"),
+    "layers": layers,
     "long runs": long_runs,
     "skip connections": skip_connections,
     "theorem 1": lambda _: columns(
