@@ -175,17 +175,12 @@ def variants(study: Study) -> str:
     return relative_to("RLEKF", study, [*STUDY["variant"], *STUDY["past"]], systems)
 
 
-def noise(network: str) -> str:
+def changed(section: str, network: str) -> str:
+    """The changes of a section of study.toml, on the systems that have rows of all that were run with a network."""
     study = Study(RESULTS / "study_noise.csv")
-    systems = [system for system in SYSTEMS if study.curves(system, "default", network)]
-    labels = [label for label in STUDY["prior"] if study.curves(systems[0], label, network)]
+    labels = [label for label in STUDY[section] if any(study.curves(system, label, network) for system in SYSTEMS)]
+    systems = [system for system in SYSTEMS if all(study.curves(system, label, network) for label in labels)]
     return relative_to("default", study, labels, systems, network)
-
-
-def blocks(network: str) -> str:
-    study = Study(RESULTS / "study_noise.csv")
-    systems = [s for s in SYSTEMS if all(study.curves(s, label, network) for label in STUDY["blocks"])]
-    return relative_to("default", study, list(STUDY["blocks"]), systems, network)
 
 
 def layers(_: Study) -> str:
@@ -211,13 +206,10 @@ def long_runs(_: Study) -> str:
     ours = [(label, epoch) for label in ("default", "no balance") for epoch in (8, 16)]
     rows, ratios = [], defaultdict(list)
     for system in SYSTEMS:
-        rates = [m for m in STUDY["method"] if m.endswith("on the table") and study.curves(system, m)]
+        rates = [m for m in STUDY["method"] if m.startswith("Adam") and study.curves(system, m)]
         if not rates:
             continue
-        adam = min(
-            (m for m in rates if m.startswith("Adam")),
-            key=lambda m: math.prod(study.error(system, m, f"validation_{kind}") for kind in KINDS),
-        )
+        adam = min(rates, key=lambda m: math.prod(study.error(system, m, f"validation_{kind}") for kind in KINDS))
         runs = [*ours, (adam, math.inf)]
         found = [[study.error(system, m, f"test_{kind}", epoch=epoch) for kind in KINDS] for m, epoch in runs]
         seconds = [study.error(system, m, "cpu_seconds", epoch=epoch) for m, epoch in (ours[0], runs[-1])]
@@ -344,10 +336,10 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "table against exact": table_against_exact,
     "threads of a training": threads_of_a_training,
     "variants": variants,
-    "noise and prior, paper's network": lambda _: noise("paper"),
-    "noise and prior, small networks": lambda _: noise("small"),
-    "sizes of blocks, paper's network": lambda _: blocks("paper"),
-    "sizes of blocks, small networks": lambda _: blocks("small"),
+    "noise and prior, paper's network": lambda _: changed("prior", "paper"),
+    "noise and prior, small networks": lambda _: changed("prior", "small"),
+    "sizes of blocks, paper's network": lambda _: changed("blocks", "paper"),
+    "sizes of blocks, small networks": lambda _: changed("blocks", "small"),
     "layers": layers,
     "long runs": long_runs,
     "skip connections": skip_connections,

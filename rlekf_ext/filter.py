@@ -71,6 +71,12 @@ class KalmanFilter:
         return self.covariance.plan
 
     @property
+    def measurement_noise(self) -> float:
+        """R of the options; without one, L, the number of blocks."""
+        noise = self.options.measurement_noise
+        return float(self.plan.num_blocks if noise is None else noise)
+
+    @property
     def memory_factor(self) -> float:
         """λ now. Waits for the device."""
         return 1 - self.covariance.scalars().forgetting
@@ -185,8 +191,7 @@ class KalmanFilter:
 
     def _constants(self) -> dict[str, float]:
         """The options that are scalars of the filter under the same name, and stay as they are."""
-        noise = self.options.measurement_noise
-        own = {"measurement_noise": float(self.plan.num_blocks if noise is None else noise)}
+        own = {"measurement_noise": self.measurement_noise}
         shared = (name for name in Scalars._fields if hasattr(self.options, name))
         return {name: own.get(name, getattr(self.options, name)) for name in shared}
 

@@ -148,14 +148,12 @@ class FrameUpdater:
             innovations = []
             for (kind, _), error, jacobian in zip(updates, errors, jacobians, strict=True):
                 of_jacobian, of_innovation = self._scales(kind, error, whole, (factors or {}).get(kind, 1.0))
-                jacobian *= of_jacobian
                 if kind in unseen:
                     unseen.discard(kind)
-                    self._see_variance(kind, jacobian[0])
-                if (share := self._share(kind)) is not None:
-                    jacobian *= share
-                    of_innovation = of_innovation * share
-                innovations.append(of_innovation * error)
+                    self._see_variance(kind, of_jacobian * jacobian[0])
+                share = self._share(kind)
+                jacobian *= share * of_jacobian
+                innovations.append(share * of_innovation * error)
                 done += [(kind, one) for one in error.unbind()]
             alone = len(updates) == 1
             self.optimizer.update(
@@ -287,11 +285,11 @@ class FrameUpdater:
         usable = _is_finite(new) & (new > LEAST_VARIANCE)  # it is 0 for the forces of an isolated atom
         self._variances[kind] = _where(usable, (new * _where(_is_finite(old), old, new)) ** 0.5, old)
 
-    def _share(self, kind: str) -> float | Tensor | None:
-        """What `balance` leaves of the scale of a kind: at most 1; None if it does not apply."""
+    def _share(self, kind: str) -> float | Tensor:
+        """What `balance` leaves of the scale of a kind, at most 1."""
         if kind == "force" or not self.options.balance or not {kind, "force"} <= self._variances.keys():
-            return None
-        noise = self.options.measurement_noise or self.optimizer.filter.plan.num_blocks
+            return 1.0
+        noise = self.optimizer.filter.measurement_noise
         bound = self.options.balance * (self._variances["force"] / noise) ** 2
         share = (bound * noise / self._variances[kind]) ** 0.5
         learned = self._means[kind] <= LEARNED * self._means["force"]
