@@ -47,12 +47,13 @@ PARTS = {"train": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
 SHOWN = 32
 KEY = ("system", "network", "method", "seed", "frames", "epochs")  # what identifies a run
 ERRORS = tuple(f"{part}_{kind}" for part in PARTS for kind in ("E", "F"))
+OF_DEFAULT = ("prior", "blocks", "split")  # sections of study.toml with changes of the default
 COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS, *MACHINE)
 
 
 def base_of(label: str) -> str:
     """The method that a label changes a part of; a method itself."""
-    of_default = label in STUDY["prior"] or label in STUDY["blocks"]
+    of_default = any(label in STUDY[section] for section in OF_DEFAULT)
     return label if label in STUDY["method"] else "default" if of_default else "RLEKF"
 
 
@@ -62,13 +63,14 @@ def method_of(label: str) -> dict[str, Any]:
     if label in STUDY["skip"]:
         found = {**found, "skip": STUDY["skip"][label]}
     elif label not in STUDY["method"]:
-        changes = dict({**STUDY["variant"], **STUDY["prior"], **STUDY["blocks"]}[label])
+        sections = ("variant", *OF_DEFAULT)
+        changes = dict(next(STUDY[section][label] for section in sections if label in STUDY[section]))
         found = {**found, "batch_size": changes.pop("batch_size", 1), "optimizer": {**found["optimizer"], **changes}}
     options = {name: None if value == "null" else value for name, value in found["optimizer"].items()}
     return {**found, "optimizer": options}
 
 
-LABELS = [label for section in ("method", "variant", "prior", "blocks", "skip") for label in STUDY[section]]
+LABELS = [label for section in ("method", "variant", *OF_DEFAULT, "skip") for label in STUDY[section]]
 SYSTEMS = {**STUDY["system"], **STUDY["beyond"]}
 
 
