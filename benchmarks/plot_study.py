@@ -35,12 +35,14 @@ Curve = list[Look]
 
 
 class Study:
-    """The rows: one curve per seed for every system, network and method."""
+    """The rows: one curve per seed for every system, network and method; `frames`: of runs of so many at most."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, frames: int | None = None):
         self._runs: dict[tuple[str, str, str], dict[str, Curve]] = defaultdict(lambda: defaultdict(list))
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
+                if frames is not None and row["frames"] != f"{frames or ''}":
+                    continue
                 look = {k: float(v) for k, v in row.items() if k in COSTS or k.endswith(("_E", "_F"))}
                 self._runs[row["system"], row["network"], row["method"]][row["seed"]].append(look)
 
@@ -90,7 +92,8 @@ def table_1(study: Study) -> str:
     rows = []
     for system, asked in STUDY["system"].items():
         found = [study.error(system, m, f"test_{kind}") for kind in KINDS for m in methods]
-        cells = [short(value) for value in found] if "folders" in asked else ["no data"] + ["–"] * (len(found) - 1)
+        none = ["not run yet" if "folders" in asked else "no data"] + ["–"] * (len(found) - 1)
+        cells = none if all(map(math.isnan, found)) else [short(value) for value in found]
         papers = [" / ".join(short(v) for v in asked["paper"][kind]) for kind in KINDS]
         rows.append([system, *cells, *papers])
     return table(header, rows)
@@ -200,25 +203,25 @@ def layers(_: Study) -> str:
     return table([*header, "HᵀPH of forces: default", "R = L, P_0 = I"], rows)
 
 
-def long_runs(_: Study) -> str:
-    """Test errors along 16 epochs of the default and of it without balance, and at the end of the better Adam."""
-    study = Study(RESULTS / "study_long.csv")
-    ours = [(label, epoch) for label in ("default", "no balance") for epoch in (8, 16)]
+def long_runs(network: str, frames: int, ours: Sequence[tuple[str, int]], adams: int) -> str:
+    """Test errors of ours, each at an epoch, and at the end of the better Adam; 0 frames: all."""
+    study = Study(RESULTS / "study_long.csv", frames)
     rows, ratios = [], defaultdict(list)
     for system in SYSTEMS:
-        rates = [m for m in STUDY["method"] if m.startswith("Adam") and study.curves(system, m)]
+        rates = [m for m in STUDY["method"] if m.startswith("Adam") and study.curves(system, m, network)]
         if not rates:
             continue
-        adam = min(rates, key=lambda m: math.prod(study.error(system, m, f"validation_{kind}") for kind in KINDS))
+        adam = min(rates, key=lambda m: math.prod(study.error(system, m, f"validation_{k}", network) for k in KINDS))
         runs = [*ours, (adam, math.inf)]
-        found = [[study.error(system, m, f"test_{kind}", epoch=epoch) for kind in KINDS] for m, epoch in runs]
-        seconds = [study.error(system, m, "cpu_seconds", epoch=epoch) for m, epoch in (ours[0], runs[-1])]
+        found = [[study.error(system, m, f"test_{kind}", network, epoch) for kind in KINDS] for m, epoch in runs]
+        seconds = [study.error(system, m, "cpu_seconds", network, epoch) for m, epoch in (ours[0], runs[-1])]
         for i, errors in enumerate(found):
             ratios[i].append([mine / best for mine, best in zip(errors, found[-1], strict=True)])
         rows.append([system, *(" / ".join(map(short, errors)) for errors in found), " : ".join(map(short, seconds))])
     means = [" / ".join(short(geometric_mean(r)) for r in zip(*ratios[i], strict=True)) for i in range(len(ratios))]
-    header = [*(f"{label}, {epoch}" for label, epoch in ours), "Adam, 100", "CPU seconds, 8 : Adam's 100"]
-    return table(["test E / F, epoch", *header], [*rows, ["times Adam's", *means, ""]])
+    seconds = f"CPU seconds, {ours[0][1]} : Adam's {adams}"
+    header = ["test E / F, epoch", *(f"{label}, {epoch}" for label, epoch in ours), f"Adam, {adams}", seconds]
+    return table(header, [*rows, ["times Adam's", *means, ""]] if len(rows) > 1 else rows)
 
 
 def relative_to(base: str, study: Study, labels: Sequence[str], systems: Sequence[str], network: str = "small") -> str:
@@ -341,7 +344,13 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "sizes of blocks, paper's network": lambda _: changed("blocks", "paper"),
     "sizes of blocks, small networks": lambda _: changed("blocks", "small"),
     "layers": layers,
-    "long runs": long_runs,
+    "splits with the default": lambda _: changed("split", "small"),
+    "long runs": lambda _: long_runs(
+        "small", 100, [(label, epoch) for label in ("default", "no balance") for epoch in (8, 16)], 100
+    ),
+    "long runs, paper's network": lambda _: long_runs("paper", 60, [("default", 8), ("default", 4)], 100),
+    "long runs, few frames": lambda _: long_runs("small", 20, [("default", 8), ("default", 16)], 300),
+    "long runs, many frames": lambda _: long_runs("small", 0, [("default", 8), ("default", 4)], 100),
     "skip connections": skip_connections,
     "theorem 1": lambda _: columns(
         "theorem.csv", ["blocks", "sigma", "updates", "distance of P S σ²/L from I", "|ε K|", "|ε K| t"]

@@ -7,7 +7,7 @@
 //      buffer of its own; a second phase adds up the buffers in a fixed order. So the bits are the same on every run
 //      with the same number of workers.
 //   3. Pending vectors are folded into a tile in the visit that reads it: S is written once every `capacity` steps.
-//   4. Several measurements: the tile is multiplied by each while it is in the first-level cache.
+//   4. Several measurements: their entries of one weight lie side by side in a vector, and the tile is read once for all.
 //   5. Vector arithmetic uses the compiler's vector types and is compiled for several instruction sets; the loader
 //      picks one.
 //
@@ -54,9 +54,9 @@ RLEKF_INLINE Lanes sums(const Lanes (&v)[kLanes]) {
          __builtin_shuffle(fours[0], fours[1], Picks{4, 5, 6, 7, 12, 13, 14, 15});
 }
 
-/// y_i += T x_j and, off the diagonal, y_j += T^T x_i. The tile is read once, front to back. The first product of a
-/// visit prefetches a few rows ahead: the hardware's own prefetcher stops at the end of every small page.
-template <bool kFirst, typename Scalar>
+/// y_i += T x_j and, off the diagonal, y_j += T^T x_i. The tile is read once, front to back, and prefetched a few rows
+/// ahead: the hardware's own prefetcher stops at the end of every small page.
+template <typename Scalar>
 RLEKF_INLINE void multiply(const Scalar* tile, Segment& xi, const Segment& xj, Segment& yi, Segment& yj) {
   constexpr int kLine = 64 / sizeof(Scalar);
   Lanes column[kChunks];
@@ -66,9 +66,7 @@ RLEKF_INLINE void multiply(const Scalar* tile, Segment& xi, const Segment& xj, S
 #pragma GCC unroll 8
     for (int r = 0; r < kLanes; ++r, tile += kTile) {
       const Lanes weight = xi[group * kLanes + r] - Lanes{};
-      if (kFirst) {
-        for (int line = 0; line < kTile; line += kLine) __builtin_prefetch(tile + kRowsAhead * kTile + line);
-      }
+      for (int line = 0; line < kTile; line += kLine) __builtin_prefetch(tile + kRowsAhead * kTile + line);
       Lanes entries;
       load(tile, entries);
       rows[r] = entries * xj.lanes[0];
@@ -85,40 +83,86 @@ RLEKF_INLINE void multiply(const Scalar* tile, Segment& xi, const Segment& xj, S
   for (int c = 0; c < kChunks; ++c) yj.lanes[c] = column[c];
 }
 
-RLEKF_INLINE void widen(const double*, double*) {}
+/// The numbers of a weight for several measurements, in registers and in memory.
+template <int kMany>
+struct SeveralOf;
+template <>
+struct SeveralOf<4> {
+  using Value = double __attribute__((vector_size(32)));
+  using Stored = double __attribute__((vector_size(32), aligned(8), may_alias));
+};
+template <>
+struct SeveralOf<8> {
+  using Value = Lanes;
+  using Stored = LanesUnaligned;
+};
 
-RLEKF_INLINE void widen(const float* tile, double* wide) {
-  for (int64_t i = 0; i < kTileSize; i += kLanes) {
-    Lanes entries;
-    load(tile + i, entries);
-    store(wide + i, entries);
+/// The same for kMany measurements: x and y are (kTile), each entry those of all measurements. Four rows at a time have
+/// their x and y in registers. The next tile, from `next`, is prefetched into the second-level cache, evenly, so that it
+/// arrives while this one is multiplied.
+template <int kMany, typename Scalar, typename Stored = typename SeveralOf<kMany>::Stored>
+RLEKF_INLINE void multiply_many(const double* tile, const Stored* xi, const Stored* xj, Stored* yi, Stored* yj,
+                                const Scalar* next) {
+  using Value = typename SeveralOf<kMany>::Value;
+  constexpr int kRows = 4, kLine = 64 / sizeof(Scalar);
+  for (int row = 0; row < kTile; row += kRows, tile += kRows * kTile) {
+    Value x[kRows], y[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) x[r] = xi[row + r], y[r] = yi[row + r];
+#pragma GCC unroll 4
+    for (int c = 0; c < kTile; ++c) {
+      if (c % (kLine / kRows) == 0) __builtin_prefetch(next + (row * kTile + c * kRows), 0, 2);
+      const Value column = xj[c];
+      Value even = yj[c], odd{};
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; r += 2) {
+        const Value a = tile[r * kTile + c] - Value{}, b = tile[(r + 1) * kTile + c] - Value{};
+        y[r] += a * column;
+        even += a * x[r];
+        y[r + 1] += b * column;
+        odd += b * x[r + 1];
+      }
+      yj[c] = even + odd;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) yi[row + r] = y[r];
   }
 }
 
 /// T <- factor (T - sum_k u_k[i] u_k[j]^T). Products commute and the order over k is fixed, so a diagonal tile stays
-/// symmetric. Taking two rows at once halves the loads of u_k. The arithmetic hides the latency of the next tile, which
-/// is prefetched here.
+/// symmetric. Four rows of half of the columns are in registers; the arithmetic hides the latency of the next tile,
+/// which is prefetched here. Vectors u are `stride` numbers apart.
 template <typename Scalar>
-RLEKF_INLINE void fold(Scalar* tile, Segment* ui, const Segment* uj, int count, double factor) {
-  constexpr int kLine = 64 / sizeof(Scalar);
-  for (int row = 0; row < kTile; row += 2, tile += 2 * kTile) {
-    for (int line = 0; line < 2 * kTile; line += kLine) __builtin_prefetch(tile + kTileSize + line);
-    Lanes first[kChunks], second[kChunks];
-    for (int c = 0; c < kChunks; ++c) {
-      load(tile + c * kLanes, first[c]);
-      load(tile + kTile + c * kLanes, second[c]);
-    }
-    for (int k = 0; k < count; ++k) {
-      const Lanes a = ui[k][row] - Lanes{}, b = ui[k][row + 1] - Lanes{};
-#pragma GCC unroll 8
-      for (int c = 0; c < kChunks; ++c) {
-        first[c] -= a * uj[k].lanes[c];
-        second[c] -= b * uj[k].lanes[c];
+RLEKF_INLINE void fold(Scalar* tile, Segment* ui, const double* uj, int64_t stride, int count, double factor) {
+  constexpr int kLine = 64 / sizeof(Scalar), kRows = 4, kHalf = kChunks / 2;
+  for (int row = 0; row < kTile; row += kRows) {
+    for (int half = 0; half < 2; ++half) {
+      Scalar* from = tile + row * kTile + half * kHalf * kLanes;
+      for (int line = 0; line < 2 * kTile; line += kLine) {
+        __builtin_prefetch(tile + kTileSize + (row + 2 * half) * kTile + line);
       }
-    }
-    for (int c = 0; c < kChunks; ++c) {
-      store(tile + c * kLanes, first[c] * factor);
-      store(tile + kTile + c * kLanes, second[c] * factor);
+      Lanes entries[kRows][kHalf];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kHalf; ++c) load(from + r * kTile + c * kLanes, entries[r][c]);
+      }
+      for (int k = 0; k < count; ++k) {
+        Lanes columns[kHalf];
+#pragma GCC unroll 4
+        for (int c = 0; c < kHalf; ++c) load(uj + k * stride + (half * kHalf + c) * kLanes, columns[c]);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const Lanes a = ui[k][row + r] - Lanes{};
+#pragma GCC unroll 4
+          for (int c = 0; c < kHalf; ++c) entries[r][c] -= a * columns[c];
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kHalf; ++c) store(from + r * kTile + c * kLanes, entries[r][c] * factor);
+      }
     }
   }
 }
@@ -132,11 +176,14 @@ RLEKF_INLINE void add_segment(Segment& from, int64_t count, double* to) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
+/// How many measurements lie side by side: 1, 4 or 8; those beyond the last are zero.
+int side_by_side(int num_measurements) { return num_measurements == 1 ? 1 : num_measurements <= 4 ? 4 : 8; }
+
 /// A worker's contiguous run of tiles [begin, end), and the weights [lo, hi) that it adds to.
 struct Run {
   int64_t begin, end;
   int64_t lo, hi;
-  double* sums;  // (M, hi - lo)
+  double* sums;  // (hi - lo, side by side)
 };
 
 const Block* block_of_tile(const Covariance& p, int64_t tile) {
@@ -157,57 +204,95 @@ std::vector<Run> plan_runs(const Covariance& p, int num_measurements, int64_t nu
     const Block* last = block_of_tile(p, run.end - 1);
     run.lo = block_of_tile(p, run.begin)->first_weight;
     run.hi = weight_of_tile_row(*last, tile_row(run.end - 1 - last->first_tile) + 1);
-    scratch += num_measurements * (run.hi - run.lo);
+    scratch += side_by_side(num_measurements) * (run.hi - run.lo);
     runs.push_back(run);
   }
   return runs;
 }
 
-/// One worker's run: each tile is folded if a fold is due, then multiplied by every Jacobian.
+/// The products of a row of tiles, with one measurement.
 template <typename Scalar>
-RLEKF_INLINE void visit_tiles(const Covariance& p, const Measurements& m, const Fold& due, const Run& run) {
-  std::fill(run.sums, run.sums + m.count * (run.hi - run.lo), 0.0);
-  auto* tile = static_cast<Scalar*>(p.tiles) + run.begin * kTileSize;
-  Segment xi[kMaxMeasurements], xj[kMaxMeasurements], yi[kMaxMeasurements], yj[kMaxMeasurements];
-  Segment ui[kFoldAtOnce], uj[kFoldAtOnce];
-  constexpr bool kWiden = !std::is_same_v<Scalar, double>;  // several products convert a tile only once
-  alignas(64) double wide[kWiden ? kTileSize : 1];
+struct OneByOne {
+  const double* jacobian;  // (N)
+  const Run& run;
+  Segment xi, yi;
 
+  RLEKF_INLINE void start_row(int64_t first, int64_t height) {
+    load_segment(jacobian + first, height, xi);
+    yi = Segment{};
+  }
+  RLEKF_INLINE void visit(const Scalar* tile, int64_t other, int64_t width, bool diagonal) {
+    Segment xj, yj{};
+    load_segment(jacobian + other, width, xj);
+    multiply(tile, xi, xj, yi, yj);
+    if (!diagonal) add_segment(yj, width, run.sums + other - run.lo);
+  }
+  RLEKF_INLINE void end_row(int64_t first, int64_t height) { add_segment(yi, height, run.sums + first - run.lo); }
+};
+
+RLEKF_INLINE const double* widened(const double* tile, double*) { return tile; }
+RLEKF_INLINE const double* widened(const float* tile, double* wide) {
+  for (int64_t i = 0; i < kTileSize; i += kLanes) {
+    Lanes entries;
+    load(tile + i, entries);
+    store(wide + i, entries);
+  }
+  return wide;
+}
+
+/// The same with kMany measurements.
+template <typename Scalar, int kMany>
+struct SideBySide {
+  using Stored = typename SeveralOf<kMany>::Stored;
+  const Stored* jacobian;  // (N)
+  const Run& run;
+  Stored xi[kTile], yi[kTile];
+  alignas(64) double wide[std::is_same_v<Scalar, double> ? 1 : kTileSize];
+
+  SideBySide(const double* from, const Run& of) : jacobian(reinterpret_cast<const Stored*>(from)), run(of) {}
+
+  RLEKF_INLINE Stored* sums(int64_t weight) const { return reinterpret_cast<Stored*>(run.sums) + weight - run.lo; }
+  RLEKF_INLINE void start_row(int64_t first, int64_t height) {
+    for (int64_t i = 0; i < kTile; ++i) xi[i] = i < height ? jacobian[first + i] : Stored{}, yi[i] = Stored{};
+  }
+  RLEKF_INLINE void visit(const Scalar* tile, int64_t other, int64_t, bool diagonal) {
+    Stored unused[kTile];
+    if (diagonal) std::fill_n(unused, kTile, Stored{});
+    multiply_many<kMany>(widened(tile, wide), xi, diagonal ? xi : jacobian + other, yi, diagonal ? unused : sums(other),
+                         tile + kTileSize);
+  }
+  RLEKF_INLINE void end_row(int64_t first, int64_t height) {
+    for (int64_t i = 0; i < height; ++i) sums(first)[i] += yi[i];
+  }
+};
+
+/// One worker's run: each tile is folded if a fold is due, then multiplied.
+template <typename Scalar, typename Products>
+RLEKF_INLINE void visit_tiles(const Covariance& p, Products& products, const Fold& due, const Run& run) {
+  auto* tile = static_cast<Scalar*>(p.tiles) + run.begin * kTileSize;
+  std::vector<Segment> ui(static_cast<size_t>(due.num_vectors));
   const Block* block = block_of_tile(p, run.begin);
   int64_t row = tile_row(run.begin - block->first_tile);
   int64_t col = run.begin - block->first_tile - tile_index(row, 0);
   for (int64_t t = run.begin; t < run.end;) {
     const int64_t first = block->first_weight + row * kTile;
     const int64_t height = std::min(kTile, block->size - row * kTile);
-    for (int k = 0; k < m.count; ++k) {
-      load_segment(m.jacobian + k * p.num_weights + first, height, xi[k]);
-      yi[k] = Segment{};
+    products.start_row(first, height);
+    for (size_t k = 0; k < ui.size(); ++k) {
+      load_segment(p.pending + static_cast<int64_t>(k) * p.num_weights + first, height, ui[k]);
     }
     for (; col <= row && t < run.end; ++col, ++t, tile += kTileSize) {
       const int64_t other = block->first_weight + col * kTile;
-      const int64_t width = col == row ? height : kTile;
       for (int64_t done = 0; done < due.num_vectors; done += kFoldAtOnce) {
         const int count = static_cast<int>(std::min<int64_t>(kFoldAtOnce, due.num_vectors - done));
-        for (int k = 0; k < count; ++k) {
-          const double* u = p.pending + (done + k) * p.num_weights;
-          load_segment(u + first, height, ui[k]);
-          load_segment(u + other, width, uj[k]);
-        }
-        fold(tile, ui, uj, count, done + count == due.num_vectors ? due.factor : 1.0);
+        const double factor = done + count == due.num_vectors ? due.factor : 1.0;
+        Segment* u = ui.data() + done;
+        if (col == row) fold(tile, u, &(*u)[0], kTile, count, factor);
+        else fold(tile, u, p.pending + done * p.num_weights + other, p.num_weights, count, factor);
       }
-      if (kWiden && m.count > 1) widen(tile, wide);
-      for (int k = 0; k < m.count; ++k) {
-        load_segment(m.jacobian + k * p.num_weights + other, width, xj[k]);
-        yj[k] = Segment{};
-        if (kWiden && m.count > 1) multiply<false>(wide, xi[k], xj[k], yi[k], yj[k]);
-        else if (k == 0) multiply<true>(tile, xi[k], xj[k], yi[k], yj[k]);
-        else multiply<false>(tile, xi[k], xj[k], yi[k], yj[k]);
-        if (col < row) add_segment(yj[k], width, run.sums + k * (run.hi - run.lo) + other - run.lo);
-      }
+      products.visit(tile, other, col == row ? height : kTile, col == row);
     }
-    for (int k = 0; k < m.count; ++k) {
-      add_segment(yi[k], height, run.sums + k * (run.hi - run.lo) + first - run.lo);
-    }
+    products.end_row(first, height);
     if (col > row) {
       col = 0;
       if (++row == tile_rows(block->size)) {
@@ -218,18 +303,56 @@ RLEKF_INLINE void visit_tiles(const Covariance& p, const Measurements& m, const 
   }
 }
 
-RLEKF_EVERY_ISA void visit_tiles_float64(const Covariance& p, const Measurements& m, const Fold& due, const Run& run) {
-  visit_tiles<double>(p, m, due, run);
+/// `jacobian` as its measurements lie side by side.
+template <typename Scalar>
+RLEKF_INLINE void visit_run(const Covariance& p, int count, const double* jacobian, const Fold& due, const Run& run) {
+  const int many = side_by_side(count);
+  std::fill(run.sums, run.sums + many * (run.hi - run.lo), 0.0);
+  if (many == 1) {
+    OneByOne<Scalar> products{jacobian, run, {}, {}};
+    visit_tiles<Scalar>(p, products, due, run);
+  } else if (many == 4) {
+    SideBySide<Scalar, 4> products(jacobian, run);
+    visit_tiles<Scalar>(p, products, due, run);
+  } else {
+    SideBySide<Scalar, 8> products(jacobian, run);
+    visit_tiles<Scalar>(p, products, due, run);
+  }
 }
 
-RLEKF_EVERY_ISA void visit_tiles_float32(const Covariance& p, const Measurements& m, const Fold& due, const Run& run) {
-  visit_tiles<float>(p, m, due, run);
+RLEKF_EVERY_ISA void visit_float64(const Covariance& p, int count, const double* jacobian, const Fold& due,
+                                   const Run& run) {
+  visit_run<double>(p, count, jacobian, due, run);
 }
 
-void visit_runs(const Covariance& p, const Measurements& m, const Fold& due, const std::vector<Run>& runs,
-                const Parallel& parallel) {
-  const auto visit = p.storage == Storage::kFloat64 ? visit_tiles_float64 : visit_tiles_float32;
-  parallel.run(static_cast<int64_t>(runs.size()), [&](int64_t i) { visit(p, m, due, runs[static_cast<size_t>(i)]); });
+RLEKF_EVERY_ISA void visit_float32(const Covariance& p, int count, const double* jacobian, const Fold& due,
+                                   const Run& run) {
+  visit_run<float>(p, count, jacobian, due, run);
+}
+
+/// The Jacobians of a block side by side, in `to` (N, side by side).
+RLEKF_EVERY_ISA void lay_side_by_side(const Covariance& p, const Measurements& m, double* to, int64_t index) {
+  const Block& block = p.blocks[index];
+  const int many = side_by_side(m.count);
+  for (int64_t i = block.first_weight; i < block.first_weight + block.size; ++i) {
+    for (int k = 0; k < many; ++k) to[i * many + k] = k < m.count ? m.jacobian[k * p.num_weights + i] : 0.0;
+  }
+}
+
+/// z = S h of the tiles, in a buffer of each run.
+std::vector<Run> visit_runs(const Covariance& p, const Measurements& m, const Fold& due, double* scratch,
+                            const Parallel& parallel) {
+  const auto visit = p.storage == Storage::kFloat64 ? visit_float64 : visit_float32;
+  const double* jacobian = m.jacobian;
+  if (side_by_side(m.count) > 1) {
+    parallel.run(p.num_blocks, [&](int64_t block) { lay_side_by_side(p, m, scratch, block); });
+    jacobian = scratch;
+    scratch += side_by_side(m.count) * p.num_weights;
+  }
+  const std::vector<Run> runs = plan_runs(p, m.count, parallel.num_workers, scratch);
+  parallel.run(static_cast<int64_t>(runs.size()),
+               [&](int64_t i) { visit(p, m.count, jacobian, due, runs[static_cast<size_t>(i)]); });
+  return runs;
 }
 
 RLEKF_INLINE double dot(const double* a, const double* b, int64_t count) {
@@ -254,12 +377,13 @@ RLEKF_EVERY_ISA void add_runs(const Covariance& p, const Measurements& m, double
                               int64_t index) {
   const Block& block = p.blocks[index];
   const int64_t begin = block.first_weight, end = begin + block.size;
+  const int many = side_by_side(m.count);
   for (int k = 0; k < m.count; ++k) {
-    double* z = cross + k * p.num_weights + begin;
-    std::fill(z, z + block.size, 0.0);
+    double* z = cross + k * p.num_weights;
+    std::fill(z + begin, z + end, 0.0);
     for (const Run& run : runs) {
       const int64_t from = std::max(run.lo, begin), to = std::min(run.hi, end);
-      if (from < to) add(1.0, run.sums + k * (run.hi - run.lo) + from - run.lo, z + from - begin, to - from);
+      for (int64_t i = from; i < to; ++i) z[i] += run.sums[(i - run.lo) * many + k];
     }
   }
 }
@@ -361,18 +485,16 @@ RLEKF_EVERY_ISA void correct_block(double* weights, const Covariance& p, const M
 }  // namespace
 
 int64_t scratch_size(const Covariance& covariance, int num_measurements, int64_t num_workers) {
-  int64_t size = 0;
-  for (const Run& run : plan_runs(covariance, num_measurements, num_workers, nullptr)) {
-    size += num_measurements * (run.hi - run.lo);
-  }
+  const int many = side_by_side(num_measurements);
+  int64_t size = many > 1 ? many * covariance.num_weights : 0;
+  for (const Run& run : plan_runs(covariance, num_measurements, num_workers, nullptr)) size += many * (run.hi - run.lo);
   return size;
 }
 
 void project(const Covariance& p, const Measurements& m, const Projection& out, double* scratch,
              const Parallel& parallel) {
   const Fold due = fold_due(*p.state, m.count, p.capacity);
-  const std::vector<Run> runs = plan_runs(p, m.count, parallel.num_workers, scratch);
-  visit_runs(p, m, due, runs, parallel);
+  const std::vector<Run> runs = visit_runs(p, m, due, scratch, parallel);
   note_fold(*p.state, due);
   parallel.run(p.num_blocks, [&](int64_t block) {
     add_runs(p, m, out.cross, runs, block);
@@ -381,8 +503,7 @@ void project(const Covariance& p, const Measurements& m, const Projection& out, 
 }
 
 void multiply_tiles(const Covariance& p, const Measurements& m, double* z, double* scratch, const Parallel& parallel) {
-  const std::vector<Run> runs = plan_runs(p, m.count, parallel.num_workers, scratch);
-  visit_runs(p, m, fold_due(*p.state, m.count, p.capacity), runs, parallel);
+  const std::vector<Run> runs = visit_runs(p, m, fold_due(*p.state, m.count, p.capacity), scratch, parallel);
   parallel.run(p.num_blocks, [&](int64_t block) { add_runs(p, m, z, runs, block); });
 }
 

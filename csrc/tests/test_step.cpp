@@ -66,7 +66,7 @@ void check(const std::vector<int64_t>& sizes, int64_t capacity, int64_t num_work
   for (const bool shared : {false, true}) {
     DenseFilter dense(sizes, q);
     CpuFilter packed(dense, capacity, num_workers, shared);
-    compare(sizes, packed, dense, 100, count, 1e-12);
+    compare(sizes, packed, dense, 300 / (count + 2), count, 1e-12);
   }
 }
 
@@ -79,6 +79,7 @@ int main() {
     check({1, 63, 64, 65}, 8, num_workers, 3, 1e-3);
     check({130, 5, 200}, 1, num_workers, 1, 0);
   }
+  for (const int count : {2, 4, 5, 8}) check({65, 5, 130}, 40, 2, count, 1e-3);
   std::printf("%s\n", failures == 0 ? "ok" : "failed");
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

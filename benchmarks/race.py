@@ -1,0 +1,244 @@
+"""RLEKF and first-order rivals, by the time that each takes to the same accuracy, as rows.
+
+    python benchmarks/race.py --data DIR [--systems Cu Si] [--network paper] [--estimate] [--full] [--workers 2]
+
+All train the same network on its table, on all of the first 70 % of the frames of each set, one thread each, batches of
+one frame; RLEKF has the default of `rlekf train`.
+
+1. RLEKF, three seeds, until the product of its two errors on validation frames has not become smaller for half of the
+   time so far (at most EPOCHS epochs, or LIMIT seconds). T is the median time of its best look.
+2. Each rival at three learning rates, for T seconds each. A rate starts where it is said, and falls exponentially to a
+   thousandth of that.
+3. The rate of each rival with the smallest product on validation frames, and of these rivals the two best ones, for 10
+   T. With `--full`: all rivals, and three seeds.
+
+A row is one look at one run; looks are at even steps of the logarithm of time. Rows go to results/race.csv as each run
+ends, and a second call continues where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from bench_training import ERRORS, ROOT, STUDY, Run, available, config_of, load, num_training, significant
+from rows import MACHINE, append, machine
+from torch import nn
+
+from rlekf_ext.potential.evaluate import compare
+
+RESULTS = ROOT / "benchmarks/results/race.csv"
+KEY = ("system", "network", "method", "rate", "seed", "times")  # times: how many T the run lasts; of RLEKF ""
+COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS[2:], *MACHINE)
+RACED = ("Cu", "Si", "C", "Ag", "Mg", "NaCl", "Li", "Al", "MgAlCu", "H2O", "Cu+C", "EC", "LiGePS", "TiS2")
+SEEDS = (1, 2, 3)
+EPOCHS, LIMIT = 40, 300.0
+LOOKS_PER_DOUBLING = 3
+FIRST_LOOK = 0.25  # seconds
+LONG = 10
+
+
+class Together:
+    """Several optimizers that share a learning rate, as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self._optimizers = optimizers
+        self.param_groups: list[dict[str, Any]] = [{"lr": 0.0}]
+
+    def zero_grad(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.param_groups[0]["lr"]
+            optimizer.step()
+
+
+def muon(weights: list[nn.Parameter], rate: float) -> Together:
+    """Muon for the matrices, AdamW for biases, first and last layers."""
+    matrices = [w for w in weights if w.dim() == 2 and min(w.shape) > 1]
+    others = [w for w in weights if w.dim() != 2 or min(w.shape) == 1]
+    first = torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return Together(first, torch.optim.AdamW(others, lr=rate, weight_decay=0.0, fused=True))
+
+
+def soap(weights: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(weights, lr=rate, weight_decay=0.0)
+
+
+RIVALS: dict[str, tuple[Callable[[list[nn.Parameter], float], Any], tuple[float, ...]]] = {
+    "Adam": (lambda weights, rate: torch.optim.Adam(weights, rate, fused=True), (5e-4, 2e-3, 8e-3)),
+    "AdamW": (lambda weights, rate: torch.optim.AdamW(weights, rate, fused=True), (5e-4, 2e-3, 8e-3)),
+    "Muon": (muon, (2e-3, 8e-3, 3.2e-2)),
+    "SOAP": (soap, (5e-4, 2e-3, 8e-3)),
+}
+Rows = dict[tuple[str, ...], list[dict[str, str]]]  # the looks of each run
+
+
+def run_of(
+    system: str, network: str, method: str, rate: float, seed: int, data: Path, epochs: float
+) -> tuple[Run, Any]:
+    """A run, and the frames of each part."""
+    parts = load(system, data, None)
+    if method == "RLEKF":
+        sections: dict[str, Any] = {"optimizer": {"type": "RLEKF"}}
+    else:
+        sections = {"optimizer": {"type": "Adam"}, "learning_rate": {"start_lr": rate, "stop_lr": rate / 1000}}
+    run = Run(config_of(system, network, {**sections, "table": True}, seed), parts["train"], epochs)
+    if method != "RLEKF":
+        run.optimize.optimizer = RIVALS[method][0](list(run.model.parameters()), rate)
+    return run, parts
+
+
+def pace(system: str, network: str, method: str, data: Path) -> float:
+    """Seconds a batch, of twenty after ten."""
+    torch.set_num_threads(1)
+    run, _ = run_of(system, network, method, 1e-4, 1, data, 100.0)
+    for step in range(30):
+        if step == 10:
+            started = time.perf_counter()
+        run.step()
+    return (time.perf_counter() - started) / 20
+
+
+def looks_of(key: tuple[Any, ...], data: Path, seconds: float | None) -> list[dict[str, Any]]:
+    """The rows of a run; of a rival, it lasts about so many seconds."""
+    torch.set_num_threads(1)
+    system, network, method, rate, seed, _ = key
+    where = machine()
+    if method == "RLEKF":
+        epochs = float(EPOCHS)
+    else:
+        epochs = max(1, round(seconds / pace(system, network, method, data))) / num_training(system, data, None)
+    run, parts = run_of(system, network, method, rate, seed, data, epochs)
+    rows, updates, spent, cpu, best, next_look = [], 0, 0.0, 0.0, (math.inf, 0.0), FIRST_LOOK
+    for step in range(run.num_steps):
+        started = time.perf_counter(), time.process_time()
+        updates += run.step()
+        spent += time.perf_counter() - started[0]
+        cpu += time.process_time() - started[1]
+        last = step + 1 == run.num_steps
+        if spent >= next_look or last:
+            next_look = spent * 2 ** (1 / LOOKS_PER_DOUBLING)
+            row: dict[str, Any] = {"epoch": round((step + 1) / run.per_epoch, 4), "updates": updates}
+            row |= {"seconds": round(spent, 3), "cpu_seconds": round(cpu, 3)}
+            for part in ("validation", "test"):
+                found = compare(run.optimize.result, parts[part])
+                row[f"{part}_E"], row[f"{part}_F"] = significant(found.energy_rmse), significant(found.force_rmse)
+            rows.append({**dict(zip(KEY, key, strict=True)), **row, **{name: where[name] for name in MACHINE}})
+            best = min(best, (row["validation_E"] * row["validation_F"], spent))
+            if method == "RLEKF" and (spent > LIMIT or (spent > 2 * best[1] and row["epoch"] > 2)):
+                break
+        if (step + 1) % run.per_epoch == 0:
+            run.refine()
+    return rows
+
+
+def read_rows(path: Path) -> Rows:
+    found: Rows = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(tuple(row[name] for name in KEY), []).append(row)
+    return found
+
+
+def score(look: dict[str, str]) -> float:
+    """What settings are chosen by."""
+    return float(look["validation_E"]) * float(look["validation_F"])
+
+
+def name_of(key: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(map(str, key))
+
+
+def jobs(system: str, network: str, rows: Rows, full: bool) -> Iterator[tuple[tuple[Any, ...], float | None]]:
+    """The runs on a system as (key, seconds), of which the later ones need the rows of the earlier ones."""
+    ours = [(system, network, "RLEKF", "", seed, "") for seed in SEEDS]
+    yield from ((key, None) for key in ours)
+    if not all(name_of(key) in rows for key in ours):
+        return
+    t = median(float(min(rows[name_of(key)], key=score)["seconds"]) for key in ours)
+    short = {method: [(system, network, method, rate, 1, 1) for rate in rates] for method, (_, rates) in RIVALS.items()}
+    yield from ((key, t) for keys in short.values() for key in keys)
+    if not all(name_of(key) in rows for keys in short.values() for key in keys):
+        return
+    ends = {key: score(rows[name_of(key)][-1]) for keys in short.values() for key in keys}
+    best = sorted((min(keys, key=ends.__getitem__) for keys in short.values()), key=ends.__getitem__)
+    for key in best if full else best[:2]:
+        for seed in SEEDS if full else SEEDS[:1]:
+            yield (*key[:4], seed, LONG), LONG * t
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT / "examples", help="folder of the sets; NaCl needs none")
+    parser.add_argument("--systems", choices=RACED, nargs="+", default=RACED)
+    parser.add_argument("--network", choices=list(STUDY["network"]), default="paper")
+    parser.add_argument("--full", action="store_true", help="all rivals for 10 T, three seeds")
+    parser.add_argument("--estimate", action="store_true", help="print the estimated time, and stop")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once, each on one core")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    data, systems = given.data.resolve(), [s for s in given.systems if available(s, given.data)]
+    if not given.estimate:
+        machine(given.output)
+    rows = read_rows(given.output)
+    with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
+        print(f"about {estimate(pool, systems, given.network, data, given.full) / given.workers / 3600:.1f} hours")
+        if given.estimate:
+            return
+        running: dict[Future[Any], tuple[Any, ...]] = {}
+        failed: set[tuple[str, ...]] = set()
+        while True:
+            taken = {*rows, *failed, *map(name_of, running.values())}
+            waiting = (
+                job for s in systems for job in jobs(s, given.network, rows, given.full) if name_of(job[0]) not in taken
+            )
+            while len(running) < given.workers and (job := next(waiting, None)):
+                running[pool.submit(looks_of, job[0], data, job[1])] = job[0]
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                try:
+                    found = future.result()
+                except Exception as error:  # one run that fails is no reason to lose the others
+                    failed.add(name_of(key))
+                    print(f"{' '.join(name_of(key))}: left out: {error}", file=sys.stderr, flush=True)
+                    continue
+                append(given.output, COLUMNS, found)
+                rows[name_of(key)] = [{name: str(value) for name, value in row.items()} for row in found]
+                end = "E {test_E} meV/atom, F {test_F} meV/Å, {seconds} s, epoch {epoch}".format(**found[-1])
+                print(f"{' '.join(name_of(key))}: {end}", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+def estimate(pool: ProcessPoolExecutor, systems: list[str], network: str, data: Path, full: bool) -> float:
+    """Seconds of one core, if RLEKF stops after twelve epochs and its best look is at eight."""
+    paces = list(pool.map(pace, systems, [network] * len(systems), ["RLEKF"] * len(systems), [data] * len(systems)))
+    rates = sum(len(rates) for _, rates in RIVALS.values())
+    total = 0.0
+    for system, each in zip(systems, paces, strict=True):
+        epoch = each * num_training(system, data, None)
+        t = min(8 * epoch, LIMIT)
+        total += 1.5 * len(SEEDS) * t + (rates + LONG * (len(RIVALS) * len(SEEDS) if full else 2)) * t
+    return total
+
+
+if __name__ == "__main__":
+    main()
