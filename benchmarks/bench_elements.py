@@ -2,8 +2,8 @@
 
     python benchmarks/bench_elements.py --data DIR [--systems Cu+C LiGePS] [--network small]
 
-RMSE over the test frames, in meV/Å, of RLEKF after eight epochs of 100 training frames and of Adam after 100 epochs. One
-seed, one thread.
+RMSE over the test frames, in meV/Å, of RLEKF after eight epochs of 100 training frames and of Adam after 100 epochs.
+One seed, one thread.
 """
 
 from __future__ import annotations

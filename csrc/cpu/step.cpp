@@ -388,22 +388,74 @@ RLEKF_EVERY_ISA void add_runs(const Covariance& p, const Measurements& m, double
   }
 }
 
+/// z -= sum_i u_i (u_i^T h) of one block and one measurement.
+RLEKF_INLINE void subtract_pending(const Covariance& p, const Measurements& m, const Projection& out,
+                                   const Block& block) {
+  const double* h = m.jacobian + block.first_weight;
+  for (int64_t i = 0; i < static_cast<int64_t>(p.state->num_pending); ++i) {
+    const double* u = p.pending + i * p.num_weights + block.first_weight;
+    add(-dot(u, h, block.size), u, out.cross + block.first_weight, block.size);
+  }
+}
+
+/// The same for kMany measurements, which lie side by side meanwhile; four vectors u at a time.
+template <int kMany>
+RLEKF_INLINE void subtract_pending_of_many(const Covariance& p, const Measurements& m, const Projection& out,
+                                           const Block& block) {
+  using Value = typename SeveralOf<kMany>::Value;
+  using Stored = typename SeveralOf<kMany>::Stored;
+  constexpr int64_t kAtOnce = 4;
+  const auto num_pending = static_cast<int64_t>(p.state->num_pending);
+  if (num_pending == 0) return;
+  const int64_t begin = block.first_weight, size = block.size;
+  std::vector<double> memory(static_cast<size_t>(2 * size * kMany), 0.0);
+  double *h = memory.data(), *z = h + size * kMany;
+  for (int k = 0; k < m.count; ++k) {
+    const int64_t row = k * p.num_weights + begin;
+    for (int64_t i = 0; i < size; ++i) {
+      h[i * kMany + k] = m.jacobian[row + i];
+      z[i * kMany + k] = out.cross[row + i];
+    }
+  }
+  const auto* hs = reinterpret_cast<const Stored*>(h);
+  auto* zs = reinterpret_cast<Stored*>(z);
+  for (int64_t first = 0; first < num_pending; first += kAtOnce) {
+    const double* u[kAtOnce];
+    Value products[kAtOnce];
+    for (int64_t i = 0; i < kAtOnce; ++i) {
+      u[i] = p.pending + std::min(first + i, num_pending - 1) * p.num_weights + begin;
+      products[i] = Value{};
+    }
+    for (int64_t w = 0; w < size; ++w) {
+      for (int64_t i = 0; i < kAtOnce; ++i) products[i] += u[i][w] * hs[w];
+    }
+    for (int64_t i = 0; i < kAtOnce; ++i) {
+      if (first + i >= num_pending) products[i] = Value{};
+    }
+    for (int64_t w = 0; w < size; ++w) {
+      Value left = zs[w];
+      for (int64_t i = 0; i < kAtOnce; ++i) left -= u[i][w] * products[i];
+      zs[w] = left;
+    }
+  }
+  for (int k = 0; k < m.count; ++k) {
+    for (int64_t i = 0; i < size; ++i) out.cross[k * p.num_weights + begin + i] = z[i * kMany + k];
+  }
+}
+
 /// z += shift h - sum_i u_i (u_i^T h), and the inner products, of one block.
 RLEKF_EVERY_ISA void finish_block(const Covariance& p, const Measurements& m, const Projection& out, int64_t index) {
   const Block& block = p.blocks[index];
   const int64_t begin = block.first_weight;
-  const auto num_pending = static_cast<int64_t>(p.state->num_pending);
   double* inner = out.gram + index * m.count * m.count;
   double* plain = inner + p.num_blocks * m.count * m.count;
   for (int k = 0; k < m.count; ++k) {
-    const double* h = m.jacobian + k * p.num_weights + begin;
-    double* z = out.cross + k * p.num_weights + begin;
-    add(p.state->shift, h, z, block.size);
-    for (int64_t i = 0; i < num_pending; ++i) {
-      const double* u = p.pending + i * p.num_weights + begin;
-      add(-dot(u, h, block.size), u, z, block.size);
-    }
+    const int64_t row = k * p.num_weights + begin;
+    add(p.state->shift, m.jacobian + row, out.cross + row, block.size);
   }
+  if (m.count == 1) subtract_pending(p, m, out, block);
+  else if (m.count <= 4) subtract_pending_of_many<4>(p, m, out, block);
+  else subtract_pending_of_many<8>(p, m, out, block);
   for (int j = 0; j < m.count; ++j) {
     for (int k = j; k < m.count; ++k) {
       const double* h = m.jacobian + j * p.num_weights + begin;
