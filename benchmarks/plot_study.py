@@ -239,6 +239,28 @@ def relative_to(base: str, study: Study, labels: Sequence[str], systems: Sequenc
     return table(["setting", *systems, "times the default's"], rows)
 
 
+def at_the_same_time(network: str, epoch: float) -> str:
+    """Validation errors at the CPU time that the default takes for so many epochs, and relative to the default's."""
+    study = Study(RESULTS / "study_time.csv")
+    labels = [label for label in STUDY["cost"] if any(study.curves(system, label, network) for system in SYSTEMS)]
+    systems = [system for system in SYSTEMS if study.curves(system, labels[0], network)]
+    limits = {system: study.error(system, labels[0], "cpu_seconds", network, epoch) for system in systems}
+
+    def errors(system: str, label: str) -> list[float]:
+        looks = [look for look in study.curves(system, label, network)[0] if look["cpu_seconds"] <= limits[system]]
+        return [looks[-1][f"validation_{kind}"] if looks else math.nan for kind in KINDS]
+
+    base, rows = {system: errors(system, labels[0]) for system in systems}, []
+    for label in labels:
+        found = {system: errors(system, label) for system in systems if study.curves(system, label, network)}
+        cells = [" / ".join(map(short, found[system])) if system in found else "–" for system in systems]
+        ratios = zip(
+            *([e / b for e, b in zip(found[system], base[system], strict=True)] for system in found), strict=True
+        )
+        rows.append([label, *cells, " / ".join(short(geometric_mean(r)) for r in ratios)])
+    return table(["setting", *systems, "times the default's"], rows)
+
+
 def skip_connections(study: Study) -> str:
     rows = [
         [label.removeprefix("skip "), *(short(study.error("Cu", label, f"test_{kind}")) for kind in KINDS)]
@@ -325,6 +347,21 @@ def threads_of_a_training(_: Study) -> str:
     return table(["ms per batch, before : now", "alone", "beside a busy process"], rows)
 
 
+def passes(_: Study) -> str:
+    """Milliseconds per measurement, "before : now"; the earlier commit comes first in the rows."""
+    found: dict[tuple[str, str, str], dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    with (RESULTS / "passes.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            case = row["weights"], row["block_size"], row["dtype"]
+            found[case][row["measurements"]][row["commit"]] = row["ms"]
+    counts = list(next(iter(found.values())))
+    rows = [
+        [*case, *(" : ".join(short(float(ms)) for ms in of[count].values()) for count in counts)]
+        for case, of in found.items()
+    ]
+    return table(["weights", "N_b", "P in", *(f"M = {count}" for count in counts)], rows)
+
+
 TABLES: dict[str, Callable[[Study], str]] = {
     "summary": summary,
     "table 1": table_1,
@@ -338,6 +375,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "network on a table": on_the_table,
     "table against exact": table_against_exact,
     "threads of a training": threads_of_a_training,
+    "passes": passes,
     "variants": variants,
     "noise and prior, paper's network": lambda _: changed("prior", "paper"),
     "noise and prior, small networks": lambda _: changed("prior", "small"),
@@ -345,6 +383,8 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "sizes of blocks, small networks": lambda _: changed("blocks", "small"),
     "layers": layers,
     "splits with the default": lambda _: changed("split", "small"),
+    "at the same time, small networks": lambda _: at_the_same_time("small", 8),
+    "at the same time, paper's network": lambda _: at_the_same_time("paper", 5),
     "long runs": lambda _: long_runs(
         "small", 100, [(label, epoch) for label in ("default", "no balance") for epoch in (8, 16)], 100
     ),

@@ -1,12 +1,12 @@
 """The study of the paper on real data: all runs of study.toml that have no rows yet.
 
-    python benchmarks/study.py [--data DIR] [--plan small | noise | long | full] [--estimate] [--workers 2]
+    python benchmarks/study.py [--data DIR] [--plan small | noise | long | time | full] [--estimate] [--workers 2]
 
 Rows go to benchmarks/results/study.csv as each run ends, so an interrupted study continues where it stopped; systems
 without a folder in DIR are left out. Other plans than `small` have rows of their own: `noise`, of measurement noise and
-prior, in study_noise.csv; `long`, of long runs on all systems, in study_long.csv; `full`, the study at the size of the
-paper, in study_full.csv. All begin with an estimate of the time, from three batches of each kind of run; `--estimate`
-stops there.
+prior, in study_noise.csv; `long`, of long runs on all systems, in study_long.csv; `time`, of what alters the time of a
+frame, in study_time.csv; `full`, the study at the size of the paper, in study_full.csv. All begin with an estimate of
+the time, from three frames of each kind of run; `--estimate` stops there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlekf_ext.potential.evaluate import Comparison
 
 PARITY = ("system", "network", "method", "seed", "kind", "label", "prediction")
 POINTS = 200
-PLANS = ("small", "noise", "long", "full")
+PLANS = ("small", "noise", "long", "time", "full")
 Rows = dict[tuple[str, ...], dict[str, str]]  # the last row of each run that is done
 
 
@@ -50,11 +50,11 @@ class Job:
         system, network, label = self.key[:3]
         if label.startswith("Adam"):
             label = "Adam 2e-3 on the table" if label.endswith("table") else "Adam 2e-3"
-        return system, network, base_of(label)
+        return system, network, label if label in STUDY["cost"] else base_of(label)
 
     def num_batches(self, data: Path) -> float:
-        system, _, _, _, most, epochs = self.key
-        return num_training(system, data, most) * epochs
+        system, _, label, _, most, epochs = self.key
+        return num_training(system, data, most) * epochs / method_of(label).get("batch_size", 1)
 
 
 def read_rows(path: Path) -> Rows:

@@ -35,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adaptive_scale": True,
         "early_scale": 5.0,
         "balance": 1000.0,
+        "batch": "joint",
         "warm_start": True,
         "average_frames": 8,
     },

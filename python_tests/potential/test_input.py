@@ -148,6 +148,22 @@ def test_batch_sizes(batch_size, counts):
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "size"),
+    [
+        ({"type": "RLEKF"}, 4),
+        ({"type": "RLEKF", "batch": "mean"}, 1),
+        ({"type": "RLEKF", "preset": "paper"}, 1),
+        ({"type": "LKF"}, 1),
+        ({"type": "Adam"}, "auto"),
+    ],
+)
+def test_batch_size_that_is_not_given(optimizer, size):
+    given = changed("optimizer", optimizer)
+    given["training"]["training_data"].pop("batch_size", None)
+    assert read_input(given).training.training_data.batch_size == size
+
+
+@pytest.mark.parametrize(
     ("path", "value", "read"),
     [
         ("model/descriptor/sel", "auto:1.2", lambda c: c.model.descriptor.sel_factor == 1.2),

@@ -23,6 +23,7 @@ from rlekf_ext.potential.load import split_format
 from rlekf_ext.schema import check_choice, join, json_object, option, range_text, read, shown, unknown
 
 PRECISIONS = ("default", "float64", "float32")
+JOINT_FRAMES = 4  # in a batch; more cost as much per frame and learn less: docs/study.md
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,9 @@ class TrainingData:
     rglob_patterns: tuple[str, ...] | None = option(None, "Only folders that match one of these are read.")
     batch_size: int | str | tuple[int, ...] = option(
         "auto",
-        "Frames in a batch; without it 1 for RLEKF and LKF, `auto` for Adam. `auto:N`: the least with N atoms (`auto`: "
-        "32); `max:N`: the most with N atoms; `filter:N`: the same without larger structures; `mix:N`: as `max:N`; a "
-        "list: for each path or each system.",
+        "Frames in a batch; without it 4 for RLEKF (1 unless its `batch` is `joint`), 1 for LKF, `auto` for Adam. "
+        "`auto:N`: the least with N atoms (`auto`: 32); `max:N`: the most with N atoms; `filter:N`: the same without "
+        "larger structures; `mix:N`: as `max:N`; a list: for each path or each system.",
         low=1,
         pattern=r"auto|(auto|max|filter|mix):[1-9]\d{0,17}",
         form='a whole number, one for each system, "auto", "auto:N", "max:N", "filter:N" or "mix:N"',
@@ -286,7 +287,9 @@ def _read_config(given: dict[str, Any], folder: Path) -> Config:
         if "validation_fraction" in given["training"]:
             raise InputError("training/validation_fraction and training/validation_data exclude each other; keep one.")
     if optimizer.type != "Adam" and "batch_size" not in given["training"]["training_data"]:
-        training = replace(training, training_data=replace(training.training_data, batch_size=1))
+        joint = isinstance(optimizer.options, Options) and optimizer.options.batch == "joint"
+        size = JOINT_FRAMES if joint else 1
+        training = replace(training, training_data=replace(training.training_data, batch_size=size))
     if isinstance(optimizer.options, Options) and not optimizer.has_order:
         order = order_of(optimizer.options.order, config.loss.kinds())
         optimizer = replace(optimizer, options=replace(optimizer.options, order=order))
