@@ -65,10 +65,11 @@ def main() -> None:
     for _ in range(given.rounds):
         for checkout in checkouts:
             path = os.pathsep.join([str(checkout), str(ROOT / "benchmarks")])
-            run = [sys.executable, "-c", code]
-            lines = subprocess.run(
-                run, env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True, text=True
-            )
+            where_to = {
+                "cwd": checkout,
+                "env": {**os.environ, "PYTHONPATH": path},
+            }  # python -c looks in its folder first
+            lines = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, **where_to)
             for line in lines.stdout.splitlines():
                 *case, ms = line.split()
                 times[(*case, commit(checkout))].append(float(ms))
