@@ -186,12 +186,13 @@ def changed(section: str, network: str) -> str:
     return relative_to("default", study, labels, systems, network)
 
 
-def layers(_: Study) -> str:
+def layers(network: str) -> str:
     """What three methods do to each kind of layer, at the end; the first two columns are of the start."""
     found: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = defaultdict(lambda: defaultdict(list))
     with (RESULTS / "layers.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            found[row["system"], row["layer"]][row["method"]].append(row)
+            if row["network"] == network:
+                found[row["system"], row["layer"]][row["method"]].append(row)
     methods = ["default", "R = L, P_0 = I", "Adam 2e-3 on the table"]
     rows = []
     for (system, layer), of_method in found.items():
@@ -201,6 +202,23 @@ def layers(_: Study) -> str:
         rows.append([system, layer, first[0]["weights"], first[0]["size"], first[0]["variance"], *moved, *forces])
     header = ["system", "layer", "weights", "RMS", "P_0", "moved: default", "R = L, P_0 = I", "Adam"]
     return table([*header, "HᵀPH of forces: default", "R = L, P_0 = I"], rows)
+
+
+def elements(_: Study) -> str:
+    """Test errors of the forces of each element; of the two rates of Adam, the one with the smaller sum of them."""
+    found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    shares = {}
+    with (RESULTS / "elements.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            found[row["system"]][row["method"]][row["element"]] = float(row["force"])
+            shares[row["system"], row["element"]] = row["share_of_atoms"]
+    rows = []
+    for system, of_method in found.items():
+        adam = min((m for m in of_method if m.startswith("Adam")), key=lambda m: sum(of_method[m].values()))
+        for element, force in of_method["default"].items():
+            share = f"{float(shares[system, element]):.1%}"
+            rows.append([system, element, share, short(force), short(of_method[adam][element])])
+    return table(["system", "element", "of all atoms", "RLEKF, 8 epochs", "Adam, 100 epochs"], rows)
 
 
 def long_runs(network: str, frames: int, ours: Sequence[tuple[str, int]], adams: int) -> str:
@@ -381,7 +399,9 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "noise and prior, small networks": lambda _: changed("prior", "small"),
     "sizes of blocks, paper's network": lambda _: changed("blocks", "paper"),
     "sizes of blocks, small networks": lambda _: changed("blocks", "small"),
-    "layers": layers,
+    "layers": lambda _: layers("paper"),
+    "layers, small networks": lambda _: layers("small"),
+    "elements": elements,
     "splits with the default": lambda _: changed("split", "small"),
     "at the same time, small networks": lambda _: at_the_same_time("small", 8),
     "at the same time, paper's network": lambda _: at_the_same_time("paper", 5),
