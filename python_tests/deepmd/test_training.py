@@ -291,11 +291,12 @@ def test_two_processes(dp):
 
     On a machine without GPUs three calls of dp are replaced: see RECORDED. A force group is all atoms, so that it does
     not matter that several processes draw other groups than one does. The prior is the identity, since two frames in
-    one batch have other squared gradients than each by itself; at the end both ranks start with a prior by layers.
+    one batch have other squared gradients than each by itself; at the end both ranks start with a prior by layers, and measure
+    jointly.
     """
     (dp.folder / "recorded.py").write_text(RECORDED)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recorded.py")
-    asked = {"type": "RLEKF", "block_size": 256, "num_groups": 1, "prior": "identity"}
+    asked = {"type": "RLEKF", "block_size": 256, "batch": "mean", "num_groups": 1, "prior": "identity"}
 
     def same_on_both(moment):
         one, other = (torch.load(dp.folder / f"{moment}.{rank}.pt") for rank in range(2))
@@ -322,5 +323,5 @@ def test_two_processes(dp):
     _, filtered, _ = same_on_both("end")
     assert filtered[0]["state"][STATE["forgetting"]] < before
 
-    dp({**asked, "prior": "layers"}, steps=2, program=torchrun)
+    dp({**asked, "batch": "joint", "prior": "layers"}, steps=2, program=torchrun)
     same_on_both("end")

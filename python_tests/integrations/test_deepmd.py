@@ -187,7 +187,11 @@ def test_restart_is_exact(dp, tmp_path):
 
 
 ALL_ATOMS = {"group_size": 30, "num_groups": 1}  # several processes draw other groups than one does
-AS_ONE = [{"num_groups": 1, "warm_start": False}, {"preset": "lkf", **ALL_ATOMS}, {"preset": "paper", **ALL_ATOMS}]
+AS_ONE = [
+    {"batch": "mean", "num_groups": 1, "warm_start": False},
+    {"preset": "lkf", **ALL_ATOMS},
+    {"preset": "paper", **ALL_ATOMS},
+]
 UNLIKE = [{}, {"batch": "joint", "group_size": 5}, {"preset": "lkf"}, {"order": ["force"], "group_size": 1}]
 
 
