@@ -291,8 +291,8 @@ def test_two_processes(dp):
 
     On a machine without GPUs three calls of dp are replaced: see RECORDED. A force group is all atoms, so that it does
     not matter that several processes draw other groups than one does. The prior is the identity, since two frames in
-    one batch have other squared gradients than each by itself; at the end both ranks start with a prior by layers, and measure
-    jointly.
+    one batch have other squared gradients than each by itself; at the end both ranks start with a prior by layers, and
+    measure jointly.
     """
     (dp.folder / "recorded.py").write_text(RECORDED)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recorded.py")
