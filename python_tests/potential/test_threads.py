@@ -45,10 +45,10 @@ def torch_has():
 @pytest.mark.parametrize(
     ("optimizer", "batches", "most", "said"),
     [
-        ({"type": "RLEKF"}, 1, 8, "4 for the network, 3 for P; this process may use 8."),
-        ({"type": "RLEKF"}, 2, 8, "2 for the network, 3 for P; this process may use 8."),
-        ({"type": "RLEKF"}, 1, 2, "2 for the network, 2 for P; this process may use 2."),
-        ({"type": "RLEKF", "batch": "joint"}, 1, 8, "1 for the network, 3 for P; this process may use 8."),
+        ({"type": "RLEKF", "batch": "mean"}, 1, 8, "4 for the network, 3 for P; this process may use 8."),
+        ({"type": "RLEKF", "batch": "mean"}, 2, 8, "2 for the network, 3 for P; this process may use 8."),
+        ({"type": "RLEKF", "batch": "mean"}, 1, 2, "2 for the network, 2 for P; this process may use 2."),
+        ({"type": "RLEKF"}, 1, 8, "1 for the network, 3 for P; this process may use 8."),
         ({"type": "LKF"}, 4, 8, "1 for the network, 3 for P; this process may use 8."),
         ({"type": "Adam"}, 1, 8, "4 for the network; this process may use 8."),
     ],

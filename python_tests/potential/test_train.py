@@ -172,7 +172,7 @@ def test_batches_of_two_frames(tmp_path):
     given["training"]["training_data"]["batch_size"] = 2
     summary = run(given)
     assert [row["epoch"] for row in summary["epochs"]] == [1, 2]  # batches of two frames and of one
-    assert summary["updates"] == 4 * 8
+    assert summary["updates"] == (2 + 1 + 2 + 1) * 8
     single = tmp_path / "single"
     run(input_of(single, numb_steps=4))
     assert not torch.equal(weights_of(tmp_path), weights_of(single))
