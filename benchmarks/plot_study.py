@@ -341,6 +341,9 @@ def on_the_table(_: Study) -> str:
             outside = [
                 time(case, threads, True, f"{FRAMES['a frame, default settings']}, outside of ops") for case in cases
             ]
+        joint = [time(case, threads, True, "RLEKF: four frames, jointly, N_b = 1024") / 4 for case in cases]
+        if not all(map(math.isnan, joint)):
+            rows.append([f"a frame, default settings, four jointly{suffix}", *map(short, joint)])
         for name, part in FRAMES.items():
             pairs = ([time(case, threads, now, part) for now in (False, True)] for case in cases)
             rows.append([name + suffix, *(" : ".join(map(short, pair)) for pair in pairs)])
