@@ -23,7 +23,7 @@ setup: .venv/.built  ## .venv with everything, compiled
 	@$(BIN)/rlekf info
 	@touch $@
 
-demo: setup  ## train NaCl by RLEKF and by Adam for the same time (2 minutes), table and pictures in demo/
+demo: setup  ## train NaCl by RLEKF and by Adam for the same time (1 minute), table and pictures in demo/
 	$(BIN)/python examples/demo.py
 
 test: setup test-cpp  ## all tests
