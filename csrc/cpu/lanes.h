@@ -7,6 +7,7 @@
 
 // Not with the thread sanitizer, which is not yet running when the loader picks an instruction set.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
+#define RLEKF_HAS_ISAS
 #define RLEKF_EVERY_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define RLEKF_EVERY_ISA
@@ -56,6 +57,41 @@ RLEKF_INLINE void load(const float* from, Lanes& to) {
 RLEKF_INLINE void store(double* to, const Lanes& from) { *reinterpret_cast<LanesUnaligned*>(to) = from; }
 RLEKF_INLINE void store(float* to, const Lanes& from) {
   *reinterpret_cast<FloatLanesUnaligned*>(to) = __builtin_convertvector(from, FloatLanesUnaligned);
+}
+
+/// Vectors of kWidth doubles: in registers, and in memory as double or float.
+template <int kWidth>
+struct VectorOf;
+template <>
+struct VectorOf<4> {
+  using Value = double __attribute__((vector_size(32)));
+  using Stored = double __attribute__((vector_size(32), aligned(8), may_alias));
+  using Floats = float __attribute__((vector_size(16), aligned(4), may_alias));
+};
+template <>
+struct VectorOf<8> {
+  using Value = Lanes;
+  using Stored = LanesUnaligned;
+  using Floats = FloatLanesUnaligned;
+};
+
+template <int kWidth>
+RLEKF_INLINE typename VectorOf<kWidth>::Value load_vector(const double* from) {
+  return *reinterpret_cast<const typename VectorOf<kWidth>::Stored*>(from);
+}
+template <int kWidth>
+RLEKF_INLINE typename VectorOf<kWidth>::Value load_vector(const float* from) {
+  return __builtin_convertvector(*reinterpret_cast<const typename VectorOf<kWidth>::Floats*>(from),
+                                 typename VectorOf<kWidth>::Value);
+}
+template <int kWidth>
+RLEKF_INLINE void store_vector(double* to, const typename VectorOf<kWidth>::Value& from) {
+  *reinterpret_cast<typename VectorOf<kWidth>::Stored*>(to) = from;
+}
+template <int kWidth>
+RLEKF_INLINE void store_vector(float* to, const typename VectorOf<kWidth>::Value& from) {
+  *reinterpret_cast<typename VectorOf<kWidth>::Floats*>(to) =
+      __builtin_convertvector(from, typename VectorOf<kWidth>::Floats);
 }
 
 RLEKF_INLINE double sum(const Lanes& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }

@@ -28,20 +28,21 @@
 namespace rlekf::cpu {
 namespace {
 
-constexpr int kChunks = kTile / kLanes;
 constexpr int kRowsAhead = 3;    // how far ahead rows are prefetched: docs/performance.md has the trials
 constexpr int kFoldAtOnce = 32;  // pending vectors whose segments stay in the first-level cache during a fold
 
+template <int kWidth>
+using Value = typename VectorOf<kWidth>::Value;
+
 /// The kTile entries of a vector that belong to one row or column of tiles.
 struct alignas(64) Segment {
-  Lanes lanes[kChunks];
-  double& operator[](int64_t i) { return reinterpret_cast<double*>(lanes)[i]; }
+  double entries[kTile];
 };
 
-/// The sums of eight vectors, as one vector.
-RLEKF_INLINE Lanes sums(const Lanes (&v)[kLanes]) {
-  using Picks = int64_t __attribute__((vector_size(kLanes * sizeof(int64_t))));
-  Lanes pairs[4], fours[2];
+/// The sums of as many vectors as they have numbers, as one vector.
+RLEKF_INLINE Value<8> sums(const Value<8> (&v)[8]) {
+  using Picks = int64_t __attribute__((vector_size(64)));
+  Value<8> pairs[4], fours[2];
   for (int i = 0; i < 4; ++i) {
     pairs[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{0, 8, 2, 10, 4, 12, 6, 14}) +
                __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{1, 9, 3, 11, 5, 13, 7, 15});
@@ -54,114 +55,126 @@ RLEKF_INLINE Lanes sums(const Lanes (&v)[kLanes]) {
          __builtin_shuffle(fours[0], fours[1], Picks{4, 5, 6, 7, 12, 13, 14, 15});
 }
 
-/// y_i += T x_j and, off the diagonal, y_j += T^T x_i. The tile is read once, front to back, and prefetched a few rows
-/// ahead: the hardware's own prefetcher stops at the end of every small page.
-template <typename Scalar>
-RLEKF_INLINE void multiply(const Scalar* tile, Segment& xi, const Segment& xj, Segment& yi, Segment& yj) {
-  constexpr int kLine = 64 / sizeof(Scalar);
-  Lanes column[kChunks];
-  for (int c = 0; c < kChunks; ++c) column[c] = yj.lanes[c];
-  for (int group = 0; group < kChunks; ++group) {
-    Lanes rows[kLanes];
-#pragma GCC unroll 8
-    for (int r = 0; r < kLanes; ++r, tile += kTile) {
-      const Lanes weight = xi[group * kLanes + r] - Lanes{};
-      for (int line = 0; line < kTile; line += kLine) __builtin_prefetch(tile + kRowsAhead * kTile + line);
-      Lanes entries;
-      load(tile, entries);
-      rows[r] = entries * xj.lanes[0];
-      column[0] += entries * weight;
-#pragma GCC unroll 8
-      for (int c = 1; c < kChunks; ++c) {
-        load(tile + c * kLanes, entries);
-        rows[r] += entries * xj.lanes[c];
-        column[c] += entries * weight;
-      }
-    }
-    yi.lanes[group] += sums(rows);
+RLEKF_INLINE Value<4> sums(const Value<4> (&v)[4]) {
+  using Picks = int64_t __attribute__((vector_size(32)));
+  Value<4> pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    pairs[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{0, 4, 2, 6}) +
+               __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{1, 5, 3, 7});
   }
-  for (int c = 0; c < kChunks; ++c) yj.lanes[c] = column[c];
+  return __builtin_shuffle(pairs[0], pairs[1], Picks{0, 1, 4, 5}) +
+         __builtin_shuffle(pairs[0], pairs[1], Picks{2, 3, 6, 7});
 }
 
-/// The numbers of a weight for several measurements, in registers and in memory.
-template <int kMany>
-struct SeveralOf;
-template <>
-struct SeveralOf<4> {
-  using Value = double __attribute__((vector_size(32)));
-  using Stored = double __attribute__((vector_size(32), aligned(8), may_alias));
-};
-template <>
-struct SeveralOf<8> {
-  using Value = Lanes;
-  using Stored = LanesUnaligned;
-};
+/// y_i += T x_j and, off the diagonal, y_j += T^T x_i. The tile is read once and prefetched a few rows ahead: the
+/// hardware's own prefetcher stops at the end of every small page. With 16 registers, y_j takes turns in two halves.
+template <int kWidth, typename Scalar>
+RLEKF_INLINE void multiply(const Scalar* tile, const Segment& xi, const Segment& xj, Segment& yi, Segment& yj) {
+  constexpr int kLine = 64 / sizeof(Scalar), kChunks = 32 / kWidth * (kWidth / 4), kColumns = kChunks * kWidth;
+  for (int group = 0; group < kTile; group += kWidth) {
+    Value<kWidth> rows[kWidth] = {};
+    for (int first = 0; first < kTile; first += kColumns) {
+      Value<kWidth> column[kChunks];
+#pragma GCC unroll 8
+      for (int c = 0; c < kChunks; ++c) column[c] = load_vector<kWidth>(yj.entries + first + c * kWidth);
+#pragma GCC unroll 8
+      for (int r = 0; r < kWidth; ++r) {
+        const Scalar* from = tile + (group + r) * kTile + first;
+        const Value<kWidth> weight = xi.entries[group + r] - Value<kWidth>{};
+        for (int line = 0; line < kColumns; line += kLine) __builtin_prefetch(from + kRowsAhead * kTile + line);
+#pragma GCC unroll 8
+        for (int c = 0; c < kChunks; ++c) {
+          const Value<kWidth> entries = load_vector<kWidth>(from + c * kWidth);
+          rows[r] += entries * load_vector<kWidth>(xj.entries + first + c * kWidth);
+          column[c] += entries * weight;
+        }
+      }
+#pragma GCC unroll 8
+      for (int c = 0; c < kChunks; ++c) store_vector<kWidth>(yj.entries + first + c * kWidth, column[c]);
+    }
+    store_vector<kWidth>(yi.entries + group, load_vector<kWidth>(yi.entries + group) + sums(rows));
+  }
+}
 
-/// The same for kMany measurements: x and y are (kTile), each entry those of all measurements. Four rows at a time have
-/// their x and y in registers. The next tile, from `next`, is prefetched into the second-level cache, evenly, so that it
-/// arrives while this one is multiplied.
-template <int kMany, typename Scalar, typename Stored = typename SeveralOf<kMany>::Stored>
-RLEKF_INLINE void multiply_many(const double* tile, const Stored* xi, const Stored* xj, Stored* yi, Stored* yj,
+/// The same for kMany measurements: x and y are (kTile, kMany). A few rows at a time have their x and y in registers. The
+/// next tile, from `next`, is prefetched into the second-level cache, evenly, so that it arrives while this one is
+/// multiplied.
+template <int kWidth, int kMany, typename Scalar>
+RLEKF_INLINE void multiply_many(const double* tile, const double* xi, const double* xj, double* yi, double* yj,
                                 const Scalar* next) {
-  using Value = typename SeveralOf<kMany>::Value;
-  constexpr int kRows = 4, kLine = 64 / sizeof(Scalar);
+  constexpr int kParts = kMany / kWidth, kRows = 4 / kParts, kLine = 64 / sizeof(Scalar);
   for (int row = 0; row < kTile; row += kRows, tile += kRows * kTile) {
-    Value x[kRows], y[kRows];
+    Value<kWidth> x[kRows][kParts], y[kRows][kParts];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) x[r] = xi[row + r], y[r] = yi[row + r];
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int p = 0; p < kParts; ++p) {
+        x[r][p] = load_vector<kWidth>(xi + (row + r) * kMany + p * kWidth);
+        y[r][p] = load_vector<kWidth>(yi + (row + r) * kMany + p * kWidth);
+      }
+    }
 #pragma GCC unroll 4
     for (int c = 0; c < kTile; ++c) {
       if (c % (kLine / kRows) == 0) __builtin_prefetch(next + (row * kTile + c * kRows), 0, 2);
-      const Value column = xj[c];
-      Value even = yj[c], odd{};
+      Value<kWidth> column[kParts], even[kParts], odd[kParts] = {};
+#pragma GCC unroll 2
+      for (int p = 0; p < kParts; ++p) {
+        column[p] = load_vector<kWidth>(xj + c * kMany + p * kWidth);
+        even[p] = load_vector<kWidth>(yj + c * kMany + p * kWidth);
+      }
 #pragma GCC unroll 2
       for (int r = 0; r < kRows; r += 2) {
-        const Value a = tile[r * kTile + c] - Value{}, b = tile[(r + 1) * kTile + c] - Value{};
-        y[r] += a * column;
-        even += a * x[r];
-        y[r + 1] += b * column;
-        odd += b * x[r + 1];
+        const Value<kWidth> a = tile[r * kTile + c] - Value<kWidth>{}, b = tile[(r + 1) * kTile + c] - Value<kWidth>{};
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; ++p) {
+          y[r][p] += a * column[p];
+          even[p] += a * x[r][p];
+          y[r + 1][p] += b * column[p];
+          odd[p] += b * x[r + 1][p];
+        }
       }
-      yj[c] = even + odd;
+#pragma GCC unroll 2
+      for (int p = 0; p < kParts; ++p) store_vector<kWidth>(yj + c * kMany + p * kWidth, even[p] + odd[p]);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) yi[row + r] = y[r];
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int p = 0; p < kParts; ++p) store_vector<kWidth>(yi + (row + r) * kMany + p * kWidth, y[r][p]);
+    }
   }
 }
 
 /// T <- factor (T - sum_k u_k[i] u_k[j]^T). Products commute and the order over k is fixed, so a diagonal tile stays
-/// symmetric. Four rows of half of the columns are in registers; the arithmetic hides the latency of the next tile,
-/// which is prefetched here. Vectors u are `stride` numbers apart.
-template <typename Scalar>
-RLEKF_INLINE void fold(Scalar* tile, Segment* ui, const double* uj, int64_t stride, int count, double factor) {
-  constexpr int kLine = 64 / sizeof(Scalar), kRows = 4, kHalf = kChunks / 2;
+/// symmetric. Four rows of some columns are in registers; the arithmetic hides the latency of the next tile, which is
+/// prefetched here. Vectors u are `stride` numbers apart.
+template <int kWidth, typename Scalar>
+RLEKF_INLINE void fold(Scalar* tile, const Segment* ui, const double* uj, int64_t stride, int count, double factor) {
+  constexpr int kLine = 64 / sizeof(Scalar), kRows = 4, kChunks = kWidth / 2, kColumns = kChunks * kWidth;
   for (int row = 0; row < kTile; row += kRows) {
-    for (int half = 0; half < 2; ++half) {
-      Scalar* from = tile + row * kTile + half * kHalf * kLanes;
-      for (int line = 0; line < 2 * kTile; line += kLine) {
-        __builtin_prefetch(tile + kTileSize + (row + 2 * half) * kTile + line);
-      }
-      Lanes entries[kRows][kHalf];
+    for (int line = 0; line < kRows * kTile; line += kLine) __builtin_prefetch(tile + kTileSize + row * kTile + line);
+    for (int first = 0; first < kTile; first += kColumns) {
+      Scalar* from = tile + row * kTile + first;
+      Value<kWidth> entries[kRows][kChunks];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < kHalf; ++c) load(from + r * kTile + c * kLanes, entries[r][c]);
+        for (int c = 0; c < kChunks; ++c) entries[r][c] = load_vector<kWidth>(from + r * kTile + c * kWidth);
       }
       for (int k = 0; k < count; ++k) {
-        Lanes columns[kHalf];
+        Value<kWidth> columns[kChunks];
 #pragma GCC unroll 4
-        for (int c = 0; c < kHalf; ++c) load(uj + k * stride + (half * kHalf + c) * kLanes, columns[c]);
+        for (int c = 0; c < kChunks; ++c) columns[c] = load_vector<kWidth>(uj + k * stride + first + c * kWidth);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          const Lanes a = ui[k][row + r] - Lanes{};
+          const Value<kWidth> a = ui[k].entries[row + r] - Value<kWidth>{};
 #pragma GCC unroll 4
-          for (int c = 0; c < kHalf; ++c) entries[r][c] -= a * columns[c];
+          for (int c = 0; c < kChunks; ++c) entries[r][c] -= a * columns[c];
         }
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < kHalf; ++c) store(from + r * kTile + c * kLanes, entries[r][c] * factor);
+        for (int c = 0; c < kChunks; ++c) store_vector<kWidth>(from + r * kTile + c * kWidth, entries[r][c] * factor);
       }
     }
   }
@@ -169,11 +182,11 @@ RLEKF_INLINE void fold(Scalar* tile, Segment* ui, const double* uj, int64_t stri
 
 RLEKF_INLINE void load_segment(const double* from, int64_t count, Segment& to) {
   to = Segment{};
-  std::memcpy(to.lanes, from, static_cast<size_t>(count) * sizeof(double));
+  std::memcpy(to.entries, from, static_cast<size_t>(count) * sizeof(double));
 }
 
-RLEKF_INLINE void add_segment(Segment& from, int64_t count, double* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+RLEKF_INLINE void add_segment(const Segment& from, int64_t count, double* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from.entries[i];
 }
 
 /// How many measurements lie side by side: 1, 4 or 8; those beyond the last are zero.
@@ -211,7 +224,7 @@ std::vector<Run> plan_runs(const Covariance& p, int num_measurements, int64_t nu
 }
 
 /// The products of a row of tiles, with one measurement.
-template <typename Scalar>
+template <typename Scalar, int kWidth>
 struct OneByOne {
   const double* jacobian;  // (N)
   const Run& run;
@@ -224,50 +237,51 @@ struct OneByOne {
   RLEKF_INLINE void visit(const Scalar* tile, int64_t other, int64_t width, bool diagonal) {
     Segment xj, yj{};
     load_segment(jacobian + other, width, xj);
-    multiply(tile, xi, xj, yi, yj);
+    multiply<kWidth>(tile, xi, xj, yi, yj);
     if (!diagonal) add_segment(yj, width, run.sums + other - run.lo);
   }
   RLEKF_INLINE void end_row(int64_t first, int64_t height) { add_segment(yi, height, run.sums + first - run.lo); }
 };
 
-RLEKF_INLINE const double* widened(const double* tile, double*) { return tile; }
+template <int kWidth>
+RLEKF_INLINE const double* widened(const double* tile, double*) {
+  return tile;
+}
+template <int kWidth>
 RLEKF_INLINE const double* widened(const float* tile, double* wide) {
-  for (int64_t i = 0; i < kTileSize; i += kLanes) {
-    Lanes entries;
-    load(tile + i, entries);
-    store(wide + i, entries);
-  }
+  for (int64_t i = 0; i < kTileSize; i += kWidth) store_vector<kWidth>(wide + i, load_vector<kWidth>(tile + i));
   return wide;
 }
 
 /// The same with kMany measurements.
-template <typename Scalar, int kMany>
+template <typename Scalar, int kWidth, int kMany>
 struct SideBySide {
-  using Stored = typename SeveralOf<kMany>::Stored;
-  const Stored* jacobian;  // (N)
+  const double* jacobian;  // (N, kMany)
   const Run& run;
-  Stored xi[kTile], yi[kTile];
+  alignas(64) double xi[kTile * kMany], yi[kTile * kMany];
   alignas(64) double wide[std::is_same_v<Scalar, double> ? 1 : kTileSize];
 
-  SideBySide(const double* from, const Run& of) : jacobian(reinterpret_cast<const Stored*>(from)), run(of) {}
+  SideBySide(const double* jacobian, const Run& run) : jacobian(jacobian), run(run) {}
 
-  RLEKF_INLINE Stored* sums(int64_t weight) const { return reinterpret_cast<Stored*>(run.sums) + weight - run.lo; }
+  RLEKF_INLINE double* sums(int64_t weight) const { return run.sums + (weight - run.lo) * kMany; }
   RLEKF_INLINE void start_row(int64_t first, int64_t height) {
-    for (int64_t i = 0; i < kTile; ++i) xi[i] = i < height ? jacobian[first + i] : Stored{}, yi[i] = Stored{};
+    std::fill_n(yi, kTile * kMany, 0.0);
+    std::fill_n(std::copy_n(jacobian + first * kMany, height * kMany, xi), (kTile - height) * kMany, 0.0);
   }
   RLEKF_INLINE void visit(const Scalar* tile, int64_t other, int64_t, bool diagonal) {
-    Stored unused[kTile];
-    if (diagonal) std::fill_n(unused, kTile, Stored{});
-    multiply_many<kMany>(widened(tile, wide), xi, diagonal ? xi : jacobian + other, yi, diagonal ? unused : sums(other),
-                         tile + kTileSize);
+    alignas(64) double unused[kTile * kMany];
+    if (diagonal) std::fill_n(unused, kTile * kMany, 0.0);
+    multiply_many<std::min(kWidth, kMany), kMany>(widened<kWidth>(tile, wide), xi,
+                                                  diagonal ? xi : jacobian + other * kMany, yi,
+                                                  diagonal ? unused : sums(other), tile + kTileSize);
   }
   RLEKF_INLINE void end_row(int64_t first, int64_t height) {
-    for (int64_t i = 0; i < height; ++i) sums(first)[i] += yi[i];
+    for (int64_t i = 0; i < height * kMany; ++i) sums(first)[i] += yi[i];
   }
 };
 
 /// One worker's run: each tile is folded if a fold is due, then multiplied.
-template <typename Scalar, typename Products>
+template <typename Scalar, int kWidth, typename Products>
 RLEKF_INLINE void visit_tiles(const Covariance& p, Products& products, const Fold& due, const Run& run) {
   auto* tile = static_cast<Scalar*>(p.tiles) + run.begin * kTileSize;
   std::vector<Segment> ui(static_cast<size_t>(due.num_vectors));
@@ -286,9 +300,9 @@ RLEKF_INLINE void visit_tiles(const Covariance& p, Products& products, const Fol
       for (int64_t done = 0; done < due.num_vectors; done += kFoldAtOnce) {
         const int count = static_cast<int>(std::min<int64_t>(kFoldAtOnce, due.num_vectors - done));
         const double factor = done + count == due.num_vectors ? due.factor : 1.0;
-        Segment* u = ui.data() + done;
-        if (col == row) fold(tile, u, &(*u)[0], kTile, count, factor);
-        else fold(tile, u, p.pending + done * p.num_weights + other, p.num_weights, count, factor);
+        const Segment* u = ui.data() + done;
+        if (col == row) fold<kWidth>(tile, u, u->entries, kTile, count, factor);
+        else fold<kWidth>(tile, u, p.pending + done * p.num_weights + other, p.num_weights, count, factor);
       }
       products.visit(tile, other, col == row ? height : kTile, col == row);
     }
@@ -304,30 +318,50 @@ RLEKF_INLINE void visit_tiles(const Covariance& p, Products& products, const Fol
 }
 
 /// `jacobian` as its measurements lie side by side.
-template <typename Scalar>
+template <typename Scalar, int kWidth>
 RLEKF_INLINE void visit_run(const Covariance& p, int count, const double* jacobian, const Fold& due, const Run& run) {
   const int many = side_by_side(count);
   std::fill(run.sums, run.sums + many * (run.hi - run.lo), 0.0);
   if (many == 1) {
-    OneByOne<Scalar> products{jacobian, run, {}, {}};
-    visit_tiles<Scalar>(p, products, due, run);
+    OneByOne<Scalar, kWidth> products{jacobian, run, {}, {}};
+    visit_tiles<Scalar, kWidth>(p, products, due, run);
   } else if (many == 4) {
-    SideBySide<Scalar, 4> products(jacobian, run);
-    visit_tiles<Scalar>(p, products, due, run);
+    SideBySide<Scalar, kWidth, 4> products(jacobian, run);
+    visit_tiles<Scalar, kWidth>(p, products, due, run);
   } else {
-    SideBySide<Scalar, 8> products(jacobian, run);
-    visit_tiles<Scalar>(p, products, due, run);
+    SideBySide<Scalar, kWidth, 8> products(jacobian, run);
+    visit_tiles<Scalar, kWidth>(p, products, due, run);
   }
 }
 
-RLEKF_EVERY_ISA void visit_float64(const Covariance& p, int count, const double* jacobian, const Fold& due,
-                                   const Run& run) {
-  visit_run<double>(p, count, jacobian, due, run);
+template <int kWidth>
+RLEKF_INLINE void visit(const Covariance& p, int count, const double* jacobian, const Fold& due, const Run& run) {
+  if (p.storage == Storage::kFloat64) visit_run<double, kWidth>(p, count, jacobian, due, run);
+  else visit_run<float, kWidth>(p, count, jacobian, due, run);
 }
 
-RLEKF_EVERY_ISA void visit_float32(const Covariance& p, int count, const double* jacobian, const Fold& due,
-                                   const Run& run) {
-  visit_run<float>(p, count, jacobian, due, run);
+// A vector that is wider than the registers would live in memory, so each kind of processor has its own width.
+using Visit = void (*)(const Covariance&, int, const double*, const Fold&, const Run&);
+#ifdef RLEKF_HAS_ISAS
+__attribute__((target("arch=x86-64-v4"))) void visit_v4(const Covariance& p, int count, const double* jacobian,
+                                                        const Fold& due, const Run& run) {
+  visit<8>(p, count, jacobian, due, run);
+}
+__attribute__((target("arch=x86-64-v3"))) void visit_v3(const Covariance& p, int count, const double* jacobian,
+                                                        const Fold& due, const Run& run) {
+  visit<4>(p, count, jacobian, due, run);
+}
+#endif
+void visit_any(const Covariance& p, int count, const double* jacobian, const Fold& due, const Run& run) {
+  visit<4>(p, count, jacobian, due, run);
+}
+
+Visit visit_here() {
+#ifdef RLEKF_HAS_ISAS
+  if (__builtin_cpu_supports("x86-64-v4")) return visit_v4;
+  if (__builtin_cpu_supports("x86-64-v3")) return visit_v3;
+#endif
+  return visit_any;
 }
 
 /// The Jacobians of a block side by side, in `to` (N, side by side).
@@ -342,7 +376,7 @@ RLEKF_EVERY_ISA void lay_side_by_side(const Covariance& p, const Measurements& m
 /// z = S h of the tiles, in a buffer of each run.
 std::vector<Run> visit_runs(const Covariance& p, const Measurements& m, const Fold& due, double* scratch,
                             const Parallel& parallel) {
-  const auto visit = p.storage == Storage::kFloat64 ? visit_float64 : visit_float32;
+  static const Visit visit = visit_here();
   const double* jacobian = m.jacobian;
   if (side_by_side(m.count) > 1) {
     parallel.run(p.num_blocks, [&](int64_t block) { lay_side_by_side(p, m, scratch, block); });
@@ -402,8 +436,8 @@ RLEKF_INLINE void subtract_pending(const Covariance& p, const Measurements& m, c
 template <int kMany>
 RLEKF_INLINE void subtract_pending_of_many(const Covariance& p, const Measurements& m, const Projection& out,
                                            const Block& block) {
-  using Value = typename SeveralOf<kMany>::Value;
-  using Stored = typename SeveralOf<kMany>::Stored;
+  using Value = typename VectorOf<kMany>::Value;
+  using Stored = typename VectorOf<kMany>::Stored;
   constexpr int64_t kAtOnce = 4;
   const auto num_pending = static_cast<int64_t>(p.state->num_pending);
   if (num_pending == 0) return;
