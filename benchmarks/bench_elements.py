@@ -8,11 +8,8 @@ One seed, one thread.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
-from bench_training import ROOT, STUDY, SYSTEMS, Run, config_of, load, method_of, significant
+from bench_training import ROOT, SYSTEMS, Run, asked, config_of, load, method_of, significant
 from rows import MACHINE, append, machine
 
 RESULTS = ROOT / "benchmarks/results/elements.csv"
@@ -22,23 +19,16 @@ FRAMES = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     several = [name for name, s in SYSTEMS.items() if "folders" in s and len(s["elements"]) > 1]
-    parser.add_argument("--systems", choices=several, nargs="+", default=several)
-    parser.add_argument("--network", choices=list(STUDY["network"]), default="small")
-    parser.add_argument("--data", type=Path, default=ROOT / "examples", help="folder of the sets; NaCl needs none")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    given = asked(__doc__, several, several, "small", RESULTS)
     torch.set_num_threads(1)
     where = machine(given.output)
     for system in given.systems:
         parts = load(system, given.data, FRAMES)
         for method, epochs in METHODS.items():
             run = Run(config_of(system, given.network, method_of(method), seed=1), parts["train"], epochs)
-            for step in range(run.num_steps):
-                run.step()
-                if (step + 1) % run.per_epoch == 0:
-                    run.refine()
+            for _ in range(epochs):
+                run.epoch()
             types = torch.cat([frame.types for frame in parts["test"]])
             with torch.enable_grad():
                 forces = [run.optimize.result(frame).forces.detach() for frame in parts["test"]]

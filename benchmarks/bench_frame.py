@@ -31,7 +31,7 @@ from rlekf_ext import RLEKF
 from rlekf_ext.batch_parts import force_groups
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, make_frame
-from rlekf_ext.potential.optimizers import build_optimizer
+from rlekf_ext.potential.optimizers import AdamSteps, KalmanSteps, build_optimizer
 from rlekf_ext.potential.table import geometry_of
 from rlekf_ext.potential.train import build_model, build_table
 from rlekf_ext.updates import ERRORS
@@ -91,20 +91,19 @@ def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callabl
     for size in BLOCK_SIZES:
         optimizer = RLEKF(parameters, block_size=size, transpose=True)
         found[f"filter, N_b = {size}"] = lambda o=optimizer: o.update(jacobian, 0.0)  # type: ignore[misc]
-    for label, table in itertools.product(("paper's settings", "RLEKF", "Adam 2e-3"), (False, True)):
+
+    def steps_of(label: str, table: bool) -> KalmanSteps | AdamSteps:
         other = config_of(system, network, method_of(label), seed=1)
         model = build_model(other, frames)
         steps = build_optimizer(other, model, 10**6)
         steps.start(frames)
         model.table = build_table(model, frames, wanted=table)
+        return steps
+
+    for label, table in itertools.product(("paper's settings", "RLEKF", "Adam 2e-3"), (False, True)):
         name = "Adam: an iteration" if label.startswith("Adam") else f"{label}: a frame, N_b = 1024"
-        found["on the table: " * table + name] = lambda s=steps: s([frame], 0)  # type: ignore[misc]
-    default = config_of(system, network, method_of("4 frames (default)"), seed=1)
-    model = build_model(default, frames)
-    steps = build_optimizer(default, model, 10**6)
-    steps.start(frames)
-    model.table = build_table(model, frames, wanted=True)
-    found[FOUR_FRAMES] = lambda: steps(frames[:4], 0)
+        found["on the table: " * table + name] = partial(steps_of(label, table), [frame], 0)
+    found[FOUR_FRAMES] = partial(steps_of("4 frames (default)", table=True), frames[:4], 0)
     return len(jacobian), found
 
 

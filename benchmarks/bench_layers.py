@@ -10,13 +10,11 @@ P H for forces. The last four are of the filter alone. Sixty training frames.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_training import ROOT, STUDY, SYSTEMS, Run, config_of, load, method_of
+from bench_training import ROOT, SYSTEMS, Run, asked, config_of, load, method_of
 from rows import MACHINE, append, machine
 from torch import Tensor
 
@@ -88,13 +86,8 @@ def measured(run: Run, start: Tensor, kinds: dict[str, list[slice]]) -> Iterator
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [n for n, s in SYSTEMS.items() if "folders" in s]
-    parser.add_argument("--systems", choices=known, nargs="+", default=["H2O", "LiGePS"])
-    parser.add_argument("--network", choices=list(STUDY["network"]), default="paper")
-    parser.add_argument("--data", type=Path, default=ROOT / "examples", help="folder of the sets; NaCl needs none")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    given = asked(__doc__, known, ["H2O", "LiGePS"], "paper", RESULTS)
     torch.set_num_threads(1)
     where = machine(given.output)
     for system in given.systems:
@@ -108,9 +101,7 @@ def main() -> None:
                     found = [{**named, "epoch": epoch, **row} for row in measured(run, start, kinds)]
                     append(given.output, COLUMNS, found)
                 if epoch < epochs:
-                    for _ in range(run.per_epoch):
-                        run.step()
-                    run.refine()
+                    run.epoch()
             for row in found:
                 print(*(row.get(name, "") for name in COLUMNS[: -len(MACHINE)]), sep="  ", flush=True)
 

@@ -162,6 +162,12 @@ class Run:
         self._done += 1
         return self.optimize(next(self._batches), self._done - 1)
 
+    def epoch(self) -> None:
+        """All batches of an epoch; then the table is refined, as the trainer does."""
+        for _ in range(self.per_epoch):
+            self.step()
+        self.refine()
+
     def refine(self) -> None:
         refine(self.model, self.training, ALONE, print)
 
@@ -222,6 +228,16 @@ def rows_of(
     found = list(curve(config, parts, key["epochs"], looks, method.get("skip")))
     rows = [{**key, **row, **{name: where[name] for name in MACHINE}} for row, _ in found]
     return rows, found[-1][1]
+
+
+def asked(doc: str | None, known: list[str], systems: list[str], network: str, output: Path) -> argparse.Namespace:
+    """The arguments of a script that trains on some of the known systems, with these defaults."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", choices=known, nargs="+", default=systems)
+    parser.add_argument("--network", choices=list(STUDY["network"]), default=network)
+    parser.add_argument("--data", type=Path, default=ROOT / "examples", help="folder of the sets; NaCl needs none")
+    parser.add_argument("--output", type=Path, default=output)
+    return parser.parse_args()
 
 
 def main() -> None:

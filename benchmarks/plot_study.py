@@ -35,7 +35,8 @@ Curve = list[Look]
 
 
 class Study:
-    """The rows: one curve per seed for every system, network and method; `frames`: of runs of so many at most."""
+    """The rows: a curve per seed of every system, network and method. `frames`: only of runs on at most this many
+    frames, 0 for those on all."""
 
     def __init__(self, path: Path, frames: int | None = None):
         self._runs: dict[tuple[str, str, str], dict[str, Curve]] = defaultdict(lambda: defaultdict(list))
@@ -244,39 +245,45 @@ def long_runs(network: str, frames: int, ours: Sequence[tuple[str, int]], adams:
 
 def relative_to(base: str, study: Study, labels: Sequence[str], systems: Sequence[str], network: str = "small") -> str:
     """Validation errors at epoch 4, and relative to those of `base`."""
-    rows = []
-    for label in [base, *labels]:
-        ratios, cells = {kind: [] for kind in KINDS}, []
-        for system in systems:
-            errors = [study.error(system, label, f"validation_{kind}", network, epoch=4) for kind in KINDS]
-            for kind, error in zip(KINDS, errors, strict=True):
-                ratios[kind].append(error / study.error(system, base, f"validation_{kind}", network, epoch=4))
-            cells.append(" / ".join(short(e) for e in errors))
-        means = " / ".join(short(geometric_mean(r)) if r else "–" for r in ratios.values())
-        rows.append(["default" if label == base else label, *cells, means])
-    return table(["setting", *systems, "times the default's"], rows)
-
-
-def at_the_same_time(_: Study, network: str = "small", epoch: float = 8) -> str:
-    """Validation errors at the CPU time that the default takes for so many epochs, and relative to the default's."""
-    study = Study(RESULTS / "study_time.csv")
-    labels = [label for label in STUDY["cost"] if any(study.curves(system, label, network) for system in SYSTEMS)]
-    systems = [system for system in SYSTEMS if study.curves(system, labels[0], network)]
-    limits = {system: study.error(system, labels[0], "cpu_seconds", network, epoch) for system in systems}
 
     def errors(system: str, label: str) -> list[float]:
-        looks = [look for look in study.curves(system, label, network)[0] if look["cpu_seconds"] <= limits[system]]
+        return [study.error(system, label, f"validation_{kind}", network, epoch=4) for kind in KINDS]
+
+    rows = relative([base, *labels], systems, errors)
+    rows[0][0] = "default"
+    return table(["setting", *systems, "times the default's"], rows)
+
+
+def at_the_same_time(_: Study) -> str:
+    """Validation errors of small networks at the CPU time that the default needs for eight epochs, and relative to its
+    own."""
+    study = Study(RESULTS / "study_time.csv")
+    base, *others = STUDY["cost"]
+    systems = [system for system in SYSTEMS if study.curves(system, base)]
+    limits = {system: study.error(system, base, "cpu_seconds", epoch=8) for system in systems}
+
+    def errors(system: str, label: str) -> list[float]:
+        curve = next(iter(study.curves(system, label)), [])
+        looks = [look for look in curve if look["cpu_seconds"] <= limits[system]]
         return [looks[-1][f"validation_{kind}"] if looks else math.nan for kind in KINDS]
 
+    return table(["setting", *systems, "times the default's"], relative([base, *others], systems, errors))
+
+
+def relative(
+    labels: Sequence[str], systems: Sequence[str], errors: Callable[[str, str], list[float]]
+) -> list[list[str]]:
+    """A row for each label: its errors on each system, and the geometric mean of their ratios to those of the first
+    label, over the systems that have both."""
     base, rows = {system: errors(system, labels[0]) for system in systems}, []
     for label in labels:
-        found = {system: errors(system, label) for system in systems if study.curves(system, label, network)}
-        cells = [" / ".join(map(short, found[system])) if system in found else "–" for system in systems]
-        ratios = zip(
-            *([e / b for e, b in zip(found[system], base[system], strict=True)] for system in found), strict=True
-        )
-        rows.append([label, *cells, " / ".join(short(geometric_mean(r)) for r in ratios)])
-    return table(["setting", *systems, "times the default's"], rows)
+        found = {system: errors(system, label) for system in systems}
+        ratios = [[e / b for e, b in zip(found[s], base[s], strict=True)] for s in systems]
+        known = list(zip(*(pair for pair in ratios if not any(map(math.isnan, pair))), strict=True))
+        means = [short(geometric_mean(each)) for each in known] or ["–"] * len(KINDS)
+        cells = ["–" if all(map(math.isnan, found[s])) else " / ".join(map(short, found[s])) for s in systems]
+        rows.append([label, *cells, " / ".join(means)])
+    return rows
 
 
 def skip_connections(study: Study) -> str:

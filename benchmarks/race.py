@@ -25,7 +25,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +33,8 @@ from typing import Any
 import torch
 from bench_training import ERRORS, ROOT, STUDY, Run, available, config_of, load, num_training, significant
 from rows import MACHINE, append, machine
+from runs import Name, run_all
+from study import validation
 from torch import nn
 
 from rlekf_ext.potential.evaluate import compare
@@ -87,7 +89,7 @@ RIVALS: dict[str, tuple[Callable[[list[nn.Parameter], float], Any], tuple[float,
     "Muon": (muon, (2e-3, 8e-3, 3.2e-2)),
     "SOAP": (soap, (5e-4, 2e-3, 8e-3)),
 }
-Rows = dict[tuple[str, ...], list[dict[str, str]]]  # the looks of each run
+Rows = dict[Name, list[dict[str, str]]]  # the looks of each run
 
 
 def run_of(
@@ -117,7 +119,7 @@ def pace(system: str, network: str, method: str, data: Path) -> float:
 
 
 def looks_of(key: tuple[Any, ...], data: Path, seconds: float | None) -> list[dict[str, Any]]:
-    """The rows of a run; of a rival, it lasts about so many seconds."""
+    """The rows of a run. That of a rival lasts about this many seconds."""
     torch.set_num_threads(1)
     system, network, method, rate, seed, _ = key
     where = machine()
@@ -158,12 +160,7 @@ def read_rows(path: Path) -> Rows:
     return found
 
 
-def score(look: dict[str, str]) -> float:
-    """What settings are chosen by."""
-    return float(look["validation_E"]) * float(look["validation_F"])
-
-
-def name_of(key: tuple[Any, ...]) -> tuple[str, ...]:
+def name_of(key: tuple[Any, ...]) -> Name:
     return tuple(map(str, key))
 
 
@@ -173,12 +170,12 @@ def jobs(system: str, network: str, rows: Rows, full: bool) -> Iterator[tuple[tu
     yield from ((key, None) for key in ours)
     if not all(name_of(key) in rows for key in ours):
         return
-    t = median(float(min(rows[name_of(key)], key=score)["seconds"]) for key in ours)
+    t = median(float(min(rows[name_of(key)], key=validation)["seconds"]) for key in ours)
     short = {method: [(system, network, method, rate, 1, 1) for rate in rates] for method, (_, rates) in RIVALS.items()}
     yield from ((key, t) for keys in short.values() for key in keys)
     if not all(name_of(key) in rows for keys in short.values() for key in keys):
         return
-    ends = {key: score(rows[name_of(key)][-1]) for keys in short.values() for key in keys}
+    ends = {key: validation(rows[name_of(key)][-1]) for keys in short.values() for key in keys}
     best = sorted((min(keys, key=ends.__getitem__) for keys in short.values()), key=ends.__getitem__)
     for key in best if full else best[:2]:
         for seed in SEEDS if full else SEEDS[:1]:
@@ -203,30 +200,21 @@ def main() -> None:
         print(f"about {estimate(pool, systems, given.network, data, given.full) / given.workers / 3600:.1f} hours")
         if given.estimate:
             return
-        running: dict[Future[Any], tuple[Any, ...]] = {}
-        failed: set[tuple[str, ...]] = set()
-        while True:
-            taken = {*rows, *failed, *map(name_of, running.values())}
-            waiting = (
-                job for s in systems for job in jobs(s, given.network, rows, given.full) if name_of(job[0]) not in taken
-            )
-            while len(running) < given.workers and (job := next(waiting, None)):
-                running[pool.submit(looks_of, job[0], data, job[1])] = job[0]
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                key = running.pop(future)
-                try:
-                    found = future.result()
-                except Exception as error:  # one run that fails is no reason to lose the others
-                    failed.add(name_of(key))
-                    print(f"{' '.join(name_of(key))}: left out: {error}", file=sys.stderr, flush=True)
-                    continue
-                append(given.output, COLUMNS, found)
-                rows[name_of(key)] = [{name: str(value) for name, value in row.items()} for row in found]
-                end = "E {test_E} meV/atom, F {test_F} meV/Å, {seconds} s, epoch {epoch}".format(**found[-1])
-                print(f"{' '.join(name_of(key))}: {end}", flush=True)
-    sys.exit(1 if failed else 0)
+
+        def waiting() -> Iterator[tuple[Name, Callable[..., Any], tuple[Any, ...]]]:
+            every = (job for s in systems for job in jobs(s, given.network, rows, given.full))
+            return ((name_of(key), looks_of, (key, data, t)) for key, t in every if name_of(key) not in rows)
+
+        def ended(name: Name, found: Any) -> None:
+            if found is None:
+                return
+            append(given.output, COLUMNS, found)
+            rows[name] = [{column: str(value) for column, value in row.items()} for row in found]
+            end = "E {test_E} meV/atom, F {test_F} meV/Å, {seconds} s, epoch {epoch}".format(**found[-1])
+            print(f"{' '.join(name)}: {end}", flush=True)
+
+        done = run_all(pool, given.workers, waiting, ended)
+    sys.exit(0 if done else 1)
 
 
 def estimate(pool: ProcessPoolExecutor, systems: list[str], network: str, data: Path, full: bool) -> float:

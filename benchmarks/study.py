@@ -15,14 +15,15 @@ import argparse
 import csv
 import multiprocessing
 import sys
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench_training import COLUMNS, KEY, ROOT, STUDY, available, base_of, method_of, num_training, rows_of
 from rows import append, machine
+from runs import Name, run_all
 
 from rlekf_ext.potential.evaluate import Comparison
 
@@ -140,38 +141,33 @@ def main() -> None:
     if not todo:
         print(f"All runs with data in {data} have rows in {output}.")
         return
-    failed: dict[tuple[str, ...], str] = {}
     with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
         kinds = sorted({job.kind for job in todo})
         print(f"{len(todo)} runs to do; timing three batches of each of {len(kinds)} kinds:", flush=True)
         paces = dict(zip(kinds, pool.map(pace, kinds, [data] * len(kinds)), strict=True))
-        left = sum(paces[job.kind] * job.num_batches(data) for job in todo) / given.workers
+        seconds = {job.name: paces[job.kind] * job.num_batches(data) / given.workers for job in todo}
+        left = sum(seconds.values())
         print(f"about {left / 3600:.1f} hours, {given.workers} runs at once", flush=True)
         if given.estimate:
             return
-        running: dict[Future[Any], Job] = {}
-        while True:
-            taken = {*rows, *failed, *(job.name for job in running.values())}
-            waiting = (job for job in jobs(plan, data, rows) if job.name not in taken)
-            while len(running) < given.workers and (job := next(waiting, None)):
-                running[pool.submit(do, job, data)] = job
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
-                left -= paces[job.kind] * job.num_batches(data) / given.workers
-                try:
-                    found, points = future.result()
-                except Exception as error:  # one run that fails is no reason to lose the others
-                    failed[job.name] = str(error)
-                    print(f"{' '.join(job.name)}: left out: {error}", file=sys.stderr, flush=True)
-                    continue
-                append(output, COLUMNS, found)
-                append(output.with_name(f"{output.stem}_parity.csv"), PARITY, points)
-                rows[job.name] = {name: str(value) for name, value in found[-1].items()}
-                errors = "E {test_E} meV/atom, F {test_F} meV/Å after {cpu_seconds} s".format(**found[-1])
-                print(f"{' '.join(job.name)}: {errors}; {max(left, 0) / 60:.0f} minutes left", flush=True)
-    sys.exit(1 if failed else 0)
+
+        def waiting() -> Iterator[tuple[Name, Callable[..., Any], tuple[Any, ...]]]:
+            return ((job.name, do, (job, data)) for job in jobs(plan, data, rows) if job.name not in rows)
+
+        def ended(name: Name, result: Any) -> None:
+            nonlocal left
+            left -= seconds.get(name, 0.0)
+            if result is None:
+                return
+            found, points = result
+            append(output, COLUMNS, found)
+            append(output.with_name(f"{output.stem}_parity.csv"), PARITY, points)
+            rows[name] = {column: str(value) for column, value in found[-1].items()}
+            errors = "E {test_E} meV/atom, F {test_F} meV/Å after {cpu_seconds} s".format(**found[-1])
+            print(f"{' '.join(name)}: {errors}; {max(left, 0) / 60:.0f} minutes left", flush=True)
+
+        done = run_all(pool, given.workers, waiting, ended)
+    sys.exit(0 if done else 1)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ constexpr Polynomials kPolynomials;
 /// The eight polynomials at `where`, and their derivatives by it.
 RLEKF_INLINE void interpolate(double where, Lanes& values, Lanes& slopes) {
   const double u = where - kMiddle;
-  load(kPolynomials.coefficient[kStencil - 1], values);
+  values = load_vector<kLanes>(kPolynomials.coefficient[kStencil - 1]);
   slopes = Lanes{};
 #pragma GCC unroll 8
   for (int d = kStencil - 2; d >= 0; --d) {
     Lanes next;
-    load(kPolynomials.coefficient[d], next);
+    next = load_vector<kLanes>(kPolynomials.coefficient[d]);
     slopes = slopes * u + values;
     values = values * u + next;
   }
@@ -125,8 +125,8 @@ RLEKF_INLINE void tabulate_atom(const FrameInputs<Scalar>& in, const RowScale<Sc
       interpolate(static_cast<double>(edge.where), values, slopes);
       Scalar* to = own + static_cast<int64_t>(edge.place);
       for (int c = 0; c < 4; ++c, to += stride) {
-        load(to, sum);
-        store(to, sum + row[c] * values);
+        sum = load_vector<kLanes>(to);
+        store_vector<kLanes>(to, sum + row[c] * values);
       }
     }
     for (int c = 0; c < 4; ++c) {
@@ -151,7 +151,7 @@ RLEKF_INLINE void by_edge_of_atom(const Geometry<Scalar>& geometry, const RowSca
     const double slope = static_cast<double>(edge.slope), ratio = static_cast<double>(edge.ratio);
     Lanes by_slopes{}, by_values{}, parts[4];
     for (int c = 0; c < 4; ++c, own += stride) {
-      load(own, y);
+      y = load_vector<kLanes>(own);
       const double factor =
           scale.scale[c] * (c == 0 ? slope : (slope - ratio) * static_cast<double>(edge.direction[c - 1]));
       by_slopes += row[c] * y;
@@ -199,8 +199,8 @@ RLEKF_INLINE void along_of_atom(const Geometry<Scalar>& geometry, const RowScale
     slopes *= s_dot * scale.per_step;
     Scalar* to = own + static_cast<int64_t>(edge.place);
     for (int c = 0; c < 4; ++c, to += stride) {
-      load(to, total);
-      store(to, total + row_dot[c] * values + row[c] * slopes);
+      total = load_vector<kLanes>(to);
+      store_vector<kLanes>(to, total + row_dot[c] * values + row[c] * slopes);
     }
   }
 }

@@ -50,15 +50,6 @@ using Lanes = double __attribute__((vector_size(kLanes * sizeof(double))));
 using LanesUnaligned = Vectors<double>::Anywhere;
 using FloatLanesUnaligned = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
-RLEKF_INLINE void load(const double* from, Lanes& to) { to = *reinterpret_cast<const LanesUnaligned*>(from); }
-RLEKF_INLINE void load(const float* from, Lanes& to) {
-  to = __builtin_convertvector(*reinterpret_cast<const FloatLanesUnaligned*>(from), Lanes);
-}
-RLEKF_INLINE void store(double* to, const Lanes& from) { *reinterpret_cast<LanesUnaligned*>(to) = from; }
-RLEKF_INLINE void store(float* to, const Lanes& from) {
-  *reinterpret_cast<FloatLanesUnaligned*>(to) = __builtin_convertvector(from, FloatLanesUnaligned);
-}
-
 /// Vectors of kWidth doubles: in registers, and in memory as double or float.
 template <int kWidth>
 struct VectorOf;

@@ -8,8 +8,8 @@
 //      with the same number of workers.
 //   3. Pending vectors are folded into a tile in the visit that reads it: S is written once every `capacity` steps.
 //   4. Several measurements: their entries of one weight lie side by side in a vector, and the tile is read once for all.
-//   5. Vector arithmetic uses the compiler's vector types and is compiled for several instruction sets; the loader
-//      picks one.
+//   5. Vector arithmetic uses the compiler's vector types and is compiled for several instruction sets: for tiles with
+//      vectors as wide as the registers, chosen at the first step; for the rest the loader picks one.
 //
 // Traffic of a step: the triangle, 4 n(n+1) bytes in float64, is read once (and written once by a fold); the vectors
 // are O(N). The limit is the machine's read bandwidth.
@@ -67,10 +67,11 @@ RLEKF_INLINE Value<4> sums(const Value<4> (&v)[4]) {
 }
 
 /// y_i += T x_j and, off the diagonal, y_j += T^T x_i. The tile is read once and prefetched a few rows ahead: the
-/// hardware's own prefetcher stops at the end of every small page. With 16 registers, y_j takes turns in two halves.
+/// hardware's own prefetcher stops at the end of every small page. y_j takes turns in as many parts as the registers
+/// need.
 template <int kWidth, typename Scalar>
 RLEKF_INLINE void multiply(const Scalar* tile, const Segment& xi, const Segment& xj, Segment& yi, Segment& yj) {
-  constexpr int kLine = 64 / sizeof(Scalar), kChunks = 32 / kWidth * (kWidth / 4), kColumns = kChunks * kWidth;
+  constexpr int kLine = 64 / sizeof(Scalar), kChunks = 8, kColumns = kChunks * kWidth;
   for (int group = 0; group < kTile; group += kWidth) {
     Value<kWidth> rows[kWidth] = {};
     for (int first = 0; first < kTile; first += kColumns) {
@@ -376,7 +377,7 @@ RLEKF_EVERY_ISA void lay_side_by_side(const Covariance& p, const Measurements& m
 /// z = S h of the tiles, in a buffer of each run.
 std::vector<Run> visit_runs(const Covariance& p, const Measurements& m, const Fold& due, double* scratch,
                             const Parallel& parallel) {
-  static const Visit visit = visit_here();
+  static const Visit chosen = visit_here();
   const double* jacobian = m.jacobian;
   if (side_by_side(m.count) > 1) {
     parallel.run(p.num_blocks, [&](int64_t block) { lay_side_by_side(p, m, scratch, block); });
@@ -385,17 +386,15 @@ std::vector<Run> visit_runs(const Covariance& p, const Measurements& m, const Fo
   }
   const std::vector<Run> runs = plan_runs(p, m.count, parallel.num_workers, scratch);
   parallel.run(static_cast<int64_t>(runs.size()),
-               [&](int64_t i) { visit(p, m.count, jacobian, due, runs[static_cast<size_t>(i)]); });
+               [&](int64_t i) { chosen(p, m.count, jacobian, due, runs[static_cast<size_t>(i)]); });
   return runs;
 }
 
 RLEKF_INLINE double dot(const double* a, const double* b, int64_t count) {
-  Lanes sums{}, x, y;
+  Lanes sums{};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    load(a + i, x);
-    load(b + i, y);
-    sums += x * y;
+    sums += load_vector<kLanes>(a + i) * load_vector<kLanes>(b + i);
   }
   double rest = 0;
   for (; i < count; ++i) rest += a[i] * b[i];
