@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "covariance.h"
+#include "cpu/isa.h"
 
 namespace py = pybind11;
 using namespace rlekf;
@@ -30,11 +31,9 @@ py::dict build_info() {
 }
 
 std::string cpu_isa() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
-  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
-  return "x86-64 baseline";
+#ifdef RLEKF_HAS_ISAS
+  const int bytes = cpu::register_bytes();
+  return bytes == 64 ? "x86-64-v4 (AVX-512)" : bytes == 32 ? "x86-64-v3 (AVX2)" : "x86-64 baseline";
 #else
   return "the compiler's default";
 #endif

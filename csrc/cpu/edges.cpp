@@ -7,13 +7,14 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 
 #include "lanes.h"
 
 namespace rlekf::cpu {
 namespace {
 
-static_assert(kStencil == kLanes);
+static_assert(kStencil == 8);  // a vector of 64 bytes
 static_assert(sizeof(Edge<double>) == 64 && sizeof(Edge<float>) == 32);
 constexpr double kMiddle = (kStencil - 1) / 2.0;
 
@@ -36,30 +37,40 @@ struct Polynomials {
 };
 constexpr Polynomials kPolynomials;
 
-/// The eight polynomials at `where`, and their derivatives by it.
-RLEKF_INLINE void interpolate(double where, Lanes& values, Lanes& slopes) {
-  const double u = where - kMiddle;
-  values = load_vector<kLanes>(kPolynomials.coefficient[kStencil - 1]);
-  slopes = Lanes{};
-#pragma GCC unroll 8
-  for (int d = kStencil - 2; d >= 0; --d) {
-    Lanes next;
-    next = load_vector<kLanes>(kPolynomials.coefficient[d]);
-    slopes = slopes * u + values;
-    values = values * u + next;
-  }
+/// Eight numbers.
+template <int kBytes>
+struct Stencil {
+  static constexpr int kParts = 64 / kBytes, kN = kLanes<double, kBytes>;
+  Vector<double, kBytes> part[kParts];
+};
+
+/// total += part i of eight numbers, as four sums.
+RLEKF_INLINE void add_to(Vector<double, 32>& total, const Vector<double, 64>& part, int) {
+  Vector<double, 32> halves[2];
+  std::memcpy(halves, &part, sizeof part);
+  total += halves[0] + halves[1];
+}
+RLEKF_INLINE void add_to(Vector<double, 32>& total, const Vector<double, 32>& part, int) { total += part; }
+RLEKF_INLINE void add_to(Vector<double, 32>& total, const Vector<double, 16>& part, int i) {
+  for (int lane = 0; lane < 2; ++lane) total[2 * (i % 2) + lane] += part[lane];
 }
 
-/// The sums of four vectors.
-RLEKF_INLINE void sums(const Lanes (&v)[4], double* totals) {
-  using Picks = int64_t __attribute__((vector_size(kLanes * sizeof(int64_t))));
-  const Lanes low = __builtin_shuffle(v[0], v[1], Picks{0, 8, 2, 10, 4, 12, 6, 14}) +
-                    __builtin_shuffle(v[0], v[1], Picks{1, 9, 3, 11, 5, 13, 7, 15});
-  const Lanes high = __builtin_shuffle(v[2], v[3], Picks{0, 8, 2, 10, 4, 12, 6, 14}) +
-                     __builtin_shuffle(v[2], v[3], Picks{1, 9, 3, 11, 5, 13, 7, 15});
-  const Lanes all = __builtin_shuffle(low, high, Picks{0, 1, 8, 9, 4, 5, 12, 13}) +
-                    __builtin_shuffle(low, high, Picks{2, 3, 10, 11, 6, 7, 14, 15});
-  for (int i = 0; i < 4; ++i) totals[i] = all[i] + all[i + 4];
+/// The eight polynomials at `where`, and their derivatives by it.
+template <int kBytes>
+RLEKF_INLINE void interpolate(double where, Stencil<kBytes>& values, Stencil<kBytes>& slopes) {
+  const double u = where - kMiddle;
+#pragma GCC unroll 4
+  for (int i = 0; i < Stencil<kBytes>::kParts; ++i) {
+    const int at = i * Stencil<kBytes>::kN;
+    Vector<double, kBytes> value = read<kBytes>(kPolynomials.coefficient[kStencil - 1] + at), slope{};
+#pragma GCC unroll 8
+    for (int d = kStencil - 2; d >= 0; --d) {
+      slope = slope * u + value;
+      value = value * u + read<kBytes>(kPolynomials.coefficient[d] + at);
+    }
+    values.part[i] = value;
+    slopes.part[i] = slope;
+  }
 }
 
 template <typename Scalar>
@@ -91,7 +102,7 @@ RLEKF_INLINE void row_of(const Edge<Scalar>& edge, const RowScale<Scalar>& scale
   }
 }
 
-template <typename Scalar>
+template <int kBytes, typename Scalar>
 RLEKF_INLINE void tabulate_atom(const FrameInputs<Scalar>& in, const RowScale<Scalar>& scale,
                                 const Normalization<Scalar>& normalization, const Geometry<Scalar>& geometry,
                                 int64_t atom) {
@@ -121,12 +132,14 @@ RLEKF_INLINE void tabulate_atom(const FrameInputs<Scalar>& in, const RowScale<Sc
       --num_empty;
       double row[4];
       row_of(edge, scale, row);
-      Lanes values, slopes, sum;
+      Stencil<kBytes> values, slopes;
       interpolate(static_cast<double>(edge.where), values, slopes);
-      Scalar* to = own + static_cast<int64_t>(edge.place);
-      for (int c = 0; c < 4; ++c, to += stride) {
-        sum = load_vector<kLanes>(to);
-        store_vector<kLanes>(to, sum + row[c] * values);
+#pragma GCC unroll 4
+      for (int i = 0; i < values.kParts; ++i) {
+        Scalar* to = own + static_cast<int64_t>(edge.place) + i * values.kN;
+        for (int c = 0; c < 4; ++c, to += stride) {
+          write_wide<kBytes>(to, read_wide<kBytes>(to) + row[c] * values.part[i]);
+        }
       }
     }
     for (int c = 0; c < 4; ++c) {
@@ -135,7 +148,7 @@ RLEKF_INLINE void tabulate_atom(const FrameInputs<Scalar>& in, const RowScale<Sc
   }
 }
 
-template <typename Scalar>
+template <int kBytes, typename Scalar>
 RLEKF_INLINE void by_edge_of_atom(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t atom,
                                   const Scalar* by_coefficient, Scalar* result) {
   const int64_t stride = geometry.num_types * geometry.num_nodes;
@@ -144,30 +157,36 @@ RLEKF_INLINE void by_edge_of_atom(const Geometry<Scalar>& geometry, const RowSca
     const Scalar* own = by_coefficient + static_cast<int64_t>(edge.place);
     double row[4];
     row_of(edge, scale, row);
-    Lanes values, slopes, y;
+    Stencil<kBytes> values, slopes;
     interpolate(static_cast<double>(edge.where), values, slopes);
     // dE/d(edge) = radial d + ratio (b_1, b_2, b_3), with b_c the derivatives by the columns of the environment matrix
     // and radial = slope (b_0 + dE/ds by the polynomials) + (slope - ratio) b·d: four sums over the stencil.
     const double slope = static_cast<double>(edge.slope), ratio = static_cast<double>(edge.ratio);
-    Lanes by_slopes{}, by_values{}, parts[4];
-    for (int c = 0; c < 4; ++c, own += stride) {
-      y = load_vector<kLanes>(own);
-      const double factor =
-          scale.scale[c] * (c == 0 ? slope : (slope - ratio) * static_cast<double>(edge.direction[c - 1]));
-      by_slopes += row[c] * y;
-      by_values += factor * y;
-      if (c > 0) parts[c] = (ratio * scale.scale[c]) * (y * values);
+    double factor[4];
+    for (int c = 0; c < 4; ++c) {
+      factor[c] = scale.scale[c] * (c == 0 ? slope : (slope - ratio) * static_cast<double>(edge.direction[c - 1]));
     }
-    parts[0] = by_values * values + (scale.per_step * slope) * (by_slopes * slopes);
-    double total[4];
-    sums(parts, total);
+    Vector<double, 32> totals[4] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < values.kParts; ++i) {
+      Vector<double, kBytes> by_slopes{}, by_values{}, terms[4];
+      for (int c = 0; c < 4; ++c) {
+        const Vector<double, kBytes> y = read_wide<kBytes>(own + c * stride + i * values.kN);
+        by_slopes += row[c] * y;
+        by_values += factor[c] * y;
+        if (c > 0) terms[c] = (ratio * scale.scale[c]) * (y * values.part[i]);
+      }
+      terms[0] = by_values * values.part[i] + (scale.per_step * slope) * (by_slopes * slopes.part[i]);
+      for (int c = 0; c < 4; ++c) add_to(totals[c], terms[c], i);
+    }
+    const Vector<double, 32> total = sums(totals);
     for (int a = 0; a < 3; ++a) {
       result[a] = static_cast<Scalar>(total[0] * static_cast<double>(edge.direction[a]) + total[a + 1]);
     }
   }
 }
 
-template <typename Scalar>
+template <int kBytes, typename Scalar>
 RLEKF_INLINE void along_of_atom(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t atom,
                                 const Factors<Scalar>& factors, Scalar* own) {
   const int64_t stride = geometry.num_types * geometry.num_nodes, from = geometry.order[atom];
@@ -194,31 +213,17 @@ RLEKF_INLINE void along_of_atom(const Geometry<Scalar>& geometry, const RowScale
       row_dot[a + 1] = ((slope - ratio) * inner * d[a] + ratio * moved[a]) * scale.scale[a + 1];
     }
     row_of(edge, scale, row);
-    Lanes values, slopes, total;
+    Stencil<kBytes> values, slopes;
     interpolate(static_cast<double>(edge.where), values, slopes);
-    slopes *= s_dot * scale.per_step;
-    Scalar* to = own + static_cast<int64_t>(edge.place);
-    for (int c = 0; c < 4; ++c, to += stride) {
-      total = load_vector<kLanes>(to);
-      store_vector<kLanes>(to, total + row_dot[c] * values + row[c] * slopes);
+#pragma GCC unroll 4
+    for (int i = 0; i < values.kParts; ++i) {
+      const Vector<double, kBytes> value = values.part[i], value_dot = slopes.part[i] * (s_dot * scale.per_step);
+      Scalar* to = own + static_cast<int64_t>(edge.place) + i * values.kN;
+      for (int c = 0; c < 4; ++c, to += stride) {
+        write_wide<kBytes>(to, read_wide<kBytes>(to) + row_dot[c] * value + row[c] * value_dot);
+      }
     }
   }
-}
-
-template <typename Scalar>
-struct Tabulated {
-  const FrameInputs<Scalar>& inputs;
-  const Normalization<Scalar>& normalization;
-  const Geometry<Scalar>& geometry;
-};
-
-RLEKF_EVERY_ISA void tabulate_atoms(const Tabulated<double>& t, const RowScale<double>& scale, int64_t begin,
-                                    int64_t end) {
-  for (int64_t a = begin; a < end; ++a) tabulate_atom(t.inputs, scale, t.normalization, t.geometry, a);
-}
-RLEKF_EVERY_ISA void tabulate_atoms(const Tabulated<float>& t, const RowScale<float>& scale, int64_t begin,
-                                    int64_t end) {
-  for (int64_t a = begin; a < end; ++a) tabulate_atom(t.inputs, scale, t.normalization, t.geometry, a);
 }
 
 }  // namespace
@@ -236,25 +241,28 @@ RowScale<Scalar> row_scale(const Normalization<Scalar>& normalization, const Geo
   return result;
 }
 
-// target_clones takes no templates.
-#define RLEKF_FOR_SCALAR(Scalar)                                                                               \
-  RLEKF_EVERY_ISA void by_edge(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t begin, \
-                               int64_t end, const ByEdge<Scalar>& by) {                                        \
-    const int64_t size = 4 * geometry.num_types * geometry.num_nodes;                                          \
-    for (int64_t a = begin; a < end; ++a) {                                                                    \
-      by_edge_of_atom(geometry, scale, a, by.by_coefficient + (a - begin) * size,                              \
-                      by.by_edge + 3 * (geometry.first_edge[a] - geometry.first_edge[begin]));                 \
-    }                                                                                                          \
-  }                                                                                                            \
-  RLEKF_EVERY_ISA void along(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t begin,   \
-                             int64_t end, const Factors<Scalar>& factors, Scalar* coefficients) {              \
-    const int64_t size = 4 * geometry.num_types * geometry.num_nodes;                                          \
-    for (int64_t a = begin; a < end; ++a) {                                                                    \
-      along_of_atom(geometry, scale, a, factors, coefficients + (a - begin) * size);                           \
-    }                                                                                                          \
-  }
-RLEKF_FOR_SCALAR(double)
-RLEKF_FOR_SCALAR(float)
+template <typename Scalar>
+void by_edge(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t begin, int64_t end,
+             const ByEdge<Scalar>& by) {
+  const int64_t size = 4 * geometry.num_types * geometry.num_nodes;
+  on_widest([&]<int kBytes>() RLEKF_INLINED {
+    for (int64_t a = begin; a < end; ++a) {
+      by_edge_of_atom<kBytes>(geometry, scale, a, by.by_coefficient + (a - begin) * size,
+                              by.by_edge + 3 * (geometry.first_edge[a] - geometry.first_edge[begin]));
+    }
+  });
+}
+
+template <typename Scalar>
+void along(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t begin, int64_t end,
+           const Factors<Scalar>& factors, Scalar* coefficients) {
+  const int64_t size = 4 * geometry.num_types * geometry.num_nodes;
+  on_widest([&]<int kBytes>() RLEKF_INLINED {
+    for (int64_t a = begin; a < end; ++a) {
+      along_of_atom<kBytes>(geometry, scale, a, factors, coefficients + (a - begin) * size);
+    }
+  });
+}
 
 template <typename Scalar>
 void sort_atoms(const FrameInputs<Scalar>& inputs, const Geometry<Scalar>& geometry) {
@@ -282,12 +290,16 @@ void sort_atoms(const FrameInputs<Scalar>& inputs, const Geometry<Scalar>& geome
 template <typename Scalar>
 void tabulate(const FrameInputs<Scalar>& inputs, const Normalization<Scalar>& normalization,
               const Geometry<Scalar>& geometry, const Parallel& parallel) {
-  const Tabulated<Scalar> all{inputs, normalization, geometry};
   parallel.run(parallel.num_workers, [&](int64_t worker) {
     for (int64_t t = 0; t < geometry.num_types; ++t) {
       const int64_t first = geometry.first_atom[t], count = geometry.first_atom[t + 1] - first;
-      tabulate_atoms(all, row_scale(normalization, geometry, t), first + worker * count / parallel.num_workers,
-                     first + (worker + 1) * count / parallel.num_workers);
+      const int64_t end = first + (worker + 1) * count / parallel.num_workers;
+      const RowScale<Scalar> scale = row_scale(normalization, geometry, t);
+      on_widest([&]<int kBytes>() RLEKF_INLINED {
+        for (int64_t atom = first + worker * count / parallel.num_workers; atom < end; ++atom) {
+          tabulate_atom<kBytes>(inputs, scale, normalization, geometry, atom);
+        }
+      });
     }
   });
   std::fill_n(geometry.first_incoming, geometry.num_atoms + 1, 0);
@@ -299,10 +311,13 @@ void tabulate(const FrameInputs<Scalar>& inputs, const Normalization<Scalar>& no
   }
 }
 
-#define RLEKF_INSTANTIATE(Scalar)                                                                           \
-  template RowScale<Scalar> row_scale(const Normalization<Scalar>&, const Geometry<Scalar>&, int64_t);      \
-  template void sort_atoms(const FrameInputs<Scalar>&, const Geometry<Scalar>&);                            \
-  template void tabulate(const FrameInputs<Scalar>&, const Normalization<Scalar>&, const Geometry<Scalar>&, \
+#define RLEKF_INSTANTIATE(Scalar)                                                                                   \
+  template void by_edge(const Geometry<Scalar>&, const RowScale<Scalar>&, int64_t, int64_t, const ByEdge<Scalar>&); \
+  template void along(const Geometry<Scalar>&, const RowScale<Scalar>&, int64_t, int64_t, const Factors<Scalar>&,   \
+                      Scalar*);                                                                                     \
+  template RowScale<Scalar> row_scale(const Normalization<Scalar>&, const Geometry<Scalar>&, int64_t);              \
+  template void sort_atoms(const FrameInputs<Scalar>&, const Geometry<Scalar>&);                                    \
+  template void tabulate(const FrameInputs<Scalar>&, const Normalization<Scalar>&, const Geometry<Scalar>&,         \
                          const Parallel&);
 RLEKF_INSTANTIATE(double)
 RLEKF_INSTANTIATE(float)

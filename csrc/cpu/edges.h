@@ -26,14 +26,14 @@ struct ByEdge {
   Scalar* by_edge;
 };
 
-void by_edge(const Geometry<double>&, const RowScale<double>&, int64_t begin, int64_t end, const ByEdge<double>&);
-void by_edge(const Geometry<float>&, const RowScale<float>&, int64_t begin, int64_t end, const ByEdge<float>&);
+template <typename Scalar>
+void by_edge(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t begin, int64_t end,
+             const ByEdge<Scalar>& by);
 
 /// For atoms [begin, end) of one element: adds to coefficients (4, T, K) of each their derivatives in a sum with these
 /// factors of forces and virials.
-void along(const Geometry<double>&, const RowScale<double>&, int64_t begin, int64_t end, const Factors<double>&,
-           double* coefficients);
-void along(const Geometry<float>&, const RowScale<float>&, int64_t begin, int64_t end, const Factors<float>&,
-           float* coefficients);
+template <typename Scalar>
+void along(const Geometry<Scalar>& geometry, const RowScale<Scalar>& scale, int64_t begin, int64_t end,
+           const Factors<Scalar>& factors, Scalar* coefficients);
 
 }  // namespace rlekf::cpu

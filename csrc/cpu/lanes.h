@@ -1,90 +1,92 @@
-// Vectors of 64 bytes, and code for several instruction sets of which the loader picks one. `Vector` is of the type of
-// its numbers; `Lanes` are eight doubles, which are float in memory where that is their type.
+// Vectors as wide as the registers. One that is wider would live in memory, which takes ten times as long and more.
 
 #pragma once
 
 #include <cstdint>
 
-// Not with the thread sanitizer, which is not yet running when the loader picks an instruction set.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
-#define RLEKF_HAS_ISAS
-#define RLEKF_EVERY_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define RLEKF_EVERY_ISA
-#endif
-#define RLEKF_INLINE inline __attribute__((always_inline))
+#include "isa.h"
 
 namespace rlekf::cpu {
 
-/// 64 bytes of float or double.
-template <typename Scalar>
-struct Vectors;
-template <>
-struct Vectors<double> {
-  using Aligned = double __attribute__((vector_size(64)));
-  using Anywhere = double __attribute__((vector_size(64), aligned(8), may_alias));
-  using Bits = int64_t __attribute__((vector_size(64)));
-};
-template <>
-struct Vectors<float> {
-  using Aligned = float __attribute__((vector_size(64)));
-  using Anywhere = float __attribute__((vector_size(64), aligned(4), may_alias));
-  using Bits = int32_t __attribute__((vector_size(64)));
-};
-template <typename Scalar>
-using Vector = typename Vectors<Scalar>::Aligned;
-
-template <typename Scalar>
-RLEKF_INLINE Vector<Scalar> read(const Scalar* from) {
-  return *reinterpret_cast<const typename Vectors<Scalar>::Anywhere*>(from);
-}
-
-template <typename Scalar>
-RLEKF_INLINE void write(Scalar* to, const Vector<Scalar>& from) {
-  *reinterpret_cast<typename Vectors<Scalar>::Anywhere*>(to) = from;
-}
-
-constexpr int kLanes = 8;
-
-using Lanes = double __attribute__((vector_size(kLanes * sizeof(double))));
-using LanesUnaligned = Vectors<double>::Anywhere;
-using FloatLanesUnaligned = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-
-/// Vectors of kWidth doubles: in registers, and in memory as double or float.
-template <int kWidth>
-struct VectorOf;
-template <>
-struct VectorOf<4> {
-  using Value = double __attribute__((vector_size(32)));
-  using Stored = double __attribute__((vector_size(32), aligned(8), may_alias));
-  using Floats = float __attribute__((vector_size(16), aligned(4), may_alias));
-};
-template <>
-struct VectorOf<8> {
-  using Value = Lanes;
-  using Stored = LanesUnaligned;
-  using Floats = FloatLanesUnaligned;
+template <typename Scalar, int kBytes>
+struct VectorOf {
+  typedef Scalar Value __attribute__((vector_size(kBytes)));  // in registers; in memory at any address:
+  typedef Scalar Stored __attribute__((vector_size(kBytes), aligned(sizeof(Scalar)), may_alias));
 };
 
-template <int kWidth>
-RLEKF_INLINE typename VectorOf<kWidth>::Value load_vector(const double* from) {
-  return *reinterpret_cast<const typename VectorOf<kWidth>::Stored*>(from);
-}
-template <int kWidth>
-RLEKF_INLINE typename VectorOf<kWidth>::Value load_vector(const float* from) {
-  return __builtin_convertvector(*reinterpret_cast<const typename VectorOf<kWidth>::Floats*>(from),
-                                 typename VectorOf<kWidth>::Value);
-}
-template <int kWidth>
-RLEKF_INLINE void store_vector(double* to, const typename VectorOf<kWidth>::Value& from) {
-  *reinterpret_cast<typename VectorOf<kWidth>::Stored*>(to) = from;
-}
-template <int kWidth>
-RLEKF_INLINE void store_vector(float* to, const typename VectorOf<kWidth>::Value& from) {
-  *reinterpret_cast<typename VectorOf<kWidth>::Floats*>(to) =
-      __builtin_convertvector(from, typename VectorOf<kWidth>::Floats);
+/// kBytes of float or double.
+template <typename Scalar, int kBytes>
+using Vector = typename VectorOf<Scalar, kBytes>::Value;
+
+/// The numbers in it.
+template <typename Scalar, int kBytes>
+constexpr int kLanes = kBytes / static_cast<int>(sizeof(Scalar));
+
+template <int kBytes, typename Scalar>
+RLEKF_INLINE Vector<Scalar, kBytes> read(const Scalar* from) {
+  return *reinterpret_cast<const typename VectorOf<Scalar, kBytes>::Stored*>(from);
 }
 
-RLEKF_INLINE double sum(const Lanes& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+template <int kBytes, typename Scalar>
+RLEKF_INLINE void write(Scalar* to, const Vector<Scalar, kBytes>& from) {
+  *reinterpret_cast<typename VectorOf<Scalar, kBytes>::Stored*>(to) = from;
+}
+
+/// A vector of doubles, from memory of either type.
+template <int kBytes>
+RLEKF_INLINE Vector<double, kBytes> read_wide(const double* from) {
+  return read<kBytes>(from);
+}
+template <int kBytes>
+RLEKF_INLINE Vector<double, kBytes> read_wide(const float* from) {
+  return __builtin_convertvector(read<kBytes / 2>(from), typename VectorOf<double, kBytes>::Value);
+}
+template <int kBytes>
+RLEKF_INLINE void write_wide(double* to, const Vector<double, kBytes>& from) {
+  write<kBytes>(to, from);
+}
+template <int kBytes>
+RLEKF_INLINE void write_wide(float* to, const Vector<double, kBytes>& from) {
+  write<kBytes / 2>(to, __builtin_convertvector(from, typename VectorOf<float, kBytes / 2>::Value));
+}
+
+/// The sums of as many vectors as they have numbers, as one vector.
+RLEKF_INLINE Vector<double, 64> sums(const Vector<double, 64> (&v)[8]) {
+  using Picks = Vector<int64_t, 64>;
+  Vector<double, 64> pairs[4], fours[2];
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{0, 8, 2, 10, 4, 12, 6, 14}) +
+               __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{1, 9, 3, 11, 5, 13, 7, 15});
+  }
+  for (int i = 0; i < 2; ++i) {
+    fours[i] = __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], Picks{0, 1, 8, 9, 4, 5, 12, 13}) +
+               __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], Picks{2, 3, 10, 11, 6, 7, 14, 15});
+  }
+  return __builtin_shuffle(fours[0], fours[1], Picks{0, 1, 2, 3, 8, 9, 10, 11}) +
+         __builtin_shuffle(fours[0], fours[1], Picks{4, 5, 6, 7, 12, 13, 14, 15});
+}
+
+RLEKF_INLINE Vector<double, 32> sums(const Vector<double, 32> (&v)[4]) {
+  using Picks = Vector<int64_t, 32>;
+  Vector<double, 32> pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    pairs[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{0, 4, 2, 6}) +
+               __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{1, 5, 3, 7});
+  }
+  return __builtin_shuffle(pairs[0], pairs[1], Picks{0, 1, 4, 5}) +
+         __builtin_shuffle(pairs[0], pairs[1], Picks{2, 3, 6, 7});
+}
+
+RLEKF_INLINE Vector<double, 16> sums(const Vector<double, 16> (&v)[2]) {
+  using Picks = Vector<int64_t, 16>;
+  return __builtin_shuffle(v[0], v[1], Picks{0, 2}) + __builtin_shuffle(v[0], v[1], Picks{1, 3});
+}
+
+template <typename Scalar, int kBytes>
+RLEKF_INLINE Scalar sum(const typename VectorOf<Scalar, kBytes>::Value& v) {
+  Scalar total{};
+  for (int i = 0; i < kLanes<Scalar, kBytes>; ++i) total += v[i];
+  return total;
+}
 
 }  // namespace rlekf::cpu

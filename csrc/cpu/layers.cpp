@@ -15,90 +15,112 @@ struct Pointwise {
   Panel<Scalar> h, x, y;   // y may be without data
 };
 
+/// Calls function(at) for every vector of a row of kWidth numbers; `at` is where it starts.
+template <int kBytes, typename Scalar, typename Function>
+RLEKF_INLINE void over_vectors(const Function& function) {
+#pragma GCC unroll 4
+  for (int64_t at = 0; at < kWidth<Scalar>; at += kLanes<Scalar, kBytes>) function(at);
+}
+
+/// The row of x, of the unit, that a shortcut adds to this row of y; null without one.
 template <typename Scalar>
-RLEKF_INLINE Vector<Scalar> shortcut(const Pointwise<Scalar>& p, Panel<Scalar> x, int64_t unit, int64_t row) {
-  if (p.copies == 0) return Vector<Scalar>{};
-  return read(x.data + unit * x.stride + (row % p.inputs) * kWidth<Scalar>);
+RLEKF_INLINE const Scalar* shortcut(const Pointwise<Scalar>& p, int64_t unit, int64_t row) {
+  return p.copies ? p.x.data + unit * p.x.stride + (row % p.inputs) * kWidth<Scalar> : nullptr;
 }
 
 /// y = h idt + shortcut.
-template <typename Scalar>
+template <int kBytes, typename Scalar>
 RLEKF_INLINE void finish_rows(const Pointwise<Scalar>& p) {
   for (int64_t u = 0; u < p.units; ++u) {
     for (int64_t r = 0; r < p.rows; ++r) {
-      Vector<Scalar> h = read(p.h.data + u * p.h.stride + r * kWidth<Scalar>);
-      if (p.timestep) h *= p.timestep[r];
-      write<Scalar>(p.y.data + u * p.y.stride + r * kWidth<Scalar>, h + shortcut(p, p.x, u, r));
+      const Scalar *h = p.h.data + u * p.h.stride + r * kWidth<Scalar>, *x = shortcut(p, u, r);
+      Scalar* y = p.y.data + u * p.y.stride + r * kWidth<Scalar>;
+      over_vectors<kBytes, Scalar>([&](int64_t at) RLEKF_INLINED {
+        Vector<Scalar, kBytes> value = read<kBytes>(h + at);
+        if (p.timestep) value *= p.timestep[r];
+        write<kBytes>(y + at, x ? value + read<kBytes>(x + at) : value);
+      });
     }
   }
 }
 
 /// y_dot = z_dot (1 - h²) idt + shortcut, with x and y standing for x_dot and y_dot.
-template <typename Scalar>
+template <int kBytes, typename Scalar>
 RLEKF_INLINE void finish_rows_along(const Pointwise<Scalar>& p, Panel<Scalar> z_dot, bool hidden) {
   for (int64_t u = 0; u < p.units; ++u) {
     for (int64_t r = 0; r < p.rows; ++r) {
-      Vector<Scalar> dot = read(z_dot.data + u * z_dot.stride + r * kWidth<Scalar>);
-      const Vector<Scalar> h = read(p.h.data + u * p.h.stride + r * kWidth<Scalar>);
-      if (hidden) dot *= 1 - h * h;
-      if (p.timestep) dot *= p.timestep[r];
-      write<Scalar>(p.y.data + u * p.y.stride + r * kWidth<Scalar>, dot + shortcut(p, p.x, u, r));
+      const Scalar *h_row = p.h.data + u * p.h.stride + r * kWidth<Scalar>, *x = shortcut(p, u, r);
+      const Scalar* z_row = z_dot.data + u * z_dot.stride + r * kWidth<Scalar>;
+      Scalar* y = p.y.data + u * p.y.stride + r * kWidth<Scalar>;
+      over_vectors<kBytes, Scalar>([&](int64_t at) RLEKF_INLINED {
+        Vector<Scalar, kBytes> dot = read<kBytes>(z_row + at);
+        const Vector<Scalar, kBytes> h = read<kBytes>(h_row + at);
+        if (hidden) dot *= 1 - h * h;
+        if (p.timestep) dot *= p.timestep[r];
+        write<kBytes>(y + at, x ? dot + read<kBytes>(x + at) : dot);
+      });
     }
   }
 }
 
 /// z_bar = y_bar idt (1 - h²), with y standing for y_bar; along, also - 2 h z_dot z_bar of the sum of outputs.
-template <typename Scalar>
+template <int kBytes, typename Scalar>
 RLEKF_INLINE void start_rows_back(const Pointwise<Scalar>& p, bool hidden, Panel<Scalar> z_bar, Panel<Scalar> z_dot,
                                   Panel<Scalar> z_bar_of_sum) {
   for (int64_t u = 0; u < p.units; ++u) {
     for (int64_t r = 0; r < p.rows; ++r) {
-      const int64_t at = r * kWidth<Scalar>;
-      Vector<Scalar> bar = read(p.y.data + u * p.y.stride + at);
-      const Vector<Scalar> h = read(p.h.data + u * p.h.stride + at);
-      if (p.timestep) bar *= p.timestep[r];
-      if (hidden) {
-        bar *= 1 - h * h;
-        if (z_dot.data) {
-          bar -=
-              2 * h * read(z_dot.data + u * z_dot.stride + at) * read(z_bar_of_sum.data + u * z_bar_of_sum.stride + at);
+      over_vectors<kBytes, Scalar>([&](int64_t first) RLEKF_INLINED {
+        const int64_t at = r * kWidth<Scalar> + first;
+        Vector<Scalar, kBytes> bar = read<kBytes>(p.y.data + u * p.y.stride + at);
+        const Vector<Scalar, kBytes> h = read<kBytes>(p.h.data + u * p.h.stride + at);
+        if (p.timestep) bar *= p.timestep[r];
+        if (hidden) {
+          bar *= 1 - h * h;
+          if (z_dot.data) {
+            bar -= 2 * h * read<kBytes>(z_dot.data + u * z_dot.stride + at) *
+                   read<kBytes>(z_bar_of_sum.data + u * z_bar_of_sum.stride + at);
+          }
         }
-      }
-      write<Scalar>(z_bar.data + u * z_bar.stride + at, bar);
+        write<kBytes>(z_bar.data + u * z_bar.stride + at, bar);
+      });
     }
   }
 }
 
 /// x_bar = the shortcut's part of it, from y_bar, which y stands for.
-template <typename Scalar>
+template <int kBytes, typename Scalar>
 RLEKF_INLINE void shortcut_back(const Pointwise<Scalar>& p, Panel<Scalar> x_bar) {
   for (int64_t u = 0; u < p.units; ++u) {
     for (int64_t i = 0; i < p.inputs; ++i) {
-      Vector<Scalar> bar{};
-      for (int64_t copy = 0; copy < p.copies; ++copy) {
-        bar += read(p.y.data + u * p.y.stride + (copy * p.inputs + i) * kWidth<Scalar>);
-      }
-      write<Scalar>(x_bar.data + u * x_bar.stride + i * kWidth<Scalar>, bar);
+      over_vectors<kBytes, Scalar>([&](int64_t at) RLEKF_INLINED {
+        Vector<Scalar, kBytes> bar{};
+        for (int64_t copy = 0; copy < p.copies; ++copy) {
+          bar += read<kBytes>(p.y.data + u * p.y.stride + (copy * p.inputs + i) * kWidth<Scalar> + at);
+        }
+        write<kBytes>(x_bar.data + u * x_bar.stride + i * kWidth<Scalar> + at, bar);
+      });
     }
   }
 }
 
 /// Adds to by_timestep (rows) the sum of y_bar h and, along, of y_bar of the sum of outputs times h_dot.
-template <typename Scalar>
+template <int kBytes, typename Scalar>
 RLEKF_INLINE void add_by_timestep(const Pointwise<Scalar>& p, Panel<Scalar> z_dot, Panel<Scalar> y_bar_of_sum,
                                   Scalar* by_timestep) {
   for (int64_t r = 0; r < p.rows; ++r) {
-    const int64_t at = r * kWidth<Scalar>;
-    Vector<Scalar> total{};
+    Vector<Scalar, kBytes> total{};
     for (int64_t u = 0; u < p.units; ++u) {
-      const Vector<Scalar> h = read(p.h.data + u * p.h.stride + at);
-      total += read(p.y.data + u * p.y.stride + at) * h;
-      if (z_dot.data) {
-        total += read(y_bar_of_sum.data + u * y_bar_of_sum.stride + at) *
-                 (read(z_dot.data + u * z_dot.stride + at) * (1 - h * h));
-      }
+      over_vectors<kBytes, Scalar>([&](int64_t first) RLEKF_INLINED {
+        const int64_t at = r * kWidth<Scalar> + first;
+        const Vector<Scalar, kBytes> h = read<kBytes>(p.h.data + u * p.h.stride + at);
+        total += read<kBytes>(p.y.data + u * p.y.stride + at) * h;
+        if (z_dot.data) {
+          total += read<kBytes>(y_bar_of_sum.data + u * y_bar_of_sum.stride + at) *
+                   (read<kBytes>(z_dot.data + u * z_dot.stride + at) * (1 - h * h));
+        }
+      });
     }
-    for (int64_t lane = 0; lane < kWidth<Scalar>; ++lane) by_timestep[r] += total[lane];
+    by_timestep[r] += sum<Scalar, kBytes>(total);
   }
 }
 
@@ -119,27 +141,6 @@ RLEKF_INLINE void turn(int64_t units, int64_t numbers, Panel<Scalar> from, Scala
   }
 }
 
-#define RLEKF_FOR_SCALAR(Scalar)                                                                                     \
-  RLEKF_EVERY_ISA void finish(const Pointwise<Scalar>& p) { finish_rows(p); }                                        \
-  RLEKF_EVERY_ISA void finish_along(const Pointwise<Scalar>& p, Panel<Scalar> z_dot, bool hidden) {                  \
-    finish_rows_along(p, z_dot, hidden);                                                                             \
-  }                                                                                                                  \
-  RLEKF_EVERY_ISA void start_back(const Pointwise<Scalar>& p, bool hidden, Panel<Scalar> z_bar, Panel<Scalar> z_dot, \
-                                  Panel<Scalar> z_bar_of_sum) {                                                      \
-    start_rows_back(p, hidden, z_bar, z_dot, z_bar_of_sum);                                                          \
-  }                                                                                                                  \
-  RLEKF_EVERY_ISA void start_shortcut(const Pointwise<Scalar>& p, Panel<Scalar> x_bar) { shortcut_back(p, x_bar); }  \
-  RLEKF_EVERY_ISA void by_timesteps(const Pointwise<Scalar>& p, Panel<Scalar> z_dot, Panel<Scalar> y_bar_of_sum,     \
-                                    Scalar* result) {                                                                \
-    add_by_timestep(p, z_dot, y_bar_of_sum, result);                                                                 \
-  }                                                                                                                  \
-  RLEKF_EVERY_ISA void turned(int64_t units, int64_t numbers, Panel<Scalar> from, Scalar* to, int64_t block,         \
-                              int64_t first) {                                                                       \
-    turn(units, numbers, from, to, block, first);                                                                    \
-  }
-RLEKF_FOR_SCALAR(double)
-RLEKF_FOR_SCALAR(float)
-
 template <typename Scalar>
 Pointwise<Scalar> pointwise(const Layer<Scalar>& layer, int64_t units, Panel<Scalar> h, Panel<Scalar> x,
                             Panel<Scalar> y) {
@@ -158,7 +159,7 @@ void through(const Layer<Scalar>& layer, int64_t units, Panel<Scalar> x, Panel<S
 template <typename Scalar>
 void through_back(const Layer<Scalar>& layer, const Pointwise<Scalar>& p, Panel<Scalar> z_bar, Panel<Scalar> x_bar) {
   constexpr int64_t kW = kWidth<Scalar>;
-  if (p.copies) start_shortcut(p, x_bar);
+  if (p.copies) on_widest([&]<int kBytes>() RLEKF_INLINED { shortcut_back<kBytes>(p, x_bar); });
   multiply(Product<Scalar>{layer.inputs, layer.outputs, p.units, layer.weight, layer.outputs, 1, z_bar.data, kW,
                            z_bar.stride, x_bar.data, kW, x_bar.stride, nullptr, p.copies > 0});
 }
@@ -178,7 +179,8 @@ void forward(const Net<Scalar>& net, int64_t units, const Traces<Scalar>& traces
     if (net[l].hidden) {
       for (int64_t u = 0; u < units; ++u) tanh_all(t.h.data + u * t.h.stride, net[l].outputs * kWidth<Scalar>);
     }
-    finish(pointwise(net[l], units, t.h, t.x, l + 1 < net.size() ? traces[l + 1].x : y));
+    const auto p = pointwise(net[l], units, t.h, t.x, l + 1 < net.size() ? traces[l + 1].x : y);
+    on_widest([&]<int kBytes>() RLEKF_INLINED { finish_rows<kBytes>(p); });
   }
 }
 
@@ -187,7 +189,7 @@ void backward(const Net<Scalar>& net, int64_t units, const Traces<Scalar>& trace
   for (size_t l = net.size(); l-- > 0;) {
     const Trace<Scalar>& t = traces[l];
     const auto p = pointwise(net[l], units, t.h, t.x, t.y_bar);
-    start_back(p, net[l].hidden, t.z_bar, {}, {});
+    on_widest([&]<int kBytes>() RLEKF_INLINED { start_rows_back<kBytes>(p, net[l].hidden, t.z_bar, {}, {}); });
     const Panel<Scalar> to = l > 0 ? traces[l - 1].y_bar : x_bar;
     if (to.data) through_back(net[l], p, t.z_bar, to);
   }
@@ -198,9 +200,9 @@ void forward_along(const Net<Scalar>& net, int64_t units, const Traces<Scalar>& 
   for (size_t l = 0; l < net.size(); ++l) {
     const Trace<Scalar>& t = traces[l];
     through<Scalar>(net[l], units, t.x_dot, t.z_dot, nullptr);
-    if (l + 1 < net.size()) {
-      finish_along(pointwise(net[l], units, t.h, t.x_dot, traces[l + 1].x_dot), t.z_dot, net[l].hidden);
-    }
+    if (l + 1 == net.size()) break;
+    const auto p = pointwise(net[l], units, t.h, t.x_dot, traces[l + 1].x_dot);
+    on_widest([&]<int kBytes>() RLEKF_INLINED { finish_rows_along<kBytes>(p, t.z_dot, net[l].hidden); });
   }
 }
 
@@ -222,10 +224,11 @@ void reverse(const Net<Scalar>& net, int64_t units, const Traces<Scalar>& traces
     const Trace<Scalar>& t = traces[l];
     const auto p = pointwise(layer, units, t.h, t.x, y_bar);
     const Panel<Scalar> z_dot = along ? t.z_dot : Panel<Scalar>{};
-    start_back(p, layer.hidden, z_bar, z_dot, t.z_bar);
+    on_widest([&]<int kBytes>() RLEKF_INLINED { start_rows_back<kBytes>(p, layer.hidden, z_bar, z_dot, t.z_bar); });
     gradient -= padded_weights(layer) + layer.outputs * (layer.timestep ? 2 : 1);
     for (int64_t term = 0; term < terms; ++term) {
-      turned(units, layer.inputs, term ? t.x_dot : t.x, right, inner * kW, term * rows);
+      const Panel<Scalar> x = term ? t.x_dot : t.x;
+      on_widest([&]<int>() RLEKF_INLINED { turn(units, layer.inputs, x, right, inner * kW, term * rows); });
       const Panel<Scalar> z = term ? t.z_bar : z_bar;
       for (int64_t o = 0; o < layer.outputs; ++o) {
         for (int64_t u = 0; u < units; ++u) {
@@ -241,7 +244,10 @@ void reverse(const Net<Scalar>& net, int64_t units, const Traces<Scalar>& traces
       for (int64_t row = 0; row < rows; ++row) total += left[o * inner + row];
       by_bias[o] += total;
     }
-    if (layer.timestep) by_timesteps(p, z_dot, t.y_bar, by_bias + layer.outputs);
+    if (layer.timestep) {
+      on_widest([&]<int kBytes>()
+                    RLEKF_INLINED { add_by_timestep<kBytes>(p, z_dot, t.y_bar, by_bias + layer.outputs); });
+    }
     const Panel<Scalar> to = l > 0 ? other : x_bar;
     if (to.data) through_back(layer, p, z_bar, to);
     std::swap(y_bar, other);

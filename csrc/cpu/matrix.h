@@ -1,4 +1,4 @@
-// Small dense products and what goes with them, by 64-byte vectors of float or double, for every instruction set.
+// Small dense products and what goes with them, of numbers that lie in vectors of 64 bytes.
 
 #pragma once
 
@@ -29,11 +29,11 @@ struct Product {
   bool accumulate = false;
 };
 
-void multiply(const Product<double>& product);
-void multiply(const Product<float>& product);
+template <typename Scalar>
+void multiply(const Product<Scalar>& product);
 
 /// x <- tanh(x), of whole vectors.
-void tanh_all(double* x, int64_t size);
-void tanh_all(float* x, int64_t size);
+template <typename Scalar>
+void tanh_all(Scalar* x, int64_t size);
 
 }  // namespace rlekf::cpu

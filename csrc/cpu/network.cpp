@@ -30,72 +30,82 @@ struct Moments {
   Panel<Scalar> t;
 };
 
-template <typename Scalar>
-RLEKF_INLINE void multiply_moments(const Moments<Scalar>& m, Panel<Scalar> d) {
+template <int kBytes, typename Scalar>
+RLEKF_INLINE void describe(const Moments<Scalar>& m, Panel<Scalar> d) {
+  using Values = Vector<Scalar, kBytes>;
   constexpr int64_t kW = kWidth<Scalar>;
   for (int64_t u = 0; u < m.units; ++u) {
-    const Scalar* t = m.t.data + u * m.t.stride;
-    Scalar* to = d.data + u * d.stride;
-    for (int64_t i = 0; i < m.size; ++i) {
-      Vector<Scalar> left[4];
-      for (int c = 0; c < 4; ++c) left[c] = read(t + (c * m.size + i) * kW);
-      for (int64_t j = 0; j < m.axis; ++j, to += kW) {
-        Vector<Scalar> total = left[0] * read(t + j * kW);
-        for (int c = 1; c < 4; ++c) total += left[c] * read(t + (c * m.size + j) * kW);
-        write<Scalar>(to, total);
+    for (int64_t at = 0; at < kW; at += kLanes<Scalar, kBytes>) {
+      const Scalar* t = m.t.data + u * m.t.stride + at;
+      Scalar* to = d.data + u * d.stride + at;
+      for (int64_t i = 0; i < m.size; ++i) {
+        Values left[4];
+        for (int c = 0; c < 4; ++c) left[c] = read<kBytes>(t + (c * m.size + i) * kW);
+        for (int64_t j = 0; j < m.axis; ++j, to += kW) {
+          Values total = left[0] * read<kBytes>(t + j * kW);
+          for (int c = 1; c < 4; ++c) total += left[c] * read<kBytes>(t + (c * m.size + j) * kW);
+          write<kBytes>(to, total);
+        }
       }
     }
   }
 }
 
-template <typename Scalar>
-RLEKF_INLINE void multiply_moments_along(const Moments<Scalar>& m, Panel<Scalar> t_dot, Panel<Scalar> d_dot) {
+template <int kBytes, typename Scalar>
+RLEKF_INLINE void describe_along(const Moments<Scalar>& m, Panel<Scalar> t_dot, Panel<Scalar> d_dot) {
+  using Values = Vector<Scalar, kBytes>;
   constexpr int64_t kW = kWidth<Scalar>;
   for (int64_t u = 0; u < m.units; ++u) {
-    const Scalar *t = m.t.data + u * m.t.stride, *dot = t_dot.data + u * t_dot.stride;
-    Scalar* to = d_dot.data + u * d_dot.stride;
-    for (int64_t i = 0; i < m.size; ++i) {
-      Vector<Scalar> left[4], left_dot[4];
-      for (int c = 0; c < 4; ++c) {
-        left[c] = read(t + (c * m.size + i) * kW);
-        left_dot[c] = read(dot + (c * m.size + i) * kW);
-      }
-      for (int64_t j = 0; j < m.axis; ++j, to += kW) {
-        Vector<Scalar> total{};
+    for (int64_t at = 0; at < kW; at += kLanes<Scalar, kBytes>) {
+      const Scalar *t = m.t.data + u * m.t.stride + at, *dot = t_dot.data + u * t_dot.stride + at;
+      Scalar* to = d_dot.data + u * d_dot.stride + at;
+      for (int64_t i = 0; i < m.size; ++i) {
+        Values left[4], left_dot[4];
         for (int c = 0; c < 4; ++c) {
-          total += left_dot[c] * read(t + (c * m.size + j) * kW) + left[c] * read(dot + (c * m.size + j) * kW);
+          left[c] = read<kBytes>(t + (c * m.size + i) * kW);
+          left_dot[c] = read<kBytes>(dot + (c * m.size + i) * kW);
         }
-        write<Scalar>(to, total);
+        for (int64_t j = 0; j < m.axis; ++j, to += kW) {
+          Values total{};
+          for (int c = 0; c < 4; ++c) {
+            const int64_t right = (c * m.size + j) * kW;
+            total += left_dot[c] * read<kBytes>(t + right) + left[c] * read<kBytes>(dot + right);
+          }
+          write<kBytes>(to, total);
+        }
       }
     }
   }
 }
 
 /// t_bar (+)= the derivative by T of <d_bar, Tᵀ T_<>.
-template <typename Scalar>
-RLEKF_INLINE void moments_back(const Moments<Scalar>& m, Panel<Scalar> d_bar, Panel<Scalar> t_bar, bool accumulate) {
+template <int kBytes, typename Scalar>
+RLEKF_INLINE void describe_back(const Moments<Scalar>& m, Panel<Scalar> d_bar, Panel<Scalar> t_bar, bool accumulate) {
+  using Values = Vector<Scalar, kBytes>;
   constexpr int64_t kW = kWidth<Scalar>;
   for (int64_t u = 0; u < m.units; ++u) {
-    const Scalar *t = m.t.data + u * m.t.stride, *bar = d_bar.data + u * d_bar.stride;
-    Scalar* to = t_bar.data + u * t_bar.stride;
-    if (!accumulate) std::fill_n(to, 4 * m.size * kW, Scalar{});
-    for (int64_t i = 0; i < m.size; ++i) {
-      Vector<Scalar> left[4], total[4];
-      for (int c = 0; c < 4; ++c) {
-        left[c] = read(t + (c * m.size + i) * kW);
-        total[c] = Vector<Scalar>{};
-      }
-      for (int64_t j = 0; j < m.axis; ++j, bar += kW) {
-        const Vector<Scalar> factor = read(bar);
+    if (!accumulate) std::fill_n(t_bar.data + u * t_bar.stride, 4 * m.size * kW, Scalar{});
+    for (int64_t at = 0; at < kW; at += kLanes<Scalar, kBytes>) {
+      const Scalar *t = m.t.data + u * m.t.stride + at, *bar = d_bar.data + u * d_bar.stride + at;
+      Scalar* to = t_bar.data + u * t_bar.stride + at;
+      for (int64_t i = 0; i < m.size; ++i) {
+        Values left[4], total[4];
         for (int c = 0; c < 4; ++c) {
-          Scalar* right = to + (c * m.size + j) * kW;
-          total[c] += factor * read(t + (c * m.size + j) * kW);
-          write<Scalar>(right, read(right) + factor * left[c]);
+          left[c] = read<kBytes>(t + (c * m.size + i) * kW);
+          total[c] = Values{};
         }
-      }
-      for (int c = 0; c < 4; ++c) {
-        Scalar* own = to + (c * m.size + i) * kW;
-        write<Scalar>(own, read(own) + total[c]);
+        for (int64_t j = 0; j < m.axis; ++j, bar += kW) {
+          const Values factor = read<kBytes>(bar);
+          for (int c = 0; c < 4; ++c) {
+            const int64_t right = (c * m.size + j) * kW;
+            total[c] += factor * read<kBytes>(t + right);
+            write<kBytes>(to + right, read<kBytes>(to + right) + factor * left[c]);
+          }
+        }
+        for (int c = 0; c < 4; ++c) {
+          Scalar* own = to + (c * m.size + i) * kW;
+          write<kBytes>(own, read<kBytes>(own) + total[c]);
+        }
       }
     }
   }
@@ -123,24 +133,15 @@ RLEKF_INLINE void exchange(int64_t units, int64_t groups, int64_t numbers, Panel
   }
 }
 
-#define RLEKF_FOR_SCALAR(Scalar)                                                                                     \
-  RLEKF_EVERY_ISA void describe(const Moments<Scalar>& m, Panel<Scalar> d) { multiply_moments(m, d); }               \
-  RLEKF_EVERY_ISA void describe_along(const Moments<Scalar>& m, Panel<Scalar> t_dot, Panel<Scalar> d_dot) {          \
-    multiply_moments_along(m, t_dot, d_dot);                                                                         \
-  }                                                                                                                  \
-  RLEKF_EVERY_ISA void describe_back(const Moments<Scalar>& m, Panel<Scalar> d_bar, Panel<Scalar> t_bar, bool add) { \
-    moments_back(m, d_bar, t_bar, add);                                                                              \
-  }                                                                                                                  \
-  RLEKF_EVERY_ISA void to_panel(int64_t units, int64_t groups, int64_t numbers, Panel<Scalar> panel, Scalar* flat,   \
-                                int64_t pitch) {                                                                     \
-    exchange<true>(units, groups, numbers, panel, flat, pitch);                                                      \
-  }                                                                                                                  \
-  RLEKF_EVERY_ISA void from_panel(int64_t units, int64_t groups, int64_t numbers, Panel<Scalar> panel, Scalar* flat, \
-                                  int64_t pitch) {                                                                   \
-    exchange<false>(units, groups, numbers, panel, flat, pitch);                                                     \
-  }
-RLEKF_FOR_SCALAR(double)
-RLEKF_FOR_SCALAR(float)
+template <typename Scalar>
+void to_panel(int64_t units, int64_t groups, int64_t numbers, Panel<Scalar> panel, Scalar* flat, int64_t pitch) {
+  on_widest([&]<int>() RLEKF_INLINED { exchange<true>(units, groups, numbers, panel, flat, pitch); });
+}
+
+template <typename Scalar>
+void from_panel(int64_t units, int64_t groups, int64_t numbers, Panel<Scalar> panel, Scalar* flat, int64_t pitch) {
+  on_widest([&]<int>() RLEKF_INLINED { exchange<false>(units, groups, numbers, panel, flat, pitch); });
+}
 
 /// flat (atoms, 4, pitch) = C values, and as a panel.
 template <typename Scalar>
@@ -189,7 +190,7 @@ void predict_atoms(const Plan<Scalar>& plan, const AtomBlock& block, const Desk<
   moments_of(plan, block, runs, plan.frame.coefficients + block.atom * size, result.saved + plan.values, desk.flat,
              record);
   const Moments<Scalar> moments{block.units, plan.num_values, plan.network.axis, record};
-  describe(moments, desk.d);
+  on_widest([&]<int kBytes>() RLEKF_INLINED { describe<kBytes>(moments, desk.d); });
   const Traces<Scalar> traces = traces_of(plan.atom_places, record, desk.d);
   forward(net, block.units, traces, desk.y);
   for (int64_t i = 0; i < block.atoms; ++i) {
@@ -200,7 +201,7 @@ void predict_atoms(const Plan<Scalar>& plan, const AtomBlock& block, const Desk<
   for (int64_t i = 0; i < block.units * kW; ++i) y_bar.data[i / kW * y_bar.stride + i % kW] = i < block.atoms ? 1 : 0;
   const Panel<Scalar> d_bar{record.data + plan.atom_d_bar, record.stride};
   backward(net, block.units, traces, d_bar);
-  describe_back(moments, d_bar, desk.t_bar, false);
+  on_widest([&]<int kBytes>() RLEKF_INLINED { describe_back<kBytes>(moments, d_bar, desk.t_bar, false); });
   from_panel(block.units, 4, plan.num_values, desk.t_bar, desk.flat, plan.pitch);
   std::copy_n(desk.flat, 4 * block.atoms * plan.pitch, result.saved + plan.t_bar + 4 * block.atom * plan.pitch);
   for (const Run& run : runs) {
@@ -250,7 +251,7 @@ void gradients_of_atoms(const Plan<Scalar>& plan, const AtomBlock& block, const 
   const Moments<Scalar> moved{block.units, plan.num_values, plan.network.axis, desk.t_dot};
   Traces<Scalar> traces = traces_of(plan.atom_places, record, desk.d);
   const std::vector<Run> runs = runs_of(plan, block);
-  describe(moments, desk.d);
+  on_widest([&]<int kBytes>() RLEKF_INLINED { describe<kBytes>(moments, desk.d); });
   if (is_along) {
     for (int64_t row = 0; row < rows; ++row) {
       for (const Run& run : runs) {
@@ -261,7 +262,7 @@ void gradients_of_atoms(const Plan<Scalar>& plan, const AtomBlock& block, const 
     along(plan.frame, row_scale(plan.network.normalization, plan.frame, block.element), block.atom,
           block.atom + block.atoms, factors, desk.columns);
     moments_of(plan, block, runs, desk.columns, saved + plan.values, desk.flat, desk.t_dot);
-    describe_along(moments, desk.t_dot, desk.d_dot);
+    on_widest([&]<int kBytes>() RLEKF_INLINED { describe_along<kBytes>(moments, desk.t_dot, desk.d_dot); });
     for (size_t l = 0; l < net.size(); ++l) {
       traces[l].x_dot = desk.x_dot[l];
       traces[l].z_dot = desk.z_dot[l];
@@ -274,8 +275,11 @@ void gradients_of_atoms(const Plan<Scalar>& plan, const AtomBlock& block, const 
   }
   reverse(net, block.units, traces, is_along, desk.y, desk.d_bar, desk.fitting_bar + block.element * desk.by_fitting,
           desk.net_scratch);
-  describe_back(moments, desk.d_bar, desk.t_bar, false);
-  if (is_along) describe_back(moved, Panel<Scalar>{record.data + plan.atom_d_bar, record.stride}, desk.t_bar, true);
+  const Panel<Scalar> d_bar_of_sum{record.data + plan.atom_d_bar, record.stride};
+  on_widest([&]<int kBytes>() RLEKF_INLINED {
+    describe_back<kBytes>(moments, desk.d_bar, desk.t_bar, false);
+    if (is_along) describe_back<kBytes>(moved, d_bar_of_sum, desk.t_bar, true);
+  });
   from_panel(block.units, 4, plan.num_values, desk.t_bar, desk.flat, plan.pitch);
   Scalar* to = desk.node_values_bar + block.element * plan.num_columns * plan.pitch;
   for (const Run& run : runs) {

@@ -8,8 +8,7 @@
 //      with the same number of workers.
 //   3. Pending vectors are folded into a tile in the visit that reads it: S is written once every `capacity` steps.
 //   4. Several measurements: their entries of one weight lie side by side in a vector, and the tile is read once for all.
-//   5. Vector arithmetic uses the compiler's vector types and is compiled for several instruction sets: for tiles with
-//      vectors as wide as the registers, chosen at the first step; for the rest the loader picks one.
+//   5. Vector arithmetic uses the compiler's vector types, as wide as the registers: lanes.h.
 //
 // Traffic of a step: the triangle, 4 n(n+1) bytes in float64, is read once (and written once by a fold); the vectors
 // are O(N). The limit is the machine's read bandwidth.
@@ -31,101 +30,77 @@ namespace {
 constexpr int kRowsAhead = 3;    // how far ahead rows are prefetched: docs/performance.md has the trials
 constexpr int kFoldAtOnce = 32;  // pending vectors whose segments stay in the first-level cache during a fold
 
-template <int kWidth>
-using Value = typename VectorOf<kWidth>::Value;
+template <int kBytes>
+using Doubles = Vector<double, kBytes>;
+template <int kBytes>
+constexpr int kDoubles = kLanes<double, kBytes>;
 
 /// The kTile entries of a vector that belong to one row or column of tiles.
 struct alignas(64) Segment {
   double entries[kTile];
 };
 
-/// The sums of as many vectors as they have numbers, as one vector.
-RLEKF_INLINE Value<8> sums(const Value<8> (&v)[8]) {
-  using Picks = int64_t __attribute__((vector_size(64)));
-  Value<8> pairs[4], fours[2];
-  for (int i = 0; i < 4; ++i) {
-    pairs[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{0, 8, 2, 10, 4, 12, 6, 14}) +
-               __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{1, 9, 3, 11, 5, 13, 7, 15});
-  }
-  for (int i = 0; i < 2; ++i) {
-    fours[i] = __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], Picks{0, 1, 8, 9, 4, 5, 12, 13}) +
-               __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], Picks{2, 3, 10, 11, 6, 7, 14, 15});
-  }
-  return __builtin_shuffle(fours[0], fours[1], Picks{0, 1, 2, 3, 8, 9, 10, 11}) +
-         __builtin_shuffle(fours[0], fours[1], Picks{4, 5, 6, 7, 12, 13, 14, 15});
-}
-
-RLEKF_INLINE Value<4> sums(const Value<4> (&v)[4]) {
-  using Picks = int64_t __attribute__((vector_size(32)));
-  Value<4> pairs[2];
-  for (int i = 0; i < 2; ++i) {
-    pairs[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{0, 4, 2, 6}) +
-               __builtin_shuffle(v[2 * i], v[2 * i + 1], Picks{1, 5, 3, 7});
-  }
-  return __builtin_shuffle(pairs[0], pairs[1], Picks{0, 1, 4, 5}) +
-         __builtin_shuffle(pairs[0], pairs[1], Picks{2, 3, 6, 7});
-}
-
 /// y_i += T x_j and, off the diagonal, y_j += T^T x_i. The tile is read once and prefetched a few rows ahead: the
 /// hardware's own prefetcher stops at the end of every small page. y_j takes turns in as many parts as the registers
 /// need.
-template <int kWidth, typename Scalar>
+template <int kBytes, typename Scalar>
 RLEKF_INLINE void multiply(const Scalar* tile, const Segment& xi, const Segment& xj, Segment& yi, Segment& yj) {
-  constexpr int kLine = 64 / sizeof(Scalar), kChunks = 8, kColumns = kChunks * kWidth;
-  for (int group = 0; group < kTile; group += kWidth) {
-    Value<kWidth> rows[kWidth] = {};
+  constexpr int kLine = 64 / sizeof(Scalar), kChunks = 8, kColumns = kChunks * kDoubles<kBytes>;
+  for (int group = 0; group < kTile; group += kDoubles<kBytes>) {
+    Doubles<kBytes> rows[kDoubles<kBytes>] = {};
     for (int first = 0; first < kTile; first += kColumns) {
-      Value<kWidth> column[kChunks];
+      Doubles<kBytes> column[kChunks];
 #pragma GCC unroll 8
-      for (int c = 0; c < kChunks; ++c) column[c] = load_vector<kWidth>(yj.entries + first + c * kWidth);
+      for (int c = 0; c < kChunks; ++c) column[c] = read_wide<kBytes>(yj.entries + first + c * kDoubles<kBytes>);
 #pragma GCC unroll 8
-      for (int r = 0; r < kWidth; ++r) {
+      for (int r = 0; r < kDoubles<kBytes>; ++r) {
         const Scalar* from = tile + (group + r) * kTile + first;
-        const Value<kWidth> weight = xi.entries[group + r] - Value<kWidth>{};
+        const Doubles<kBytes> weight = xi.entries[group + r] - Doubles<kBytes>{};
         for (int line = 0; line < kColumns; line += kLine) __builtin_prefetch(from + kRowsAhead * kTile + line);
 #pragma GCC unroll 8
         for (int c = 0; c < kChunks; ++c) {
-          const Value<kWidth> entries = load_vector<kWidth>(from + c * kWidth);
-          rows[r] += entries * load_vector<kWidth>(xj.entries + first + c * kWidth);
+          const Doubles<kBytes> entries = read_wide<kBytes>(from + c * kDoubles<kBytes>);
+          rows[r] += entries * read_wide<kBytes>(xj.entries + first + c * kDoubles<kBytes>);
           column[c] += entries * weight;
         }
       }
 #pragma GCC unroll 8
-      for (int c = 0; c < kChunks; ++c) store_vector<kWidth>(yj.entries + first + c * kWidth, column[c]);
+      for (int c = 0; c < kChunks; ++c) write_wide<kBytes>(yj.entries + first + c * kDoubles<kBytes>, column[c]);
     }
-    store_vector<kWidth>(yi.entries + group, load_vector<kWidth>(yi.entries + group) + sums(rows));
+    write_wide<kBytes>(yi.entries + group, read_wide<kBytes>(yi.entries + group) + sums(rows));
   }
 }
 
 /// The same for kMany measurements: x and y are (kTile, kMany). A few rows at a time have their x and y in registers. The
 /// next tile, from `next`, is prefetched into the second-level cache, evenly, so that it arrives while this one is
 /// multiplied.
-template <int kWidth, int kMany, typename Scalar>
+template <int kBytes, int kMany, typename Scalar>
 RLEKF_INLINE void multiply_many(const double* tile, const double* xi, const double* xj, double* yi, double* yj,
                                 const Scalar* next) {
-  constexpr int kParts = kMany / kWidth, kRows = 4 / kParts, kLine = 64 / sizeof(Scalar);
+  constexpr int kParts = kMany / kDoubles<kBytes>, kRows = std::max(2, 4 / kParts), kLine = 64 / sizeof(Scalar);
   for (int row = 0; row < kTile; row += kRows, tile += kRows * kTile) {
-    Value<kWidth> x[kRows][kParts], y[kRows][kParts];
+    Doubles<kBytes> x[kRows][kParts], y[kRows][kParts];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
       for (int p = 0; p < kParts; ++p) {
-        x[r][p] = load_vector<kWidth>(xi + (row + r) * kMany + p * kWidth);
-        y[r][p] = load_vector<kWidth>(yi + (row + r) * kMany + p * kWidth);
+        x[r][p] = read_wide<kBytes>(xi + (row + r) * kMany + p * kDoubles<kBytes>);
+        y[r][p] = read_wide<kBytes>(yi + (row + r) * kMany + p * kDoubles<kBytes>);
       }
     }
 #pragma GCC unroll 4
     for (int c = 0; c < kTile; ++c) {
       if (c % (kLine / kRows) == 0) __builtin_prefetch(next + (row * kTile + c * kRows), 0, 2);
-      Value<kWidth> column[kParts], even[kParts], odd[kParts] = {};
+      Doubles<kBytes> column[kParts], even[kParts], odd[kParts] = {};
 #pragma GCC unroll 2
       for (int p = 0; p < kParts; ++p) {
-        column[p] = load_vector<kWidth>(xj + c * kMany + p * kWidth);
-        even[p] = load_vector<kWidth>(yj + c * kMany + p * kWidth);
+        column[p] = read_wide<kBytes>(xj + c * kMany + p * kDoubles<kBytes>);
+        even[p] = read_wide<kBytes>(yj + c * kMany + p * kDoubles<kBytes>);
       }
 #pragma GCC unroll 2
       for (int r = 0; r < kRows; r += 2) {
-        const Value<kWidth> a = tile[r * kTile + c] - Value<kWidth>{}, b = tile[(r + 1) * kTile + c] - Value<kWidth>{};
+        const Doubles<kBytes> a = tile[r * kTile + c] - Doubles<kBytes>{},
+                              b = tile[(r + 1) * kTile + c] - Doubles<kBytes>{};
 #pragma GCC unroll 2
         for (int p = 0; p < kParts; ++p) {
           y[r][p] += a * column[p];
@@ -135,12 +110,12 @@ RLEKF_INLINE void multiply_many(const double* tile, const double* xi, const doub
         }
       }
 #pragma GCC unroll 2
-      for (int p = 0; p < kParts; ++p) store_vector<kWidth>(yj + c * kMany + p * kWidth, even[p] + odd[p]);
+      for (int p = 0; p < kParts; ++p) write_wide<kBytes>(yj + c * kMany + p * kDoubles<kBytes>, even[p] + odd[p]);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-      for (int p = 0; p < kParts; ++p) store_vector<kWidth>(yi + (row + r) * kMany + p * kWidth, y[r][p]);
+      for (int p = 0; p < kParts; ++p) write_wide<kBytes>(yi + (row + r) * kMany + p * kDoubles<kBytes>, y[r][p]);
     }
   }
 }
@@ -148,26 +123,28 @@ RLEKF_INLINE void multiply_many(const double* tile, const double* xi, const doub
 /// T <- factor (T - sum_k u_k[i] u_k[j]^T). Products commute and the order over k is fixed, so a diagonal tile stays
 /// symmetric. Four rows of some columns are in registers; the arithmetic hides the latency of the next tile, which is
 /// prefetched here. Vectors u are `stride` numbers apart.
-template <int kWidth, typename Scalar>
+template <int kBytes, typename Scalar>
 RLEKF_INLINE void fold(Scalar* tile, const Segment* ui, const double* uj, int64_t stride, int count, double factor) {
-  constexpr int kLine = 64 / sizeof(Scalar), kRows = 4, kChunks = kWidth / 2, kColumns = kChunks * kWidth;
+  constexpr int kLine = 64 / sizeof(Scalar), kRows = 4, kChunks = std::max(2, kDoubles<kBytes> / 2),
+                kColumns = kChunks * kDoubles<kBytes>;
   for (int row = 0; row < kTile; row += kRows) {
     for (int line = 0; line < kRows * kTile; line += kLine) __builtin_prefetch(tile + kTileSize + row * kTile + line);
     for (int first = 0; first < kTile; first += kColumns) {
       Scalar* from = tile + row * kTile + first;
-      Value<kWidth> entries[kRows][kChunks];
+      Doubles<kBytes> entries[kRows][kChunks];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < kChunks; ++c) entries[r][c] = load_vector<kWidth>(from + r * kTile + c * kWidth);
+        for (int c = 0; c < kChunks; ++c) entries[r][c] = read_wide<kBytes>(from + r * kTile + c * kDoubles<kBytes>);
       }
       for (int k = 0; k < count; ++k) {
-        Value<kWidth> columns[kChunks];
+        Doubles<kBytes> columns[kChunks];
 #pragma GCC unroll 4
-        for (int c = 0; c < kChunks; ++c) columns[c] = load_vector<kWidth>(uj + k * stride + first + c * kWidth);
+        for (int c = 0; c < kChunks; ++c)
+          columns[c] = read_wide<kBytes>(uj + k * stride + first + c * kDoubles<kBytes>);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          const Value<kWidth> a = ui[k].entries[row + r] - Value<kWidth>{};
+          const Doubles<kBytes> a = ui[k].entries[row + r] - Doubles<kBytes>{};
 #pragma GCC unroll 4
           for (int c = 0; c < kChunks; ++c) entries[r][c] -= a * columns[c];
         }
@@ -175,7 +152,8 @@ RLEKF_INLINE void fold(Scalar* tile, const Segment* ui, const double* uj, int64_
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < kChunks; ++c) store_vector<kWidth>(from + r * kTile + c * kWidth, entries[r][c] * factor);
+        for (int c = 0; c < kChunks; ++c)
+          write_wide<kBytes>(from + r * kTile + c * kDoubles<kBytes>, entries[r][c] * factor);
       }
     }
   }
@@ -225,7 +203,7 @@ std::vector<Run> plan_runs(const Covariance& p, int num_measurements, int64_t nu
 }
 
 /// The products of a row of tiles, with one measurement.
-template <typename Scalar, int kWidth>
+template <typename Scalar, int kBytes>
 struct OneByOne {
   const double* jacobian;  // (N)
   const Run& run;
@@ -238,24 +216,24 @@ struct OneByOne {
   RLEKF_INLINE void visit(const Scalar* tile, int64_t other, int64_t width, bool diagonal) {
     Segment xj, yj{};
     load_segment(jacobian + other, width, xj);
-    multiply<kWidth>(tile, xi, xj, yi, yj);
+    multiply<kBytes>(tile, xi, xj, yi, yj);
     if (!diagonal) add_segment(yj, width, run.sums + other - run.lo);
   }
   RLEKF_INLINE void end_row(int64_t first, int64_t height) { add_segment(yi, height, run.sums + first - run.lo); }
 };
 
-template <int kWidth>
+template <int kBytes>
 RLEKF_INLINE const double* widened(const double* tile, double*) {
   return tile;
 }
-template <int kWidth>
+template <int kBytes>
 RLEKF_INLINE const double* widened(const float* tile, double* wide) {
-  for (int64_t i = 0; i < kTileSize; i += kWidth) store_vector<kWidth>(wide + i, load_vector<kWidth>(tile + i));
+  for (int64_t i = 0; i < kTileSize; i += kDoubles<kBytes>) write<kBytes>(wide + i, read_wide<kBytes>(tile + i));
   return wide;
 }
 
 /// The same with kMany measurements.
-template <typename Scalar, int kWidth, int kMany>
+template <typename Scalar, int kBytes, int kMany>
 struct SideBySide {
   const double* jacobian;  // (N, kMany)
   const Run& run;
@@ -272,9 +250,9 @@ struct SideBySide {
   RLEKF_INLINE void visit(const Scalar* tile, int64_t other, int64_t, bool diagonal) {
     alignas(64) double unused[kTile * kMany];
     if (diagonal) std::fill_n(unused, kTile * kMany, 0.0);
-    multiply_many<std::min(kWidth, kMany), kMany>(widened<kWidth>(tile, wide), xi,
-                                                  diagonal ? xi : jacobian + other * kMany, yi,
-                                                  diagonal ? unused : sums(other), tile + kTileSize);
+    multiply_many<std::min(kBytes, 8 * kMany), kMany>(widened<kBytes>(tile, wide), xi,
+                                                      diagonal ? xi : jacobian + other * kMany, yi,
+                                                      diagonal ? unused : sums(other), tile + kTileSize);
   }
   RLEKF_INLINE void end_row(int64_t first, int64_t height) {
     for (int64_t i = 0; i < height * kMany; ++i) sums(first)[i] += yi[i];
@@ -282,7 +260,7 @@ struct SideBySide {
 };
 
 /// One worker's run: each tile is folded if a fold is due, then multiplied.
-template <typename Scalar, int kWidth, typename Products>
+template <typename Scalar, int kBytes, typename Products>
 RLEKF_INLINE void visit_tiles(const Covariance& p, Products& products, const Fold& due, const Run& run) {
   auto* tile = static_cast<Scalar*>(p.tiles) + run.begin * kTileSize;
   std::vector<Segment> ui(static_cast<size_t>(due.num_vectors));
@@ -302,8 +280,8 @@ RLEKF_INLINE void visit_tiles(const Covariance& p, Products& products, const Fol
         const int count = static_cast<int>(std::min<int64_t>(kFoldAtOnce, due.num_vectors - done));
         const double factor = done + count == due.num_vectors ? due.factor : 1.0;
         const Segment* u = ui.data() + done;
-        if (col == row) fold<kWidth>(tile, u, u->entries, kTile, count, factor);
-        else fold<kWidth>(tile, u, p.pending + done * p.num_weights + other, p.num_weights, count, factor);
+        if (col == row) fold<kBytes>(tile, u, u->entries, kTile, count, factor);
+        else fold<kBytes>(tile, u, p.pending + done * p.num_weights + other, p.num_weights, count, factor);
       }
       products.visit(tile, other, col == row ? height : kTile, col == row);
     }
@@ -319,54 +297,31 @@ RLEKF_INLINE void visit_tiles(const Covariance& p, Products& products, const Fol
 }
 
 /// `jacobian` as its measurements lie side by side.
-template <typename Scalar, int kWidth>
+template <typename Scalar, int kBytes>
 RLEKF_INLINE void visit_run(const Covariance& p, int count, const double* jacobian, const Fold& due, const Run& run) {
   const int many = side_by_side(count);
   std::fill(run.sums, run.sums + many * (run.hi - run.lo), 0.0);
   if (many == 1) {
-    OneByOne<Scalar, kWidth> products{jacobian, run, {}, {}};
-    visit_tiles<Scalar, kWidth>(p, products, due, run);
+    OneByOne<Scalar, kBytes> products{jacobian, run, {}, {}};
+    visit_tiles<Scalar, kBytes>(p, products, due, run);
   } else if (many == 4) {
-    SideBySide<Scalar, kWidth, 4> products(jacobian, run);
-    visit_tiles<Scalar, kWidth>(p, products, due, run);
+    SideBySide<Scalar, kBytes, 4> products(jacobian, run);
+    visit_tiles<Scalar, kBytes>(p, products, due, run);
   } else {
-    SideBySide<Scalar, kWidth, 8> products(jacobian, run);
-    visit_tiles<Scalar, kWidth>(p, products, due, run);
+    SideBySide<Scalar, kBytes, 8> products(jacobian, run);
+    visit_tiles<Scalar, kBytes>(p, products, due, run);
   }
 }
 
-template <int kWidth>
-RLEKF_INLINE void visit(const Covariance& p, int count, const double* jacobian, const Fold& due, const Run& run) {
-  if (p.storage == Storage::kFloat64) visit_run<double, kWidth>(p, count, jacobian, due, run);
-  else visit_run<float, kWidth>(p, count, jacobian, due, run);
-}
-
-// A vector that is wider than the registers would live in memory, so each kind of processor has its own width.
-using Visit = void (*)(const Covariance&, int, const double*, const Fold&, const Run&);
-#ifdef RLEKF_HAS_ISAS
-__attribute__((target("arch=x86-64-v4"))) void visit_v4(const Covariance& p, int count, const double* jacobian,
-                                                        const Fold& due, const Run& run) {
-  visit<8>(p, count, jacobian, due, run);
-}
-__attribute__((target("arch=x86-64-v3"))) void visit_v3(const Covariance& p, int count, const double* jacobian,
-                                                        const Fold& due, const Run& run) {
-  visit<4>(p, count, jacobian, due, run);
-}
-#endif
-void visit_any(const Covariance& p, int count, const double* jacobian, const Fold& due, const Run& run) {
-  visit<4>(p, count, jacobian, due, run);
-}
-
-Visit visit_here() {
-#ifdef RLEKF_HAS_ISAS
-  if (__builtin_cpu_supports("x86-64-v4")) return visit_v4;
-  if (__builtin_cpu_supports("x86-64-v3")) return visit_v3;
-#endif
-  return visit_any;
+void visit(const Covariance& p, int count, const double* jacobian, const Fold& due, const Run& run) {
+  on_widest([&]<int kBytes>() RLEKF_INLINED {
+    if (p.storage == Storage::kFloat64) visit_run<double, kBytes>(p, count, jacobian, due, run);
+    else visit_run<float, kBytes>(p, count, jacobian, due, run);
+  });
 }
 
 /// The Jacobians of a block side by side, in `to` (N, side by side).
-RLEKF_EVERY_ISA void lay_side_by_side(const Covariance& p, const Measurements& m, double* to, int64_t index) {
+RLEKF_INLINE void lay_side_by_side(const Covariance& p, const Measurements& m, double* to, int64_t index) {
   const Block& block = p.blocks[index];
   const int many = side_by_side(m.count);
   for (int64_t i = block.first_weight; i < block.first_weight + block.size; ++i) {
@@ -377,28 +332,31 @@ RLEKF_EVERY_ISA void lay_side_by_side(const Covariance& p, const Measurements& m
 /// z = S h of the tiles, in a buffer of each run.
 std::vector<Run> visit_runs(const Covariance& p, const Measurements& m, const Fold& due, double* scratch,
                             const Parallel& parallel) {
-  static const Visit chosen = visit_here();
   const double* jacobian = m.jacobian;
   if (side_by_side(m.count) > 1) {
-    parallel.run(p.num_blocks, [&](int64_t block) { lay_side_by_side(p, m, scratch, block); });
+    parallel.run(p.num_blocks, [&](int64_t block) {
+      on_widest([&]<int>() RLEKF_INLINED { lay_side_by_side(p, m, scratch, block); });
+    });
     jacobian = scratch;
     scratch += side_by_side(m.count) * p.num_weights;
   }
   const std::vector<Run> runs = plan_runs(p, m.count, parallel.num_workers, scratch);
   parallel.run(static_cast<int64_t>(runs.size()),
-               [&](int64_t i) { chosen(p, m.count, jacobian, due, runs[static_cast<size_t>(i)]); });
+               [&](int64_t i) { visit(p, m.count, jacobian, due, runs[static_cast<size_t>(i)]); });
   return runs;
 }
 
+template <int kBytes>
 RLEKF_INLINE double dot(const double* a, const double* b, int64_t count) {
-  Lanes sums{};
+  Doubles<kBytes> even{}, odd{};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    sums += load_vector<kLanes>(a + i) * load_vector<kLanes>(b + i);
+  for (; i + 2 * kDoubles<kBytes> <= count; i += 2 * kDoubles<kBytes>) {
+    even += read<kBytes>(a + i) * read<kBytes>(b + i);
+    odd += read<kBytes>(a + i + kDoubles<kBytes>) * read<kBytes>(b + i + kDoubles<kBytes>);
   }
   double rest = 0;
   for (; i < count; ++i) rest += a[i] * b[i];
-  return sum(sums) + rest;
+  return sum<double, kBytes>(even + odd) + rest;
 }
 
 RLEKF_INLINE void add(double factor, const double* x, double* y, int64_t count) {
@@ -406,8 +364,8 @@ RLEKF_INLINE void add(double factor, const double* x, double* y, int64_t count) 
 }
 
 /// z = S h of one block: the workers' sums, in order.
-RLEKF_EVERY_ISA void add_runs(const Covariance& p, const Measurements& m, double* cross, const std::vector<Run>& runs,
-                              int64_t index) {
+RLEKF_INLINE void add_runs(const Covariance& p, const Measurements& m, double* cross, const std::vector<Run>& runs,
+                           int64_t index) {
   const Block& block = p.blocks[index];
   const int64_t begin = block.first_weight, end = begin + block.size;
   const int many = side_by_side(m.count);
@@ -422,22 +380,21 @@ RLEKF_EVERY_ISA void add_runs(const Covariance& p, const Measurements& m, double
 }
 
 /// z -= sum_i u_i (u_i^T h) of one block and one measurement.
+template <int kBytes>
 RLEKF_INLINE void subtract_pending(const Covariance& p, const Measurements& m, const Projection& out,
                                    const Block& block) {
   const double* h = m.jacobian + block.first_weight;
   for (int64_t i = 0; i < static_cast<int64_t>(p.state->num_pending); ++i) {
     const double* u = p.pending + i * p.num_weights + block.first_weight;
-    add(-dot(u, h, block.size), u, out.cross + block.first_weight, block.size);
+    add(-dot<kBytes>(u, h, block.size), u, out.cross + block.first_weight, block.size);
   }
 }
 
-/// The same for kMany measurements, which lie side by side meanwhile; four vectors u at a time.
-template <int kMany>
+/// The same for kMany measurements, which lie side by side meanwhile; some vectors u at a time.
+template <int kBytes, int kMany>
 RLEKF_INLINE void subtract_pending_of_many(const Covariance& p, const Measurements& m, const Projection& out,
                                            const Block& block) {
-  using Value = typename VectorOf<kMany>::Value;
-  using Stored = typename VectorOf<kMany>::Stored;
-  constexpr int64_t kAtOnce = 4;
+  constexpr int kParts = kMany / kDoubles<kBytes>, kAtOnce = std::max(2, 4 / kParts);
   const auto num_pending = static_cast<int64_t>(p.state->num_pending);
   if (num_pending == 0) return;
   const int64_t begin = block.first_weight, size = block.size;
@@ -450,25 +407,32 @@ RLEKF_INLINE void subtract_pending_of_many(const Covariance& p, const Measuremen
       z[i * kMany + k] = out.cross[row + i];
     }
   }
-  const auto* hs = reinterpret_cast<const Stored*>(h);
-  auto* zs = reinterpret_cast<Stored*>(z);
   for (int64_t first = 0; first < num_pending; first += kAtOnce) {
     const double* u[kAtOnce];
-    Value products[kAtOnce];
-    for (int64_t i = 0; i < kAtOnce; ++i) {
+    Doubles<kBytes> products[kAtOnce][kParts] = {};
+    for (int64_t i = 0; i < kAtOnce; ++i)
       u[i] = p.pending + std::min(first + i, num_pending - 1) * p.num_weights + begin;
-      products[i] = Value{};
+    for (int64_t w = 0; w < size; ++w) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+          products[i][part] += u[i][w] * read<kBytes>(h + w * kMany + part * kDoubles<kBytes>);
+        }
+      }
+    }
+    for (int i = 0; i < kAtOnce; ++i) {
+      for (int part = 0; part < kParts && first + i >= num_pending; ++part) products[i][part] = Doubles<kBytes>{};
     }
     for (int64_t w = 0; w < size; ++w) {
-      for (int64_t i = 0; i < kAtOnce; ++i) products[i] += u[i][w] * hs[w];
-    }
-    for (int64_t i = 0; i < kAtOnce; ++i) {
-      if (first + i >= num_pending) products[i] = Value{};
-    }
-    for (int64_t w = 0; w < size; ++w) {
-      Value left = zs[w];
-      for (int64_t i = 0; i < kAtOnce; ++i) left -= u[i][w] * products[i];
-      zs[w] = left;
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; ++part) {
+        double* to = z + w * kMany + part * kDoubles<kBytes>;
+        Doubles<kBytes> left = read<kBytes>(to);
+#pragma GCC unroll 4
+        for (int i = 0; i < kAtOnce; ++i) left -= u[i][w] * products[i][part];
+        write<kBytes>(to, left);
+      }
     }
   }
   for (int k = 0; k < m.count; ++k) {
@@ -477,7 +441,8 @@ RLEKF_INLINE void subtract_pending_of_many(const Covariance& p, const Measuremen
 }
 
 /// z += shift h - sum_i u_i (u_i^T h), and the inner products, of one block.
-RLEKF_EVERY_ISA void finish_block(const Covariance& p, const Measurements& m, const Projection& out, int64_t index) {
+template <int kBytes>
+RLEKF_INLINE void finish_block(const Covariance& p, const Measurements& m, const Projection& out, int64_t index) {
   const Block& block = p.blocks[index];
   const int64_t begin = block.first_weight;
   double* inner = out.gram + index * m.count * m.count;
@@ -486,14 +451,16 @@ RLEKF_EVERY_ISA void finish_block(const Covariance& p, const Measurements& m, co
     const int64_t row = k * p.num_weights + begin;
     add(p.state->shift, m.jacobian + row, out.cross + row, block.size);
   }
-  if (m.count == 1) subtract_pending(p, m, out, block);
-  else if (m.count <= 4) subtract_pending_of_many<4>(p, m, out, block);
-  else subtract_pending_of_many<8>(p, m, out, block);
+  if (m.count == 1) subtract_pending<kBytes>(p, m, out, block);
+  else if (m.count <= 4) subtract_pending_of_many<std::min(kBytes, 32), 4>(p, m, out, block);
+  else subtract_pending_of_many<kBytes, 8>(p, m, out, block);
   for (int j = 0; j < m.count; ++j) {
     for (int k = j; k < m.count; ++k) {
       const double* h = m.jacobian + j * p.num_weights + begin;
-      inner[j * m.count + k] = inner[k * m.count + j] = dot(h, out.cross + k * p.num_weights + begin, block.size);
-      plain[j * m.count + k] = plain[k * m.count + j] = dot(h, m.jacobian + k * p.num_weights + begin, block.size);
+      inner[j * m.count + k] = inner[k * m.count + j] =
+          dot<kBytes>(h, out.cross + k * p.num_weights + begin, block.size);
+      plain[j * m.count + k] = plain[k * m.count + j] =
+          dot<kBytes>(h, m.jacobian + k * p.num_weights + begin, block.size);
     }
   }
 }
@@ -541,8 +508,8 @@ Recursion run_recursion(const Covariance& p, const Measurements& m, const Projec
 
 /// y_j = z_j + (shift_j - shift_0) h_j - sum_{k<j} rank_one_k (y_k^T h_j) y_k
 /// w += gain_j y_j, u_j = sqrt(rank_one_j) y_j
-RLEKF_EVERY_ISA void correct_block(double* weights, const Covariance& p, const Measurements& m,
-                                   const Projection& projection, const Recursion& recursion, int64_t index) {
+RLEKF_INLINE void correct_block(double* weights, const Covariance& p, const Measurements& m,
+                                const Projection& projection, const Recursion& recursion, int64_t index) {
   const Block& block = p.blocks[index];
   const double* products = recursion.products.data() + index * m.count * m.count;
   const int64_t begin = block.first_weight;
@@ -582,26 +549,33 @@ void project(const Covariance& p, const Measurements& m, const Projection& out, 
   const std::vector<Run> runs = visit_runs(p, m, due, scratch, parallel);
   note_fold(*p.state, due);
   parallel.run(p.num_blocks, [&](int64_t block) {
-    add_runs(p, m, out.cross, runs, block);
-    finish_block(p, m, out, block);
+    on_widest([&]<int kBytes>() RLEKF_INLINED {
+      add_runs(p, m, out.cross, runs, block);
+      finish_block<kBytes>(p, m, out, block);
+    });
   });
 }
 
 void multiply_tiles(const Covariance& p, const Measurements& m, double* z, double* scratch, const Parallel& parallel) {
   const std::vector<Run> runs = visit_runs(p, m, fold_due(*p.state, m.count, p.capacity), scratch, parallel);
-  parallel.run(p.num_blocks, [&](int64_t block) { add_runs(p, m, z, runs, block); });
+  parallel.run(p.num_blocks,
+               [&](int64_t block) { on_widest([&]<int>() RLEKF_INLINED { add_runs(p, m, z, runs, block); }); });
 }
 
 void finish_projection(const Covariance& p, const Measurements& m, const Projection& projection,
                        const Parallel& parallel) {
   note_fold(*p.state, fold_due(*p.state, m.count, p.capacity));
-  parallel.run(p.num_blocks, [&](int64_t block) { finish_block(p, m, projection, block); });
+  parallel.run(p.num_blocks, [&](int64_t block) {
+    on_widest([&]<int kBytes>() RLEKF_INLINED { finish_block<kBytes>(p, m, projection, block); });
+  });
 }
 
 void correct(double* weights, const Covariance& p, const Measurements& m, const Projection& projection,
              const Parallel& parallel) {
   const Recursion recursion = run_recursion(p, m, projection);
-  parallel.run(p.num_blocks, [&](int64_t block) { correct_block(weights, p, m, projection, recursion, block); });
+  parallel.run(p.num_blocks, [&](int64_t block) {
+    on_widest([&]<int>() RLEKF_INLINED { correct_block(weights, p, m, projection, recursion, block); });
+  });
 }
 
 }  // namespace rlekf::cpu
