@@ -421,7 +421,7 @@ def test_restart_on_the_table_is_bit_for_bit(tmp_path):
     assert torch.equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "halves"))
 
 
-def test_too_few_nodes_are_doubled(tmp_path, capsys, monkeypatch):
+def test_too_few_nodes_become_more(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("rlekf_ext.potential.train.Table", lambda last, number=8: Table(last, number))
     train(read_input(input_of(tmp_path, numb_steps=3, table=True)))
     assert "The table of the embedding nets was off by" in capsys.readouterr().out

@@ -92,8 +92,9 @@ class Table:
         return worst
 
     def refine(self) -> None:
-        """Double the nodes."""
-        self.nodes = Nodes(2 * self.nodes.number, self.nodes.last)
+        """Half as many nodes again: the error falls by 1.5^8 = 26."""
+        number = -(-3 * self.nodes.number // (2 * NODES_AT_ONCE)) * NODES_AT_ONCE
+        self.nodes = Nodes(number, self.nodes.last)
 
     def with_frame(self, model: DeepPotential, frame: Frame) -> TabulatedFrame:
         """The frame on the table; kept for the latest few. Raises DataError if it does not fit the network."""
