@@ -376,18 +376,44 @@ def threads_of_a_training(_: Study) -> str:
 
 
 def passes(_: Study) -> str:
-    """Milliseconds per measurement, "before : now"; the earlier commit comes first in the rows."""
-    found: dict[tuple[str, str, str], dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    """Milliseconds per measurement, of the last commit that has rows."""
     with (RESULTS / "passes.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            case = row["weights"], row["block_size"], row["dtype"]
-            found[case][row["measurements"]][row["commit"]] = row["ms"]
+        every = list(csv.DictReader(file))
+    found: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    for row in every:
+        if row["commit"] == every[-1]["commit"]:
+            case = row["weights"], row["block_size"], row["dtype"], registers(row["cpu_isa"])
+            found[case][row["measurements"]] = float(row["ms"])
     counts = list(next(iter(found.values())))
+    header = ["weights", "N_b", "P in", "vectors of", *(f"M = {count}" for count in counts)]
+    return table(header, [[*case, *(short(of[count]) for count in counts)] for case, of in found.items()])
+
+
+def registers(cpu_isa: str) -> str:
+    return "64 bytes" if "AVX-512" in cpu_isa else "32 bytes" if "AVX2" in cpu_isa else "16 bytes"
+
+
+def instruction_sets(_: Study) -> str:
+    """Milliseconds of the parts of a frame, by the width of the vectors."""
+    with (RESULTS / "isa.csv").open(newline="") as file:
+        every = list(csv.DictReader(file))
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in every:
+        found[row["part"]][registers(row["cpu_isa"])] = float(row["ms"])
+    widths = list(dict.fromkeys(registers(row["cpu_isa"]) for row in every))
+    parts = {
+        "environment": "on the table: environment",
+        "an energy update: network": "on the table: energy: forward and gradient",
+        "a force update: network": "on the table: force: forward and gradient",
+        "an iteration of Adam": "on the table: Adam: an iteration",
+        "filter, N_b = 1024, one measurement": "filter, N_b = 1024",
+        "a frame, default settings, four jointly": "on the table: RLEKF: four frames, jointly, N_b = 1024",
+    }
     rows = [
-        [*case, *(" : ".join(short(float(ms)) for ms in of[count].values()) for count in counts)]
-        for case, of in found.items()
+        [label, *(short(found[part][width] / (4 if part.endswith("jointly, N_b = 1024") else 1)) for width in widths)]
+        for label, part in parts.items()
     ]
-    return table(["weights", "N_b", "P in", *(f"M = {count}" for count in counts)], rows)
+    return table(["ms, vectors of", *widths], rows)
 
 
 TABLES: dict[str, Callable[[Study], str]] = {
@@ -404,6 +430,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "table against exact": table_against_exact,
     "threads of a training": threads_of_a_training,
     "passes": passes,
+    "instruction sets": instruction_sets,
     "variants": variants,
     "noise and prior, paper's network": lambda _: changed("prior", "paper"),
     "noise and prior, small networks": lambda _: changed("prior", "small"),

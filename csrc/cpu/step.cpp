@@ -128,7 +128,8 @@ RLEKF_INLINE void fold(Scalar* tile, const Segment* ui, const double* uj, int64_
   constexpr int kLine = 64 / sizeof(Scalar), kRows = 4, kChunks = std::max(2, kDoubles<kBytes> / 2),
                 kColumns = kChunks * kDoubles<kBytes>;
   for (int row = 0; row < kTile; row += kRows) {
-    for (int line = 0; line < kRows * kTile; line += kLine) __builtin_prefetch(tile + kTileSize + row * kTile + line, 0, 2);
+    for (int line = 0; line < kRows * kTile; line += kLine)
+      __builtin_prefetch(tile + kTileSize + row * kTile + line, 0, 2);
     for (int first = 0; first < kTile; first += kColumns) {
       Scalar* from = tile + row * kTile + first;
       Doubles<kBytes> entries[kRows][kChunks];

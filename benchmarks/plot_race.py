@@ -1,0 +1,166 @@
+"""The picture and the tables of the race, from its rows.
+
+    python benchmarks/plot_race.py [--rows benchmarks/results/race.csv]
+
+docs/race.png, and tables in README.md and docs/study.md. A time is that until a run first has an error of at most so
+many times the lowest final one of all runs on a system, in seconds of training on one thread, without evaluations; of
+RLEKF the median over seeds, of a rival its fastest run, of any rate and length. All errors are those of test frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+from bench_training import ROOT
+from plot_study import COLORS, KINDS, grid, save, short
+from race import RACED, RESULTS, RIVALS
+from rows import fill, table
+
+PAGES = ROOT / "README.md", ROOT / "docs/study.md"
+MARKS = 1.2, 1.05  # times the lowest final error
+RIVAL_COLORS = {"Adam": COLORS["Adam"], "AdamW": "#0e7490", "Muon": "#15803d", "SOAP": "#7e22ce"}
+DP_COLORS = {"dp: Adam": "#60a5fa", "dp: HybridMuon": "#86efac", "dp: LKF": "#a3a3a3", "dp: RLEKF": "#fdba74"}
+Curve = list[dict[str, float]]
+
+
+class Race:
+    """The curves of each system and method."""
+
+    def __init__(self, path: Path):
+        self._runs: dict[tuple[str, str], dict[tuple[str, ...], Curve]] = defaultdict(lambda: defaultdict(list))
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                numbers = ("seconds", "cpu_seconds", "epoch", "test_E", "test_F")
+                look = {name: float(row[name]) for name in numbers}
+                key = (row["rate"], row["seed"], row["times"])
+                self._runs[row["system"], row["method"]][key].append(look)
+
+    @property
+    def systems(self) -> list[str]:
+        return [s for s in RACED if (s, "RLEKF") in self._runs and any((s, rival) in self._runs for rival in RIVALS)]
+
+    def curves(self, system: str, method: str) -> list[Curve]:
+        return list(self._runs[system, method].values()) if (system, method) in self._runs else []
+
+    def final(self, system: str, method: str, column: str) -> float:
+        """The error at the end: of RLEKF the median over seeds, of a rival that of its best run."""
+        ends = [curve[-1][column] for curve in self.curves(system, method)]
+        return math.nan if not ends else median(ends) if method.endswith("RLEKF") else min(ends)
+
+    def lowest(self, system: str, column: str) -> float:
+        return min(self.final(system, method, column) for method in ("RLEKF", *RIVALS) if self.curves(system, method))
+
+    def time(self, system: str, method: str, column: str, bound: float, cost: str = "seconds") -> float:
+        first = [
+            next((look[cost] for look in curve if look[column] <= bound), math.inf)
+            for curve in self.curves(system, method)
+        ]
+        return math.nan if not first else median(first) if method.endswith("RLEKF") else min(first)
+
+    def best_rival(self, system: str, column: str, bound: float, cost: str = "seconds") -> float:
+        """The time of the fastest rival."""
+        return min(self.time(system, r, column, bound, cost) for r in RIVALS if self.curves(system, r))
+
+
+def columns_of(race: Race, system: str, mark: float, cost: str = "seconds") -> Iterator[str]:
+    """RLEKF : fastest rival, for energies and for forces."""
+    for kind in KINDS:
+        column = f"test_{kind}"
+        bound = mark * race.lowest(system, column)
+        yield " : ".join(
+            short(t)
+            for t in (race.time(system, "RLEKF", column, bound, cost), race.best_rival(system, column, bound, cost))
+        )
+
+
+def for_readme(race: Race) -> str:
+    header = ["system", "final E, meV/atom", "final F, meV/Å", "seconds to 1.2 × the lower E", "and F"]
+    return table(header, [[s, *finals(race, s), *columns_of(race, s, MARKS[0])] for s in race.systems])
+
+
+def finals(race: Race, system: str) -> list[str]:
+    found = []
+    for kind in KINDS:
+        ends = {m: race.final(system, m, f"test_{kind}") for m in RIVALS if race.curves(system, m)}
+        best = min(ends, key=ends.__getitem__)
+        found.append(f"{short(race.final(system, 'RLEKF', f'test_{kind}'))} : {short(ends[best])} ({best})")
+    return found
+
+
+def all_times(race: Race) -> str:
+    header = ["system", *(f"{kind}, {mark:g} ×{unit}" for unit in ("", ", CPU") for mark in MARKS for kind in KINDS)]
+    costs = ("seconds", "cpu_seconds")
+    rows = [
+        [s, *(c for cost in costs for mark in MARKS for c in columns_of(race, s, mark, cost))] for s in race.systems
+    ]
+    return table(header, rows)
+
+
+def rivals(race: Race) -> str:
+    """Final errors of every method, E / F."""
+    methods = ["RLEKF", *RIVALS]
+    rows = [
+        [s, *(" / ".join(short(race.final(s, m, f"test_{kind}")) for kind in KINDS) for m in methods)]
+        for s in race.systems
+    ]
+    return table(["E meV/atom / F meV/Å", *methods], rows)
+
+
+def inside_dp(race: Race) -> str:
+    """dp's trainers: final errors, and the seconds until 1.2 times those with which ours ends."""
+    header = ["system", "trainer", "s per epoch", "final E, meV/atom", "final F, meV/Å", "seconds", "s to E", "s to F"]
+    rows = []
+    for system in race.systems:
+        bounds = {kind: MARKS[0] * race.final(system, "RLEKF", f"test_{kind}") for kind in KINDS}
+        for method in ("RLEKF", *DP_COLORS):
+            if not race.curves(system, method):
+                continue
+            last = race.curves(system, method)[0][-1]
+            cells = [short(last["seconds"] / last["epoch"])]
+            cells += [short(race.final(system, method, f"test_{kind}")) for kind in KINDS]
+            cells.append(short(median(curve[-1]["seconds"] for curve in race.curves(system, method))))
+            cells += [short(race.time(system, method, f"test_{kind}", bounds[kind])) for kind in KINDS]
+            rows.append([system, "`rlekf train`" if method == "RLEKF" else method, *cells])
+    return table(header, rows)
+
+
+TABLES = {"race": for_readme, "race, times": all_times, "race, rivals": rivals, "race, dp": inside_dp}
+
+
+def picture(race: Race, path: Path) -> None:
+    """Test errors against seconds of training, a line per run."""
+    figure, places = grid(race.systems)
+    colors = {**RIVAL_COLORS, **DP_COLORS, "RLEKF": COLORS["RLEKF"]}
+    for axis, kind, system in places:
+        for method, color in colors.items():
+            for i, curve in enumerate(race.curves(system, method)):
+                x, y = ([look[c] for look in curve] for c in ("seconds", f"test_{kind}"))
+                axis.loglog(x, y, color=color, linewidth=0.8, label=None if i else method)
+        axis.grid(alpha=0.3)
+    figure.supxlabel("seconds of training, one thread")
+    figure.axes[0].legend(fontsize=6)
+    save(figure, path)
+
+
+def write_tables(text: str, race: Race) -> str:
+    return fill(text, {name: partial(make, race) for name, make in TABLES.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=RESULTS)
+    race = Race(parser.parse_args().rows)
+    picture(race, ROOT / "docs/race.png")
+    for page in PAGES:
+        page.write_text(write_tables(page.read_text(), race))
+
+
+if __name__ == "__main__":
+    main()
