@@ -5,7 +5,7 @@ BIN := .venv/bin
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs gpu bench study race soak demo test test-cpp test-install test-deepmd dist check-floors lint check format clean
+.PHONY: help setup docs gpu bench bench-deepmd study race soak demo test test-cpp test-install test-deepmd dist check-floors lint check format clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -81,8 +81,12 @@ study: setup  ## the paper's study on the DFT sets in DATA=folder (at most 2 hou
 	$(BIN)/python benchmarks/study.py --data $(or $(DATA),examples)
 	$(BIN)/python benchmarks/plot_study.py
 
-race: .venv/.bench  ## RLEKF against first-order rivals by time, on the DFT sets in DATA=folder (hours, continues where it stopped): rows
+race: .venv/.bench  ## RLEKF against first-order rivals by time, on the DFT sets in DATA=folder (hours, continues where it stopped)
 	$(BIN)/python benchmarks/race.py --data $(or $(DATA),examples)
+	$(BIN)/python benchmarks/plot_race.py
+
+bench-deepmd: .venv-deepmd/.built  ## the same by the real dp: Adam, HybridMuon, LKF, RLEKF, on copper in DATA=folder (80 minutes): rows
+	.venv-deepmd/bin/python benchmarks/race_deepmd.py --data $(or $(DATA),examples)
 
 soak: setup  ## the long tests (30 minutes): fuzzing, 200 kills, drift over 20 000 and 100 000 steps against long double: rows
 	$(BIN)/python -m pytest -m soak -s

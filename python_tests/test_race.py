@@ -1,9 +1,15 @@
-"""The race of benchmarks/race.py: which runs it makes, and two short ones."""
+"""The race of benchmarks/race.py: which runs it makes, two short ones, its tables, and what dp gets to read."""
 
+import csv
 from itertools import pairwise
 
+import numpy as np
+import plot_race
 import pytest
 import race
+import race_deepmd
+
+from rlekf_ext.potential.load import load_systems
 
 
 def row(key, validation, seconds):
@@ -40,3 +46,41 @@ def test_a_run_is_looked_at_as_time_goes_by(method, rate, monkeypatch):
     assert all(later >= 1.2 * earlier for earlier, later in pairwise(seconds[:-1]))
     assert looks[-1]["validation_F"] < 2 * looks[0]["validation_F"]
     assert set(looks[0]) == set(race.COLUMNS)
+
+
+def rows_of(method, rate, times, errors):
+    """One a second, with a force error a hundred times that of the energy."""
+    for i, error in enumerate(errors, 1):
+        values = ("Cu", "paper", method, rate, 1, times, i, i, i, i, error, error, error, 100 * error)
+        yield dict(zip(race.COLUMNS, values, strict=False))
+
+
+def test_times_are_those_to_the_lowest_final_error(tmp_path):
+    with (tmp_path / "race.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, race.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows_of("RLEKF", "", "", [4, 1.1, 1.02, 1]))
+        writer.writerows(rows_of("Adam", 0.002, 1, [9, 0.9, 8, 7]))  # a dip by chance
+        writer.writerows(rows_of("Adam", 0.002, 10, [9, 8, 7, 3, 2, 1.1]))
+        writer.writerows(rows_of("SOAP", 0.002, 1, [9, 8, 1.4]))
+        writer.writerows(rows_of("dp: Adam", 0.001, "", [9, 1.15]))
+    found = plot_race.Race(tmp_path / "race.csv")
+    assert found.systems == ["Cu"]
+    assert (
+        plot_race.for_readme(found).splitlines()[-1]
+        == "| Cu | 1 : 1.1 (Adam) | 100 : 110 (Adam) | 2 : 6 | 2 : 6 | 2 : 6 |"
+    )
+    times = "| Cu | 2 : 6 | 2 : 6 | 2 : 6 | 3 : never | 3 : never | 3 : never |"
+    assert plot_race.all_times(found).splitlines()[-1] == times + times.removeprefix("| Cu |")
+    assert plot_race.inside_dp(found).splitlines()[-1] == "| Cu | dp: Adam | 1 | 1.15 | 115 | 2 | 2 | 2 |"
+
+
+def test_dp_reads_the_frames_of_the_race(tmp_path):
+    config = race_deepmd.config_of("NaCl", race.ROOT / "examples", tmp_path, {"type": "Adam"})
+    parts = race_deepmd.chosen("NaCl", race.ROOT / "examples", None)
+    for part, section in (("train", "training_data"), ("test", "validation_data")):
+        (folder,) = config["training"][section]["systems"]
+        (read,), (own,) = load_systems(folder, config["model"]["type_map"]), parts[part]
+        for name in ("types", "coordinates", "boxes", "energies", "forces"):
+            np.testing.assert_array_equal(getattr(read, name), getattr(own, name))
+    assert config["training"]["validation_data"]["batch_size"] == len(parts["test"][0])
