@@ -2,10 +2,10 @@
 
     python benchmarks/plot_race.py [--rows benchmarks/results/race.csv]
 
-docs/race.png, and tables in README.md and docs/study.md. A time is that from which on a run has an error, or both, of
-at most so many times the lowest final one of all runs on a system, for as long again (energies dip below it by chance
-before), in seconds of training on one thread, without evaluations; of RLEKF the median over seeds, of a rival its
-fastest run, of any rate and length. All errors are those of test frames.
+docs/race.png, and tables in README.md, docs/study.md and docs/deepmd.md. A time is that from which on a run has an
+error, or both, of at most so many times the lowest final one of all runs on a system, for as long again (energies dip
+below it by chance before), in seconds of training on one thread, without evaluations; of RLEKF the median over seeds,
+of a rival its fastest run, of any rate and length. All errors are those of test frames.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from plot_study import COLORS, KINDS, grid, save, short
 from race import RACED, RESULTS, RIVALS
 from rows import fill, table
 
-PAGES = ROOT / "README.md", ROOT / "docs/study.md"
+PAGES = ROOT / "README.md", ROOT / "docs/study.md", ROOT / "docs/deepmd.md"
 MARKS = 1.2, 1.05  # times the lowest final error
 RIVAL_COLORS = {"Adam": COLORS["Adam"], "AdamW": "#0e7490", "Muon": "#15803d", "SOAP": "#7e22ce"}
 DP_COLORS = {"dp: Adam": "#60a5fa", "dp: HybridMuon": "#86efac", "dp: LKF": "#a3a3a3", "dp: RLEKF": "#fdba74"}
@@ -148,12 +148,14 @@ TABLES = {"race": for_readme, "race, times": all_times, "race, rivals": rivals, 
 def picture(race: Race, path: Path) -> None:
     """Test errors against seconds of training, a line per run."""
     figure, places = grid(race.systems)
+    figure.set_size_inches(max(6.0, 2.6 * len(race.systems)), 7.0)
     colors = {**RIVAL_COLORS, **DP_COLORS, "RLEKF": COLORS["RLEKF"]}
     for axis, kind, system in places:
         for method, color in colors.items():
             for i, curve in enumerate(race.curves(system, method)):
                 x, y = ([look[c] for look in curve] for c in ("seconds", f"test_{kind}"))
-                axis.loglog(x, y, color=color, linewidth=0.8, label=None if i else method)
+                line = {"linewidth": 1.4, "zorder": 3} if method == "RLEKF" else {"linewidth": 0.7}
+                axis.loglog(x, y, color=color, label=None if i else method, **line)
         axis.grid(alpha=0.3)
     figure.supxlabel("seconds of training, one thread")
     figure.axes[0].legend(fontsize=6)
