@@ -72,7 +72,7 @@ def test_times_are_those_to_the_lowest_final_error(tmp_path):
     )
     times = "| Cu | 2 : 6 | 2 : 6 | 2 : 6 | 3 : never | 3 : never | 3 : never |"
     assert plot_race.all_times(found).splitlines()[-1] == times + times.removeprefix("| Cu |")
-    assert plot_race.inside_dp(found).splitlines()[-1] == "| Cu | dp: Adam | 1 | 1.15 | 115 | 2 | 2 | 2 |"
+    assert plot_race.inside_dp(found).splitlines()[-1] == "| Cu | dp, type Adam | 1 | 1.15 | 115 | 2 | 2 |"
 
 
 def test_dp_reads_the_frames_of_the_race(tmp_path):
