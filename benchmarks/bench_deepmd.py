@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rows import MACHINE, append, machine
@@ -62,6 +63,26 @@ def split(source: Path, folder: Path) -> None:
             np.save(folder / name / "set.000" / file.name, np.load(file)[part])
 
 
+def dp_train(config: dict, clock: str, folder: Path, *options: str) -> tuple[Any, list[dict[str, str]]]:
+    """Runs `dp --pt train` by code that prints CLOCK and JSON; returns that, and the rows of lcurve.out."""
+    (folder / "input.json").write_text(json.dumps(config))
+    command = [sys.executable, "-c", clock, "--pt", "train", "input.json", *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    printed = [line for line in done.stdout.splitlines() if line.startswith("CLOCK")]
+    if not printed:
+        sys.exit(done.stderr)
+    lines = (folder / "lcurve.out").read_text().splitlines()
+    header, *rows = [line.split() for line in lines if "If there" not in line]
+    return json.loads(printed[0].removeprefix("CLOCK")), [dict(zip(header[1:], row, strict=True)) for row in rows]
+
+
+def set_threads(number: str) -> None:
+    """Of dp, which is started afterwards."""
+    for name in ("OMP_NUM_THREADS", "DP_INTRA_OP_PARALLELISM_THREADS", "DP_INTER_OP_PARALLELISM_THREADS"):
+        os.environ[name] = number
+    os.environ.setdefault("NUM_WORKERS", "0")  # of dp's data loader, whose threads sometimes fail in Python 3.11
+
+
 def run(optimizer: dict, batches: int, folder: Path) -> dict[str, object]:
     network = {"resnet_dt": False, "seed": 1, "precision": "float64"}
     config = {
@@ -90,17 +111,8 @@ def run(optimizer: dict, batches: int, folder: Path) -> dict[str, object]:
             "save_freq": 10**6,
         },
     }
-    (folder / "input.json").write_text(json.dumps(config))
-    command = [sys.executable, "-c", CLOCK, "--pt", "train", "input.json", "--skip-neighbor-stat"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    clock = [line for line in done.stdout.splitlines() if line.startswith("CLOCK")]
-    if not clock:
-        sys.exit(done.stderr)
-    seconds, share, updates = json.loads(clock[0].removeprefix("CLOCK"))
-    header, *_, last = [
-        line.split() for line in (folder / "lcurve.out").read_text().splitlines() if "If there" not in line
-    ]
-    found = dict(zip(header[1:], last, strict=True))
+    (seconds, share, updates), curve = dp_train(config, CLOCK, folder, "--skip-neighbor-stat")
+    found = curve[-1]
     return {
         "batches": batches,
         "updates": updates,
@@ -119,10 +131,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="only optimizers whose name contains this")
     given = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for kind in ("INTRA", "INTER"):
-        os.environ.setdefault(f"DP_{kind}_OP_PARALLELISM_THREADS", os.environ["OMP_NUM_THREADS"])
-    os.environ.setdefault("NUM_WORKERS", "0")  # of dp's data loader, whose threads sometimes fail in Python 3.11
+    set_threads(os.environ.get("OMP_NUM_THREADS", "1"))
     where = {**machine(given.output), "threads": os.environ["OMP_NUM_THREADS"]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

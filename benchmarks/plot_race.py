@@ -2,10 +2,10 @@
 
     python benchmarks/plot_race.py [--rows benchmarks/results/race.csv]
 
-docs/race.png, and tables in README.md, docs/study.md and docs/deepmd.md. A time is that from which on a run has an
-error, or both, of at most so many times the lowest final one of all runs on a system, for as long again (energies dip
-below it by chance before), in seconds of training on one thread, without evaluations; of RLEKF the median over seeds,
-of a rival its fastest run, of any rate and length. All errors are those of test frames.
+docs/race.png, and tables in README.md, docs/study.md and docs/deepmd.md. A time is when an error of a run, or both,
+falls to a given multiple of the lowest final one on that system and stays there for as long again (before that,
+energies dip below it by chance): seconds of training on one thread, without evaluations. For RLEKF it is the median
+over seeds, for a rival that of its fastest run, whatever the rate and length. All errors are those of test frames.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bench_training import ROOT
 from plot_study import COLORS, KINDS, grid, save, short
 from race import RACED, RESULTS, RIVALS
 from rows import fill, table
+from study import validation
 
 PAGES = ROOT / "README.md", ROOT / "docs/study.md", ROOT / "docs/deepmd.md"
 MARKS = 1.2, 1.05  # times the lowest final error
@@ -54,7 +55,7 @@ class Race:
         """The error at the end: of RLEKF at the best look on validation frames, the median over seeds; of a rival that
         of its best run."""
         curves = self.curves(system, method)
-        ends = [(min(curve, key=_on_validation) if method == "RLEKF" else curve[-1])[column] for curve in curves]
+        ends = [(min(curve, key=validation) if method == "RLEKF" else curve[-1])[column] for curve in curves]
         return math.nan if not ends else median(ends) if method == "RLEKF" else min(ends)
 
     def lowest(self, system: str, column: str) -> float:
@@ -76,10 +77,6 @@ def _held(curve: Curve, bounds: dict[str, float], cost: str) -> float:
         if all(later[column] <= bound for later in following for column, bound in bounds.items()):
             return look[cost]
     return math.inf
-
-
-def _on_validation(look: dict[str, float]) -> float:
-    return look["validation_E"] * look["validation_F"]
 
 
 def columns_of(race: Race, system: str, mark: float, cost: str = "seconds") -> Iterator[str]:

@@ -5,8 +5,8 @@
 All train the same network on its table, on all of the first 70 % of the frames of each set, one thread each, batches of
 one frame; RLEKF has the defaults of `rlekf train`.
 
-1. RLEKF, three seeds, until neither of its two errors on validation frames has become smaller for half of the time so
-   far (at most EPOCHS epochs, or LIMIT seconds). T is the median time of its best look, that with the smallest product.
+1. RLEKF, three seeds, until neither of its validation errors has improved in the second half of the run so far (at most
+   EPOCHS epochs, or LIMIT seconds). T is the median time of its best look, that with the smallest product of the two.
 2. Each rival at three learning rates, for T seconds each. A rate starts where it is said, and falls exponentially to a
    thousandth of that.
 3. The rate of each rival with the smallest product on validation frames, and of these rivals the two best ones, for 10
@@ -129,7 +129,7 @@ def looks_of(key: tuple[Any, ...], data: Path, seconds: float | None) -> list[di
         epochs = max(1, round(seconds / pace(system, network, method, data))) / num_training(system, data, None)
     run, parts = run_of(system, network, method, rate, seed, data, epochs)
     rows, updates, spent, cpu, next_look = [], 0, 0.0, 0.0, FIRST_LOOK
-    best = dict.fromkeys(ERRORS[2:4], (math.inf, 0.0))  # on validation frames, and when that was
+    best = dict.fromkeys(("validation_E", "validation_F"), (math.inf, 0.0))  # on validation frames, and when that was
     for step in range(run.num_steps):
         started = time.perf_counter(), time.process_time()
         updates += run.step()

@@ -14,10 +14,6 @@ Rows go to results/race.csv, with the methods "dp: ...".
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,11 +21,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from bench_deepmd import dp_train, set_threads
 from bench_training import ROOT, STUDY, SYSTEMS, System, available, chosen, num_training
 from race import COLUMNS, KEY, RACED, RESULTS, name_of, read_rows
 from rows import MACHINE, append, machine
 
-METHODS = {name: {"type": name} for name in ("Adam", "HybridMuon", "LKF", "RLEKF")}
+METHODS = "Adam", "HybridMuon", "LKF", "RLEKF"
 RATE = 1e-3
 LOOKS = 40
 # dp with a clock: the times at which it draws batches.
@@ -97,34 +94,20 @@ def config_of(system: str, data: Path, folder: Path, optimizer: dict[str, Any]) 
     }
 
 
-def train(
-    config: dict[str, Any], batches: int, looks: int, folder: Path
-) -> tuple[list[list[float]], list[list[float]]]:
-    """The clock's times, and the rows of lcurve.out as (step, energy, force), errors of the test frames."""
-    config["training"] |= {"numb_steps": batches, "disp_freq": max(1, batches // looks)}
-    (folder / "input.json").write_text(json.dumps(config))
-    command = [sys.executable, "-c", CLOCK, "--pt", "train", "input.json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    clock = [line for line in done.stdout.splitlines() if line.startswith("CLOCK")]
-    if not clock:
-        sys.exit(done.stderr)
-    header, *lines = [
-        line.split() for line in (folder / "lcurve.out").read_text().splitlines() if not line.startswith("# If")
-    ]
-    columns = [header.index(name) - 1 for name in ("step", "rmse_e_val", "rmse_f_val")]
-    return json.loads(clock[0].removeprefix("CLOCK")), [[float(line[i]) for i in columns] for line in lines]
-
-
 def looks_of(key: tuple[Any, ...], data: Path, seconds: float, batches: int) -> list[dict[str, Any]]:
     system, _, method, *_ = key
     with tempfile.TemporaryDirectory() as name:
-        config = config_of(system, data, Path(name), METHODS[method.removeprefix("dp: ")])
-        times, _ = train(config, batches, 1, Path(name))
+        config = config_of(system, data, Path(name), {"type": method.removeprefix("dp: ")})
+        config["training"] |= {"numb_steps": batches, "disp_freq": batches}
+        times, _ = dp_train(config, CLOCK, Path(name))
         wall, cpu = (median(np.diff(column)) for column in zip(*times[batches // 4 :], strict=True))
-        _, curve = train(config, max(batches, round(seconds / wall)), LOOKS, Path(name))
+        steps = max(batches, round(seconds / wall))
+        config["training"] |= {"numb_steps": steps, "disp_freq": max(1, steps // LOOKS)}
+        _, curve = dp_train(config, CLOCK, Path(name))
     per_epoch = num_training(system, data, None)
     rows = []
-    for step, energy, force in curve:
+    for look in curve:
+        step, energy, force = (float(look[column]) for column in ("step", "rmse_e_val", "rmse_f_val"))
         row = dict(zip(KEY, key, strict=True)) | {"epoch": round(step / per_epoch, 4), "updates": ""}
         row |= {"seconds": round(step * wall, 3), "cpu_seconds": round(step * cpu, 3)}
         rows.append({**row, "test_E": f"{1e3 * energy:.5g}", "test_F": f"{1e3 * force:.5g}"})
@@ -140,9 +123,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = os.environ["DP_INTRA_OP_PARALLELISM_THREADS"] = "1"
-    os.environ["DP_INTER_OP_PARALLELISM_THREADS"] = "1"
-    os.environ["NUM_WORKERS"] = "0"  # of dp's data loader, whose threads sometimes fail in Python 3.11
+    set_threads("1")
     where = {**machine(given.output), "threads": 1}
     done = read_rows(given.output)
     for system in given.systems:
