@@ -66,8 +66,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
-gpu:  ## with a python3 that has torch, on a machine with a GPU: build, tests, sanitizer, benchmark; rows in OUT=folder
-	.ci/gpu $(PYTHON) $(or $(OUT),gpu_results)
+gpu:  ## on a machine with a GPU, with a python3 that has torch: build, timings, profile, sanitizers; tests, benchmark, training; OUT=folder, CALL=first or second
+	$(if $(CALL),,.ci/gpu $(PYTHON) $(or $(OUT),gpu_results) first; )\
+	.ci/gpu $(PYTHON) $(or $(OUT),gpu_results) $(or $(CALL),second)
 
 bench: .venv/.bench  ## the filter step against naive torch and BLAS (15 minutes): rows and pictures
 	$(BIN)/python benchmarks/bench_step.py

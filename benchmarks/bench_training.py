@@ -32,7 +32,7 @@ from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.train import build_model, build_table, refine
+from rlekf_ext.potential.train import CPU, build_model, build_table, feed_of, refine
 from rlekf_ext.processes import ALONE
 
 if sys.version_info >= (3, 11):
@@ -142,25 +142,31 @@ class Run:
     """A training, batch after batch."""
 
     def __init__(
-        self, config: Config, training: list[Frame], epochs: float, skip: tuple[float, float] | None = None
+        self,
+        config: Config,
+        training: list[Frame],
+        epochs: float,
+        skip: tuple[float, float] | None = None,
+        device: torch.device = CPU,
     ) -> None:
         """`skip`: μ and σ of the skip connections' factors."""
         seed = config.training.seed or 0
-        self.model, self.training = build_model(config, training), training
+        self.model, self.training = build_model(config, training).to(device), training
         if skip:
             draw_skip_connections(self.model, *skip, seed)
         groups = by_composition(training)
-        self._batches = Batches(groups, [config.training.training_data.batch_size] * len(groups), seed)
-        self.per_epoch, self.num_steps = len(self._batches), round(epochs * len(self._batches))
+        batches = Batches(groups, [config.training.training_data.batch_size] * len(groups), seed)
+        self.per_epoch, self.num_steps = len(batches), round(epochs * len(batches))
         self.optimize = build_optimizer(config, self.model, self.num_steps)
         self.optimize.start(training)
         self.model.table = build_table(self.model, training, config.training.table)
-        self._done = 0
+        self._feed, self._done = feed_of(batches, self.optimize, self.model), 0
 
     def step(self) -> int:
         """One batch; returns the number of updates."""
         self._done += 1
-        return self.optimize(next(self._batches), self._done - 1)
+        batch, frames = next(self._feed)
+        return self.optimize(batch, self._done - 1, frames)
 
     def epoch(self) -> None:
         """All batches of an epoch; then the table is refined, as the trainer does."""

@@ -5,6 +5,8 @@
 All train the same network on its table, on all of the first 70 % of the frames of each set, one thread each, batches of
 one frame; RLEKF has the defaults of `rlekf train`.
 
+0. The time of a frame with each method, all in turn: the machine must be quiet for this, some 20 s for each set. Later
+   it need not be: the seconds of a run are its frames times this time.
 1. RLEKF, three seeds, until neither of its validation errors has improved in the second half of the run so far (at most
    EPOCHS epochs, or LIMIT seconds). T is the median time of its best look, that with the smallest product of the two.
 2. Each rival at three learning rates, for T seconds each. A rate starts where it is said, and falls exponentially to a
@@ -13,7 +15,7 @@ one frame; RLEKF has the defaults of `rlekf train`.
    T. With `--full`: all rivals, and three seeds.
 
 A row is one look at one run; looks are at even steps of the logarithm of time. Rows go to results/race.csv as each run
-ends, and a second call continues where the first one stopped.
+ends, those of 0 to results/race_pace.csv, and a second call continues where the first one stopped.
 """
 
 from __future__ import annotations
@@ -41,6 +43,9 @@ from rlekf_ext.potential.evaluate import compare
 from rlekf_ext.potential.input import JOINT_FRAMES
 
 RESULTS = ROOT / "benchmarks/results/race.csv"
+PACES = ROOT / "benchmarks/results/race_pace.csv"
+PACE_COLUMNS = ("system", "network", "method", "ms", "cpu_ms", *MACHINE)  # of a frame
+ROUNDS, FRAMES_IN_ROUND = 7, 20
 KEY = ("system", "network", "method", "rate", "seed", "times")  # times: how many T the run lasts; of RLEKF ""
 COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS[2:], *MACHINE)
 RACED = ("Cu", "Si", "C", "Ag", "Mg", "NaCl", "Li", "Al", "MgAlCu", "H2O", "Cu+C", "EC", "LiGePS", "TiS2")
@@ -107,38 +112,61 @@ def run_of(
     return run, parts
 
 
-def pace(system: str, network: str, method: str, data: Path) -> float:
-    """Seconds a frame, of twenty batches after ten."""
+def measure_paces(system: str, network: str, data: Path) -> list[dict[str, Any]]:
+    """The time of a frame with each method, as rows: the median over rounds in which they take turns."""
     torch.set_num_threads(1)
-    run, _ = run_of(system, network, method, 1e-4, 1, data, 100.0)
-    for step in range(30):
-        if step == 10:
-            started = time.perf_counter()
-        run.step()
-    return (time.perf_counter() - started) / 20 / (JOINT_FRAMES if method == "RLEKF" else 1)
+    rates = {"RLEKF": 0.0, **{method: rates[0] for method, (_, rates) in RIVALS.items()}}
+    runs = {method: run_of(system, network, method, rate, 1, data, 1000.0)[0] for method, rate in rates.items()}
+    frames = {method: JOINT_FRAMES if method == "RLEKF" else 1 for method in runs}
+    times: dict[str, list[tuple[float, float]]] = {method: [] for method in runs}
+    for _ in range(ROUNDS + 1):
+        for method, run in runs.items():
+            started = time.perf_counter(), time.process_time()
+            for _ in range(FRAMES_IN_ROUND // frames[method]):
+                run.step()
+            ended = time.perf_counter(), time.process_time()
+            times[method].append((ended[0] - started[0], ended[1] - started[1]))
+    where, rows = machine(), []
+    for method, found in times.items():
+        ms, cpu_ms = (significant(median(t) / FRAMES_IN_ROUND) for t in zip(*found[1:], strict=True))
+        row = {"system": system, "network": network, "method": method, "ms": ms, "cpu_ms": cpu_ms}
+        rows.append({**row, **{name: where[name] for name in MACHINE}})
+    return rows
 
 
-def looks_of(key: tuple[Any, ...], data: Path, seconds: float | None) -> list[dict[str, Any]]:
-    """The rows of a run. That of a rival lasts about this many seconds."""
+Pace = tuple[float, float]  # seconds and CPU seconds of a frame
+
+
+def read_paces(path: Path, network: str) -> dict[str, dict[str, Pace]]:
+    """Of each system and method."""
+    found: dict[str, dict[str, Pace]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row["network"] == network:
+                    pace = float(row["ms"]) / 1e3, float(row["cpu_ms"]) / 1e3
+                    found.setdefault(row["system"], {})[row["method"]] = pace
+    return found
+
+
+def looks_of(key: tuple[Any, ...], data: Path, pace: Pace, seconds: float | None) -> list[dict[str, Any]]:
+    """The rows of a run. That of a rival lasts this many seconds."""
     torch.set_num_threads(1)
     system, network, method, rate, seed, _ = key
-    where = machine()
-    if method == "RLEKF":
-        epochs = float(EPOCHS)
-    else:
-        epochs = max(1, round(seconds / pace(system, network, method, data))) / num_training(system, data, None)
-    run, parts = run_of(system, network, method, rate, seed, data, epochs)
-    rows, updates, spent, cpu, next_look = [], 0, 0.0, 0.0, FIRST_LOOK
+    where, num_frames = machine(), num_training(system, data, None)
+    longest = LIMIT if seconds is None else seconds
+    epochs = max(1, round(longest / pace[0])) / num_frames
+    run, parts = run_of(system, network, method, rate, seed, data, min(epochs, EPOCHS) if seconds is None else epochs)
+    rows, updates, next_look = [], 0, FIRST_LOOK
     best = dict.fromkeys(("validation_E", "validation_F"), (math.inf, 0.0))  # on validation frames, and when that was
     for step in range(run.num_steps):
-        started = time.perf_counter(), time.process_time()
         updates += run.step()
-        spent += time.perf_counter() - started[0]
-        cpu += time.process_time() - started[1]
+        epoch = (step + 1) / run.per_epoch
+        spent, cpu = (epoch * num_frames * each for each in pace)
         last = step + 1 == run.num_steps
         if spent >= next_look or last:
             next_look = spent * 2 ** (1 / LOOKS_PER_DOUBLING)
-            row: dict[str, Any] = {"epoch": round((step + 1) / run.per_epoch, 4), "updates": updates}
+            row: dict[str, Any] = {"epoch": round(epoch, 4), "updates": updates}
             row |= {"seconds": round(spent, 3), "cpu_seconds": round(cpu, 3)}
             for part in ("validation", "test"):
                 found = compare(run.optimize.result, parts[part])
@@ -146,7 +174,7 @@ def looks_of(key: tuple[Any, ...], data: Path, seconds: float | None) -> list[di
             rows.append({**dict(zip(KEY, key, strict=True)), **row, **{name: where[name] for name in MACHINE}})
             best = {name: min(old, (row[name], spent)) for name, old in best.items()}
             improved = max(when for _, when in best.values())
-            if method == "RLEKF" and (spent > LIMIT or (spent > 2 * improved and row["epoch"] > 2)):
+            if method == "RLEKF" and spent > 2 * improved and epoch > 2:
                 break
         if (step + 1) % run.per_epoch == 0:
             run.refine()
@@ -193,19 +221,29 @@ def main() -> None:
     parser.add_argument("--estimate", action="store_true", help="print the estimated time, and stop")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, each on one core")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--paces", type=Path, default=PACES)
     given = parser.parse_args()
     data, systems = given.data.resolve(), [s for s in given.systems if available(s, given.data)]
-    if not given.estimate:
-        machine(given.output)
-    rows = read_rows(given.output)
+    machine(given.output)
+    rows, paces = read_rows(given.output), read_paces(given.paces, given.network)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for system in (s for s in systems if s not in paces):
+            append(given.paces, PACE_COLUMNS, pool.submit(measure_paces, system, given.network, data).result())
+    paces = read_paces(given.paces, given.network)
+    for system in systems:
+        print(system, ", ".join(f"{method} {1e3 * pace[0]:.1f} ms" for method, pace in paces[system].items()))
+    print(f"about {estimate(paces, systems, data, given.full) / given.workers / 3600:.1f} hours", flush=True)
+    if given.estimate:
+        return
     with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
-        print(f"about {estimate(pool, systems, given.network, data, given.full) / given.workers / 3600:.1f} hours")
-        if given.estimate:
-            return
 
         def waiting() -> Iterator[tuple[Name, Callable[..., Any], tuple[Any, ...]]]:
             every = (job for s in systems for job in jobs(s, given.network, rows, given.full))
-            return ((name_of(key), looks_of, (key, data, t)) for key, t in every if name_of(key) not in rows)
+            return (
+                (name_of(key), looks_of, (key, data, paces[key[0]][key[2]], t))
+                for key, t in every
+                if name_of(key) not in rows
+            )
 
         def ended(name: Name, found: Any) -> None:
             if found is None:
@@ -219,13 +257,12 @@ def main() -> None:
     sys.exit(0 if done else 1)
 
 
-def estimate(pool: ProcessPoolExecutor, systems: list[str], network: str, data: Path, full: bool) -> float:
-    """Seconds of one core, if RLEKF stops after twelve epochs and its best look is at eight."""
-    paces = list(pool.map(pace, systems, [network] * len(systems), ["RLEKF"] * len(systems), [data] * len(systems)))
+def estimate(paces: dict[str, dict[str, Pace]], systems: list[str], data: Path, full: bool) -> float:
+    """Seconds of one core of a quiet machine, if RLEKF stops after twelve epochs and its best look is at eight."""
     rates = sum(len(rates) for _, rates in RIVALS.values())
     total = 0.0
-    for system, each in zip(systems, paces, strict=True):
-        epoch = each * num_training(system, data, None)
+    for system in systems:
+        epoch = paces[system]["RLEKF"][0] * num_training(system, data, None)
         t = min(8 * epoch, LIMIT)
         total += 1.5 * len(SEEDS) * t + (rates + LONG * (len(RIVALS) * len(SEEDS) if full else 2)) * t
     return total

@@ -39,13 +39,32 @@ def test_later_runs_follow_from_the_earlier_ones():
 
 @pytest.mark.parametrize(("method", "rate"), [("RLEKF", ""), ("Muon", 8e-3), ("AdamW", 2e-3)])
 def test_a_run_is_looked_at_as_time_goes_by(method, rate, monkeypatch):
-    monkeypatch.setattr(race, "LIMIT", 0.5)
-    looks = race.looks_of(("NaCl", "small", method, rate, 1, ""), race.ROOT / "examples", 0.5)
+    monkeypatch.setattr(race, "LIMIT", 2.0)
+    seconds = None if method == "RLEKF" else 2.0
+    looks = race.looks_of(("NaCl", "small", method, rate, 1, ""), race.ROOT / "examples", (0.01, 0.02), seconds)
+    frames = race.num_training("NaCl", race.ROOT / "examples", None)
+    assert looks[-1]["seconds"] == pytest.approx(2.0, abs=0.05)
+    for look in looks:
+        assert look["seconds"] == pytest.approx(0.01 * look["epoch"] * frames, abs=2e-3)
+        assert look["cpu_seconds"] == pytest.approx(2 * look["seconds"], abs=2e-3)
     seconds = [look["seconds"] for look in looks]
     assert all(later >= race.FIRST_LOOK for later in seconds[:-1])  # the last one is at the end
     assert all(later >= 1.2 * earlier for earlier, later in pairwise(seconds[:-1]))
     assert looks[-1]["validation_F"] < 2 * looks[0]["validation_F"]
     assert set(looks[0]) == set(race.COLUMNS)
+
+
+def test_the_time_of_a_frame_of_each_method(monkeypatch, tmp_path):
+    monkeypatch.setattr(race, "ROUNDS", 1)
+    monkeypatch.setattr(race, "FRAMES_IN_ROUND", 4)
+    monkeypatch.delitem(race.RIVALS, "SOAP")  # its package is one of the benchmarks'
+    rows = race.measure_paces("NaCl", "small", race.ROOT / "examples")
+    race.append(tmp_path / "pace.csv", race.PACE_COLUMNS, rows)
+    paces = race.read_paces(tmp_path / "pace.csv", "small")
+    assert set(paces["NaCl"]) == {"RLEKF", *race.RIVALS}
+    assert all(0 < pace < 1 for both in paces["NaCl"].values() for pace in both)
+    assert race.estimate(paces, ["NaCl"], race.ROOT / "examples", full=False) > 0
+    assert race.read_paces(tmp_path / "pace.csv", "paper") == {}
 
 
 def rows_of(method, rate, times, errors):

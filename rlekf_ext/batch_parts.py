@@ -61,6 +61,9 @@ def divide(
         size = options.group_size and options.group_size * num_structures
         return force_groups(num_atoms, size, options.num_groups, generator)
 
+    def placed(atoms: Tensor) -> Tensor:
+        return atoms.to(device, non_blocking=torch.device(device).type != "cpu")
+
     atoms = [0 if frame.forces is None else len(frame.forces) for frame in frames]  # rows of forces
     structures = [len(frame.num_atoms) for frame in frames]
     # How many structures the rows of forces are divided among: all if one after another, one if they share the rows.
@@ -76,7 +79,7 @@ def divide(
     labels = ["forces" if kind == "force" else kind for kind in KINDS]
     missing = [sum(getattr(frame, label) is None for frame in frames) for label in labels]
     own_sizes = [len(frames), sum(structures), sum(atoms), sum(lengthwise), fewest_groups, *missing]
-    sizes = processes.gather(own_sizes, device)
+    sizes = processes.gather(own_sizes)
     num_frames, num_structures, num_atoms, num_lengthwise, _, *missing = (
         sum(column) for column in zip(*sizes, strict=True)
     )
@@ -88,14 +91,14 @@ def divide(
         parts = []
         for row, (frame, n, m) in enumerate(zip(frames, atoms, lengthwise, strict=True), first_frame):
             own = groups_of(n, m, torch.Generator().manual_seed(seed + row))
-            parts.append(Part(frame, row, 1.0, [(group, 1.0) for group in own]))
+            parts.append(Part(frame, row, 1.0, [(placed(group), 1.0) for group in own]))
         num_groups = min(row[4] for row in sizes)
         return parts, Whole(num_frames, num_structures, num_groups, atoms_per_structure, kinds)
     groups = groups_of(num_atoms, num_lengthwise, generator)
     parts = []
     for frame, n, count in zip(frames, atoms, structures, strict=True):
         own = [group[(group >= first_atom) & (group < first_atom + n)] - first_atom for group in groups]
-        shares = [(some, len(some) / len(group)) for some, group in zip(own, groups, strict=True)]
+        shares = [(placed(some), len(some) / len(group)) for some, group in zip(own, groups, strict=True)]
         parts.append(Part(frame, 0, count / num_structures, shares))
         first_atom += n
     return parts, Whole(1, num_structures, len(groups), atoms_per_structure, kinds)

@@ -16,7 +16,7 @@ import torch
 from rlekf_ext import _C
 from rlekf_ext.environment import torch_threads, usable_cores
 from rlekf_ext.errors import OptionError, RlekfError
-from rlekf_ext.ops import backends
+from rlekf_ext.ops import backends, find_device
 from rlekf_ext.processes import Processes, torchrun_group
 from rlekf_ext.schema import counted
 
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("input", help="the input file, as for `dp --pt train`")
     train.add_argument("--restart", action="store_true", help="continue from the checkpoint of the same input file")
     train.add_argument("--threads", type=int, metavar="N", help="threads to train on (as many as there is work for)")
+    train.add_argument("--device", metavar="cpu|cuda|cuda:N", help="what to train on (a GPU if there is one)")
     train.set_defaults(run=run_train)
 
     test = commands.add_parser("test", help="RMSE of a trained model on labelled data")
@@ -104,10 +105,11 @@ def run_train(arguments: argparse.Namespace) -> int:
         raise OptionError(f"--threads must be >= 1 but is: {threads}; without it, rlekf chooses.")
     chooses = threads is None and not any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
     most = min(usable_cores(), torch.get_num_threads()) if chooses else None  # torch's number has no hyperthreads
-    with torch_threads(1 if chooses else threads), torchrun_group() as group:
-        summary = train(
-            read_input(arguments.input), restart=arguments.restart, processes=Processes(group), most_threads=most
-        )
+    config, device = read_input(arguments.input), find_device(arguments.device)
+    if gpu := device.type == "cuda":
+        torch.cuda.set_device(device)
+    with torch_threads(1 if chooses else threads), torchrun_group(gpu) as group:
+        summary = train(config, restart=arguments.restart, processes=Processes(group), most_threads=most, device=device)
     return INTERRUPTED if summary["interrupted"] else 0
 
 

@@ -93,12 +93,16 @@ class Covariance:
     def set(self, **scalars: float | Tensor) -> None:
         """Write the named scalars, as in `set(measurement_noise=4.0)`; the others stay unchanged."""
         for name, value in scalars.items():
-            self.state[STATE[name]] = value
+            place = self.state[STATE[name]]
+            if isinstance(value, Tensor):
+                place.copy_(value)
+            else:
+                place.fill_(value)
 
     def set_diagonal(self, variances: Tensor) -> None:
         """Start over: P becomes a diagonal, variances (N,) > 0; the other scalars stay as they are."""
         largest = variances.max()
-        weights, places = (index.to(self.tiles.device) for index in diagonal_places(self.plan, self.own_tiles))
+        weights, places = self._diagonal_places()
         self.tiles.zero_()
         self.tiles.view(-1)[places] = (variances / largest)[weights].to(self.tiles.dtype)
         self.pending.zero_()
@@ -122,10 +126,16 @@ class Covariance:
 
     def stored_diagonal(self) -> Tensor:
         """The diagonal of S, (N,) float64, zero for weights whose entry is in a tile of another process."""
-        weights, places = (index.to(self.tiles.device) for index in diagonal_places(self.plan, self.own_tiles))
+        weights, places = self._diagonal_places()
         found = self.pending.new_zeros(self.plan.num_weights)
         found[weights] = self.tiles.view(-1)[places].to(torch.float64)
         return found
+
+    def _diagonal_places(self) -> tuple[Tensor, ...]:
+        return tuple(
+            index.to(self.tiles.device, non_blocking=not self.tiles.is_cpu)
+            for index in diagonal_places(self.plan, self.own_tiles)
+        )
 
     def diagonal_of(self, stored: Tensor) -> Tensor:
         """The diagonal of P from that of S, both (N,) float64."""

@@ -36,13 +36,16 @@ class Processes:
             raise LostProcessError(self._who_is_lost(started, tensor.device)) from error
         return tensor
 
-    def gather(self, numbers: Sequence[int], device: torch.device | str = "cpu") -> list[list[int]]:
-        """The numbers of each process, the same count from each, in the order of the ranks. Raises LostProcessError."""
+    def gather(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The numbers of each process, the same count from each, in the order of the ranks. Raises LostProcessError.
+
+        They are sent from CPU to CPU if the group can do that, and otherwise wait for the device."""
         if self.group is None:
             return [list(numbers)]
-        rows = torch.zeros(self.size, len(numbers), dtype=torch.int64, device=device)
+        rows = torch.zeros(self.size, len(numbers), dtype=torch.int64)
         rows[self.rank] = torch.tensor(numbers)
-        return self.sum(rows).tolist()
+        kinds = {device.type for device in self.group._device_types}
+        return self.sum(rows if "cpu" in kinds else rows.to(min(kinds))).tolist()
 
     def any(self, flag: object) -> bool:
         return any(row[0] for row in self.gather([bool(flag)]))
@@ -92,8 +95,9 @@ ALONE = Processes()
 
 
 @contextmanager
-def torchrun_group() -> Iterator[dist.ProcessGroup | None]:
-    """A gloo group of all processes that torchrun has started, or None if this one is alone."""
+def torchrun_group(gpus: bool = False) -> Iterator[dist.ProcessGroup | None]:
+    """A group of all processes that torchrun has started, or None if this one is alone: gloo and, with `gpus`, NCCL for
+    what is on them."""
     if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ) or os.environ.get("WORLD_SIZE", "1") == "1":
         yield None
         return
@@ -103,7 +107,8 @@ def torchrun_group() -> Iterator[dist.ProcessGroup | None]:
     store, rank, size = next(dist.rendezvous("env://"))
     # After torchrun's restart the store is as it was left: without a prefix, with addresses of processes that are gone.
     store = dist.PrefixStore(f"attempt {torchrun_restarts()}", store)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    kind = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(kind, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield dist.group.WORLD
     finally:

@@ -85,7 +85,7 @@ class FrameUpdater:
         self._early: float | Tensor = 1.0  # the part of early_scale - 1 that is left
         self._variances: dict[str, float | Tensor] = {}  # HᵀPH by kind, running geometric means, for `balance`
         self._unbalanced = 0  # batches since they were looked at
-        self._health: dict[str, int] = {}  # as of the last batch; asking the filter waits for the device
+        self._health: dict[str, int] = {}  # as of the last look at it
         self._unguarded = 0  # updates since the last check of how P is stored
         self._started = not self.options.warm_start and self.options.prior == "identity"
         # Each update fits the current frame, and leaves the energies of the others off by a common amount whose sign
@@ -108,7 +108,7 @@ class FrameUpdater:
         of its untrained network on these frames, by model.fit_energy_bias(frames, with_network=True); `prior` gives
         each layer its variance in P, from the gradients of the energies of some of them. Every process of a group must
         call it. Raises OptionError for a model without fit_energy_bias or parameters without names."""
-        frames = list(frames)
+        frames = frames if isinstance(frames, Sequence) else list(frames)
         if self.options.warm_start:
             if not hasattr(self.model, "fit_energy_bias"):
                 raise OptionError(
@@ -165,7 +165,8 @@ class FrameUpdater:
         return done
 
     def skipped(self) -> str:
-        """How many measurements the filter has skipped up to the last batch, by cause; "" if none."""
+        """How many measurements the filter has skipped, by cause; "" if none. Waits for the device."""
+        self._health = self.optimizer.health()
         return ", ".join(f"{text}: {self._health[name]}" for name, text in CAUSES.items() if self._health.get(name))
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,7 +184,8 @@ class FrameUpdater:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue exactly where the saved updater was."""
         self._generator.set_state(saved["generator"].cpu())
-        here = float if self.optimizer.parameters()[0].is_cpu else Tensor.clone
+        first = self.optimizer.parameters()[0]
+        here = float if first.is_cpu else (lambda saved: saved.to(first.device))
         self._means = {kind: here(mean) for kind, mean in saved["means"].items()}
         self._variances = {kind: here(variance) for kind, variance in saved.get("variances", {}).items()}
         self._early, self._unguarded, self._started = here(saved["early"]), saved["unguarded"], True
@@ -248,7 +250,8 @@ class FrameUpdater:
     def _energy_gradients(self, frame: Any) -> tuple[Tensor | None, ...]:
         """Those of the mean energy per atom by each parameter."""
         with torch.enable_grad():
-            energy = (self.model(frame, forces=False).energy / frame.num_atoms).mean()
+            energy = self.model(frame, forces=False).energy
+            energy = (energy / beside(energy, frame.num_atoms)).mean()
         return torch.autograd.grad(energy, self.optimizer.parameters(), allow_unused=True)
 
     def _scales(self, kind: str, errors: Tensor, whole: Whole, factor: float) -> tuple[float | Tensor, float | Tensor]:
@@ -257,9 +260,8 @@ class FrameUpdater:
         scale: float | Tensor = getattr(options, f"{kind}_scale") * factor
         if kind == "force" and options.force_per_atom:
             scale = scale / whole.atoms_per_structure
-        # On a CPU plain numbers: a few operations on tensors would take as long as a small network.
-        error: Any = (errors.item() if len(errors) == 1 else errors.mean().item()) if errors.is_cpu else errors.mean()
-        here = float if errors.is_cpu else errors.new_tensor
+        here = _numbers_of(errors)
+        error: Any = here(errors.mean() if len(errors) > 1 else errors[0])
         finite = _is_finite(error)
         if options.early_scale != 1:
             left = here(self._early)
@@ -279,7 +281,7 @@ class FrameUpdater:
     def _see_variance(self, kind: str, jacobian: Tensor) -> None:
         """Take HᵀPH of a measurement into the running geometric mean of its kind; H (N,) as scaled without balance."""
         found = self.optimizer.filter.variance(jacobian)
-        here = float if found.is_cpu else found.new_tensor
+        here = _numbers_of(found)
         new: Any = here(found)
         old: Any = here(self._variances.get(kind, math.nan))  # NaN: not known yet
         usable = _is_finite(new) & (new > LEAST_VARIANCE)  # it is 0 for the forces of an isolated atom
@@ -297,6 +299,10 @@ class FrameUpdater:
 
     def _look_after(self, updates: int) -> None:
         """After this many more updates: does the filter still use measurements, and is P still stored well enough?"""
+        self._unguarded += updates
+        guard = self._unguarded >= UPDATES_PER_GUARD
+        if not guard and self.optimizer.filter.covariance.state.device.type != "cpu":
+            return  # to ask would be to wait for the device
         self._health = self.optimizer.health()
         in_a_row = self._health["skipped_in_a_row"]
         if in_a_row >= self.options.max_skipped:
@@ -311,8 +317,7 @@ class FrameUpdater:
                 f"The last {in_a_row} measurements were all skipped, but max_skipped is {self.options.max_skipped}: "
                 f"{self.skipped()}. {advice}."
             )
-        self._unguarded += updates
-        if self._unguarded >= UPDATES_PER_GUARD:
+        if guard:
             self._unguarded = 0
             if sentence := self.optimizer.guard_storage():
                 self._say(sentence)
@@ -337,19 +342,34 @@ def schedule(order: Sequence[str], num_groups: int) -> list[str]:
             return kinds
 
 
+def _numbers_of(tensor: Tensor) -> Callable[[Any], Any]:
+    """What makes a number of one: on a CPU a float, as a few operations on tensors would take as long as a small
+    network; elsewhere a tensor () beside this one, without waiting for it."""
+    if tensor.is_cpu:
+        return float
+    return lambda x: x if isinstance(x, Tensor) else torch.full((), x, dtype=tensor.dtype, device=tensor.device)
+
+
+def beside(prediction: Tensor, label: Tensor) -> Tensor:
+    """The label, on the device of the prediction."""
+    return label.to(prediction.device, non_blocking=not prediction.is_cpu)
+
+
 def energy_error(prediction: Any, frame: Any, _: Any = None) -> Tensor:
     """mean |E - E_DFT| / atoms in eV/atom (Algorithm 2, line 6): its gradient is -H."""
-    return ((prediction.energy - frame.energy).abs() / frame.num_atoms).mean()
+    energy, num_atoms = (beside(prediction.energy, label) for label in (frame.energy, frame.num_atoms))
+    return ((prediction.energy - energy).abs() / num_atoms).mean()
 
 
 def force_error(prediction: Any, frame: Any, atoms: Tensor) -> Tensor:
     """mean |F - F_DFT| over the 3x components of these atoms, in eV/Å (Algorithm 2, line 6)."""
-    return (prediction.forces[atoms] - frame.forces[atoms]).abs().mean()
+    return (prediction.forces[atoms] - beside(prediction.forces, frame.forces)[atoms]).abs().mean()
 
 
 def virial_error(prediction: Any, frame: Any, _: Any = None) -> Tensor:
     """mean |W - W_DFT| / atoms over the nine components, in eV/atom."""
-    return ((prediction.virial - frame.virial).abs().mean((1, 2)) / frame.num_atoms).mean()
+    virial, num_atoms = (beside(prediction.virial, label) for label in (frame.virial, frame.num_atoms))
+    return ((prediction.virial - virial).abs().mean((1, 2)) / num_atoms).mean()
 
 
 ERRORS: dict[str, Callable[..., Tensor]] = {"energy": energy_error, "force": force_error, "virial": virial_error}

@@ -28,15 +28,10 @@ RLEKF_DEVICE char* shared_memory() {
   return memory;
 }
 
-/// Starts a copy of 8 or 16 bytes into shared memory, for this thread's own use.
-template <int kBytes>
+/// Starts a copy of 16 bytes into shared memory.
 RLEKF_DEVICE void copy_async(void* shared, const void* global) {
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(global) : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
 
 RLEKF_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -4,7 +4,8 @@
 //     -- grid barrier --
 //     reduce       adds the parts of z in a fixed order, subtracts the pending vectors; inner products with H
 //     -- grid barrier --
-//     recursion    the first thread block adds these up and runs the recursion over the M measurements on scalars
+//     recursion    the first thread block adds these up (many: all of them do, before another barrier) and runs the
+//                  recursion over the M measurements on scalars
 //     -- grid barrier --
 //     apply        weights and new pending vectors
 //
@@ -30,7 +31,9 @@ RLEKF_DEVICE void filter_step(const Task& task) {
     sync_grid();
     reduce<kM>(task);
     sync_grid();
-    if (cta() == 0) gather_gram<kM>(task);
+    const int gathering = num_gathering(task);
+    if (cta() < gathering) gather_gram<kM>(task, gathering);
+    if (gathering > 1) sync_grid();
   } else if (cta() == 0) {
     load_state(task);
   }

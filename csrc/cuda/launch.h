@@ -14,9 +14,12 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRowsPerThread = kTile / kWarps;  // a thread holds 8 rows x 2 columns of a tile
 constexpr int kGroups = kThreads / kTile;       // threads that share a weight in a sum
-constexpr int kFoldAtOnce = 32;                 // pending vectors with entries in shared memory at a time
+constexpr int kRowStride = 32;                  // pairs of entries between the rows of a thread in shared memory
+constexpr int kPendingAtOnce = 32;              // pending vectors with inner products in shared memory at a time
 constexpr int kDotLog2 = 9;                     // 2^9 weights per partial inner product with a pending vector
 constexpr int kMaxStages = 4;
+constexpr int kSegmentsPerCta = 16;  // at least, before panels become wider: runs differ by one segment
+constexpr int64_t kFewSums = 2048;   // that the first thread block adds up by itself
 
 struct Device {
   int64_t sms;
@@ -33,6 +36,12 @@ constexpr int rounded_up(int num_measurements) {
 /// Thread blocks per SM: with many measurements one block needs all registers.
 constexpr int ctas_per_sm(int num_measurements) { return num_measurements <= 2 ? 2 : 1; }
 
+/// Pending vectors of a fold with entries in shared memory at a time. With 32 of them, panels of an H200 would have half
+/// the width for 2 and for 8 measurements.
+RLEKF_INLINE_HD constexpr int fold_at_once(int num_measurements) {
+  return num_measurements == 2 || num_measurements == 8 ? 16 : 32;
+}
+
 // --- shared memory: the state, and after it what each phase needs. Offsets and sizes in bytes.
 
 constexpr int64_t kSharedState = 0;
@@ -42,7 +51,7 @@ struct VisitShared {
   int64_t columns;    // (M, width, kThreads) pairs: sums of the panel's columns, each pair one thread's own
   int64_t x_columns;  // (M, width * kTile): Jacobian entries of the panel's columns
   int64_t x_rows;     // (kWarps, M, kRowsPerThread): Jacobian entries of the tile's rows
-  int64_t u_rows;     // (kWarps, kFoldAtOnce, kRowsPerThread): entries of pending vectors for the tile's rows
+  int64_t u_rows;     // (kWarps, fold_at_once(M), kRowsPerThread): entries of pending vectors for the tile's rows
   int64_t ring;       // (stages, kRowsPerThread, kThreads) pairs: tiles in flight
   int64_t size;
 };
@@ -53,7 +62,7 @@ RLEKF_INLINE_HD VisitShared visit_shared(int m, Width width, int64_t stages, int
   s.x_columns = s.columns + m * width.columns() * kThreads * 16;
   s.x_rows = s.x_columns + m * width.columns() * kTile * 8;
   s.u_rows = s.x_rows + kWarps * m * kRowsPerThread * 8;
-  s.ring = s.u_rows + kWarps * kFoldAtOnce * kRowsPerThread * 8;
+  s.ring = s.u_rows + kWarps * fold_at_once(m) * kRowsPerThread * 8;
   s.size = s.ring + stages * kTileSize * bytes_each;
   return s;
 }
@@ -62,7 +71,7 @@ struct ReduceShared {
   int64_t parts;  // (M, kGroups, kTile)
   int64_t z;      // (M, kTile)
   int64_t h;      // (M, kTile)
-  int64_t dots;   // (kFoldAtOnce, M): u_i^T h
+  int64_t dots;   // (kPendingAtOnce, M): u_i^T h
   int64_t gram;   // (2, M, M)
   int64_t size;
 };
@@ -73,7 +82,7 @@ RLEKF_INLINE_HD constexpr ReduceShared reduce_shared(int m) {
   s.z = s.parts + m * kGroups * kTile * 8;
   s.h = s.z + m * kTile * 8;
   s.dots = s.h + m * kTile * 8;
-  s.gram = s.dots + kFoldAtOnce * m * 8;
+  s.gram = s.dots + kPendingAtOnce * m * 8;
   s.size = s.gram + 2 * m * m * 8;
   return s;
 }
@@ -112,7 +121,8 @@ inline void assign(Launch& launch, int64_t ctas, int64_t num_tiles, int64_t num_
   launch.rows = runs_of(rows, launch.ctas < rows ? launch.ctas : rows);
 }
 
-/// The widest panels that leave room for two tiles in flight, and then as many tiles in flight as fit.
+/// The widest panels that leave room for two tiles in flight and do not make runs uneven, and then as many tiles in
+/// flight as fit.
 inline Launch plan_launch(const Device& device, int num_measurements, int64_t bytes_each, int64_t num_tiles,
                           int64_t num_weights, int64_t num_blocks) {
   Launch launch{};
@@ -125,6 +135,7 @@ inline Launch plan_launch(const Device& device, int num_measurements, int64_t by
     for (int least = 2; least >= 1 && launch.stages == 0; --least) {
       for (int log2 = 2; log2 >= 0; --log2) {
         const Width width{log2};
+        if (log2 > 0 && num_tiles >> log2 < kSegmentsPerCta * resident * device.sms) continue;
         int stages = kMaxStages;
         while (stages >= least && visit_shared(m, width, stages, bytes_each).size > room) --stages;
         if (stages < least) continue;

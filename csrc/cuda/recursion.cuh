@@ -1,5 +1,6 @@
-// The phases after the projection. The first thread block adds up the inner products and runs the recursion of
-// ../recursion.h over the M measurements; then all thread blocks apply the updates to weights and pending vectors.
+// The phases after the projection. The inner products are added up, by all thread blocks if they are many. The first
+// thread block runs the recursion of ../recursion.h over the M measurements; then all thread blocks apply the updates to
+// weights and pending vectors.
 
 #pragma once
 
@@ -7,16 +8,21 @@
 
 namespace rlekf::cuda {
 
-/// In the first thread block: the inner products, over the rows of each block.
+/// How many thread blocks add up the inner products.
+RLEKF_DEVICE int num_gathering(const Task& task) {
+  return 2 * task.p.num_blocks * task.m.count * task.m.count <= kFewSums ? 1 : num_ctas();
+}
+
+/// In the first `ctas` thread blocks: the inner products, over the rows of each block.
 template <int kM>
-RLEKF_PHASE void gather_gram(const Task& task) {
+RLEKF_PHASE void gather_gram(const Task& task, int ctas) {
   const Covariance& p = task.p;
   const int count = task.m.count, num_blocks = static_cast<int>(p.num_blocks);
   const Runs& rows = task.launch.rows;
   const int sums = 2 * num_blocks * count * count;
   int together = 32;  // threads that share a sum
-  while (together > 1 && sums * together > kThreads) together /= 2;
-  for (int first = 0; first < sums; first += kThreads / together) {
+  while (together > 1 && sums * together > ctas * kThreads) together /= 2;
+  for (int first = cta() * kThreads / together; first < sums; first += ctas * kThreads / together) {
     const int n = first + thread() / together;
     double sum = 0;
     if (n < sums) {
@@ -100,8 +106,9 @@ RLEKF_PHASE void apply(const Task& task) {
   const Covariance& p = task.p;
   const Update* updates = task.workspace.updates;
   const Rows own = own_rows(task);
+  int64_t index = -1;
   for (int64_t n = own.first * kTile + thread(); n < own.last * kTile; n += kThreads) {
-    const int64_t index = block_of_slot(p.blocks, p.num_blocks, n / kTile, kTileLog2);
+    index = next_block_of_slot(p.blocks, p.num_blocks, n / kTile, kTileLog2, index);
     const Block block = p.blocks[index];
     const int64_t local = n - first_slot(block, index, kTileLog2) * kTile;
     if (local >= block.size) continue;

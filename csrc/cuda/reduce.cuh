@@ -65,18 +65,18 @@ RLEKF_DEVICE void subtract_pending(const Task& task, const TileRow& at, int64_t 
                                    double* dots, double (&sums)[kM]) {
   const int64_t num_weights = task.p.num_weights;
   const bool inside = at.weight() < at.block.size;
-  for (int64_t first = 0; first < num_pending; first += kFoldAtOnce) {
-    const int now = static_cast<int>(num_pending - first < kFoldAtOnce ? num_pending - first : kFoldAtOnce);
-    if (enters_block || num_pending > kFoldAtOnce) gather_dots<kM>(task, at, first, now, dots);
+  for (int64_t first = 0; first < num_pending; first += kPendingAtOnce) {
+    const int now = static_cast<int>(num_pending - first < kPendingAtOnce ? num_pending - first : kPendingAtOnce);
+    if (enters_block || num_pending > kPendingAtOnce) gather_dots<kM>(task, at, first, now, dots);
     const double* u = task.p.pending + first * num_weights + at.block.first_weight + at.weight();
-    double entries[kFoldAtOnce / kGroups];
+    double entries[kPendingAtOnce / kGroups];
     RLEKF_UNROLL
-    for (int n = 0; n < kFoldAtOnce / kGroups; ++n) {
+    for (int n = 0; n < kPendingAtOnce / kGroups; ++n) {
       const int i = at.group() + n * kGroups;
       entries[n] = inside && i < now ? u[i * num_weights] : 0.0;
     }
     RLEKF_UNROLL
-    for (int n = 0; n < kFoldAtOnce / kGroups; ++n) {
+    for (int n = 0; n < kPendingAtOnce / kGroups; ++n) {
       const int i = at.group() + n * kGroups;
       RLEKF_UNROLL
       for (int k = 0; k < kM; ++k) sums[k] -= entries[n] * (i < now ? dots[i * kM + k] : 0.0);
@@ -134,7 +134,7 @@ RLEKF_PHASE void reduce(const Task& task) {
   };
   for (int slot = own.first; slot < own.last; ++slot) {
     TileRow at;
-    at.index = block_of_slot(p.blocks, p.num_blocks, slot, kTileLog2);
+    at.index = next_block_of_slot(p.blocks, p.num_blocks, slot, kTileLog2, index);
     at.block = p.blocks[at.index];
     at.row = slot - first_slot(at.block, at.index, kTileLog2);
     if (at.row >= tile_rows(at.block.size)) continue;  // a gap

@@ -95,6 +95,9 @@ Fit fit_of(const Covariance& p, const Measurements& m, const Launch& launch, con
   int resident = 0;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.shared_bytes));
+  if (error == cudaSuccess) {  // the driver would choose this anyway; the fold's cache is planned for what is left
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads,
                                                           static_cast<size_t>(launch.shared_bytes));

@@ -2,9 +2,9 @@
 // all Jacobians, and leaves row sums per segment and column sums per panel in the workspace.
 //
 // A thread holds 8 rows x 2 columns of a tile: warp w has rows 8 w ... 8 w + 7, lane l columns 2 l and 2 l + 1. Row sums
-// stay in registers along a segment; column sums stay in shared memory, each thread its own, down a panel. Each thread
-// copies the entries that it will use itself, tiles ahead, into shared memory of its own: no barrier separates the
-// arrival of a tile from its use.
+// stay in registers along a segment; column sums stay in shared memory, each thread its own, down a panel. Each warp
+// copies the rows that it will use itself, tiles ahead, into shared memory of its own, 16 bytes at a time: no barrier of
+// the thread block separates the arrival of a tile from its use. In float64 these 16 bytes are one thread's own, too.
 
 #pragma once
 
@@ -15,6 +15,10 @@ namespace rlekf::cuda {
 /// The tiles of a run in flight from global memory, `stages` at a time.
 template <typename Scalar>
 struct Ring {
+  static constexpr int kPairs = kRowsPerThread * kThreads;                    // of a tile
+  static constexpr int kCopies = kTileSize * sizeof(Scalar) / 16 / kThreads;  // of a thread, for each tile
+  static constexpr bool kOwn = sizeof(Pair<Scalar>) == 16;                    // whether a thread copies what it uses
+
   const Scalar* tiles;
   Pair<Scalar>* entries;  // this thread's first
   Width width;
@@ -23,12 +27,12 @@ struct Ring {
 
   RLEKF_DEVICE Ring(const Task& task, int64_t offset, const Walk& run)
       : tiles(static_cast<const Scalar*>(task.p.tiles)),
-        entries(shared_at<Pair<Scalar>>(offset) + thread()),
+        entries(shared_at<Pair<Scalar>>(offset) + warp() * kRowsPerThread * kRowStride + lane()),
         width(task.launch.width),
         stages(task.launch.stages),
         next(0),
         ahead(run) {
-    for (int stage = 0; stage < stages; ++stage) prefetch(entries + stage * kRowsPerThread * kThreads, next_tile());
+    for (int stage = 0; stage < stages; ++stage) prefetch(entries + stage * kPairs, next_tile());
   }
 
   /// Offset of this thread's first entry of a tile.
@@ -36,27 +40,32 @@ struct Ring {
     return tile * kTileSize + warp() * kRowsPerThread * kTile + 2 * lane();
   }
 
-  /// This thread's first entry, in global memory, of the next tile to prefetch; null at the end of the run.
+  /// The next tile to prefetch, in global memory; null at the end of the run.
   RLEKF_DEVICE const Scalar* next_tile() {
     if (ahead.left == 0) return nullptr;
-    const Scalar* from = tiles + own_entry(ahead.tile());
+    const Scalar* from = tiles + ahead.tile() * kTileSize;
     ahead.advance(width);
     return from;
   }
 
-  /// Starts copying this thread's entries of a tile. Without one it commits an empty group: acquire() counts groups.
+  /// Starts copying this warp's rows of a tile, for which `to` is this thread's first entry. Without a tile it commits an
+  /// empty group: acquire() counts groups.
   RLEKF_DEVICE void prefetch(Pair<Scalar>* to, const Scalar* from) {
+    if (!kOwn) sync_warp();  // others may still read what this thread is about to overwrite
+    auto* chunk = reinterpret_cast<char*>(to - lane()) + 16 * lane();
+    const auto* wanted = reinterpret_cast<const char*>(from + warp() * kRowsPerThread * kTile) + 16 * lane();
     RLEKF_UNROLL
-    for (int i = 0; i < kRowsPerThread; ++i) {
-      if (from) copy_async<sizeof(Pair<Scalar>)>(to + i * kThreads, from + i * kTile);
+    for (int i = 0; i < kCopies; ++i) {
+      if (from) copy_async(chunk + 32 * 16 * i, wanted + 32 * 16 * i);
     }
     copy_commit();
   }
 
-  /// Waits for the current tile. Returns this thread's first entry of it; the entries are kThreads pairs apart.
+  /// Waits for the current tile. Returns this thread's first entry of it; the entries are kRowStride pairs apart.
   RLEKF_DEVICE Pair<Scalar>* acquire() {
     copy_wait(stages);
-    Pair<Scalar>* current = entries + next * kRowsPerThread * kThreads;
+    if (!kOwn) sync_warp();
+    Pair<Scalar>* current = entries + next * kPairs;
     next = next + 1 == stages ? 0 : next + 1;
     return current;
   }
@@ -76,7 +85,7 @@ struct Panel {
         columns(shared_at<Pair<double>>(offsets.columns) + thread()),
         x_columns(shared_at<double>(offsets.x_columns)),
         x_rows(shared_at<double>(offsets.x_rows) + warp() * kM * kRowsPerThread),
-        u_rows(shared_at<double>(offsets.u_rows) + warp() * kFoldAtOnce * kRowsPerThread) {}
+        u_rows(shared_at<double>(offsets.u_rows) + warp() * fold_at_once(kM) * kRowsPerThread) {}
 
   RLEKF_DEVICE int num_columns() const { return static_cast<int>(kTile) << width.log2; }
 
@@ -97,9 +106,12 @@ template <int kM>
 RLEKF_PHASE void dot_pending(const Task& task, int num_pending) {
   const Covariance& p = task.p;
   const int items = num_pending * static_cast<int>(num_slots(p.num_weights, p.num_blocks, kDotLog2));
-  for (int item = cta() * kWarps + warp(); item < items; item += num_ctas() * kWarps) {
+  const int each = (items + num_ctas() * kWarps - 1) / (num_ctas() * kWarps);
+  const int first = (cta() * kWarps + warp()) * each, last = first + each < items ? first + each : items;
+  int64_t index = -1;
+  for (int item = first; item < last; ++item) {
     const int slot = item / num_pending, i = item % num_pending;
-    const int64_t index = block_of_slot(p.blocks, p.num_blocks, slot, kDotLog2);
+    index = next_block_of_slot(p.blocks, p.num_blocks, slot, kDotLog2, index);
     const Block block = p.blocks[index];
     const int64_t begin = (slot - first_slot(block, index, kDotLog2)) << kDotLog2;
     const int64_t behind = begin + (1 << kDotLog2), end = behind < block.size ? behind : block.size;
@@ -132,43 +144,62 @@ RLEKF_PHASE void dot_pending(const Task& task, int num_pending) {
 
 /// T <- factor (T - sum_k u_k u_k^T) for this thread's entries, in global and in shared memory. Products commute and the
 /// order over k is fixed, so a diagonal tile stays symmetric.
-template <typename Scalar>
+template <typename Scalar, int kM>
 RLEKF_DEVICE void fold_tile(const Task& task, const Fold& due, const Walk& at, bool first_of_segment, double* u_rows,
                             Pair<Scalar>* entries) {
+  constexpr int kAtOnce = fold_at_once(kM);
+  constexpr int kAhead = kM == 2 ? 1 : 2;  // vectors in registers before they are used; with M = 2, two would spill
   const Covariance& p = task.p;
   const Block block = p.blocks[at.block];
   double x[kRowsPerThread], y[kRowsPerThread];
   RLEKF_UNROLL
   for (int i = 0; i < kRowsPerThread; ++i) {
-    x[i] = entries[i * kThreads].x;
-    y[i] = entries[i * kThreads].y;
+    x[i] = entries[i * kRowStride].x;
+    y[i] = entries[i * kRowStride].y;
   }
   const int64_t col = at.col * kTile + 2 * lane(), row = at.row * kTile + warp() * kRowsPerThread;
-  for (int64_t done = 0; done < due.num_vectors; done += kFoldAtOnce) {
-    const int count = static_cast<int>(due.num_vectors - done < kFoldAtOnce ? due.num_vectors - done : kFoldAtOnce);
+  for (int64_t done = 0; done < due.num_vectors; done += kAtOnce) {
+    const int count = static_cast<int>(due.num_vectors - done < kAtOnce ? due.num_vectors - done : kAtOnce);
     const double* u = p.pending + done * p.num_weights + block.first_weight;
-    if (first_of_segment || due.num_vectors > kFoldAtOnce) {
+    if (first_of_segment || due.num_vectors > kAtOnce) {
       sync_warp();
       RLEKF_NO_UNROLL
-      for (int n = lane(); n < kFoldAtOnce * kRowsPerThread; n += 32) {
+      for (int n = lane(); n < kAtOnce * kRowsPerThread; n += 32) {
         const int k = n / kRowsPerThread, i = n % kRowsPerThread;
         u_rows[n] = k < count && row + i < block.size ? u[k * p.num_weights + row + i] : 0.0;
       }
       sync_warp();
     }
     u += col;
-    double ux = col < block.size ? u[0] : 0.0, uy = col + 1 < block.size ? u[1] : 0.0;
+    const int in_x = col < block.size ? count : 0, in_y = col + 1 < block.size ? count : 0;
+    double ux[kAhead], uy[kAhead];
+    RLEKF_UNROLL
+    for (int j = 0; j < kAhead; ++j) {
+      ux[j] = j < in_x ? u[j * p.num_weights] : 0.0;
+      uy[j] = j < in_y ? u[j * p.num_weights + 1] : 0.0;
+    }
     RLEKF_NO_UNROLL
-    for (int k = 0; k < count; ++k) {
-      const double now_x = ux, now_y = uy;
-      u += k + 1 < count ? p.num_weights : 0;  // the next vector's entries arrive while these are used
-      if (col < block.size) ux = u[0];
-      if (col + 1 < block.size) uy = u[1];
+    for (int k = 0; k < count; k += kAhead) {  // u_rows are zero beyond `count`
+      double next_x[kAhead], next_y[kAhead];   // arrive while the present ones are used
+      u += kAhead * p.num_weights;
       RLEKF_UNROLL
-      for (int i = 0; i < kRowsPerThread; ++i) {
-        const double ui = u_rows[k * kRowsPerThread + i];
-        x[i] -= ui * now_x;
-        y[i] -= ui * now_y;
+      for (int j = 0; j < kAhead; ++j) {
+        next_x[j] = k + kAhead + j < in_x ? u[j * p.num_weights] : 0.0;
+        next_y[j] = k + kAhead + j < in_y ? u[j * p.num_weights + 1] : 0.0;
+      }
+      RLEKF_UNROLL
+      for (int j = 0; j < kAhead; ++j) {
+        RLEKF_UNROLL
+        for (int i = 0; i < kRowsPerThread; ++i) {
+          const double ui = u_rows[(k + j) * kRowsPerThread + i];
+          x[i] -= ui * ux[j];
+          y[i] -= ui * uy[j];
+        }
+      }
+      RLEKF_UNROLL
+      for (int j = 0; j < kAhead; ++j) {
+        ux[j] = next_x[j];
+        uy[j] = next_y[j];
       }
     }
   }
@@ -176,7 +207,7 @@ RLEKF_DEVICE void fold_tile(const Task& task, const Fold& due, const Walk& at, b
   RLEKF_UNROLL
   for (int i = 0; i < kRowsPerThread; ++i) {
     const Pair<Scalar> folded{static_cast<Scalar>(x[i] * due.factor), static_cast<Scalar>(y[i] * due.factor)};
-    entries[i * kThreads] = folded;
+    entries[i * kRowStride] = folded;
     *reinterpret_cast<Pair<Scalar>*>(out + i * kTile) = folded;
   }
 }
@@ -239,7 +270,7 @@ RLEKF_DEVICE void multiply_tile(const Panel<kM>& shared, const Pair<Scalar>* ent
     }
     RLEKF_UNROLL
     for (int i = 0; i < kRowsPerThread; ++i) {
-      const double a = entries[i * kThreads].x, b = entries[i * kThreads].y;
+      const double a = entries[i * kRowStride].x, b = entries[i * kRowStride].y;
       RLEKF_UNROLL
       for (int k = 0; k < kAtOnce; ++k) {
         const double x_row = shared.x_row(first + k, i);
@@ -307,7 +338,7 @@ RLEKF_PHASE Fold visit(const Task& task) {
       double rows[kM][kRowsPerThread] = {};
       for (bool ends = false, begins = true; !ends; begins = false) {
         Pair<Scalar>* entries = ring.acquire();
-        if (due.num_vectors > 0) fold_tile(task, due, at, begins, shared.u_rows, entries);
+        if (due.num_vectors > 0) fold_tile<Scalar, kM>(task, due, at, begins, shared.u_rows, entries);
         const Scalar* from = ring.next_tile();
         multiply_tile(shared, entries, at.col - (panel << width.log2), at.col == row, rows);
         ring.prefetch(entries, from);

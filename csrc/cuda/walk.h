@@ -154,6 +154,14 @@ RLEKF_INLINE_HD int64_t block_of_slot(const Block* blocks, int64_t num_blocks, i
   return last_not_beyond(num_blocks, slot, [&](int64_t i) { return first_slot(blocks[i], i, log2); });
 }
 
+/// The same for slots that ascend: `before` is the block of an earlier slot, or -1.
+RLEKF_INLINE_HD int64_t next_block_of_slot(const Block* blocks, int64_t num_blocks, int64_t slot, int log2,
+                                           int64_t before) {
+  if (before < 0) return block_of_slot(blocks, num_blocks, slot, log2);
+  while (before + 1 < num_blocks && first_slot(blocks[before + 1], before + 1, log2) <= slot) ++before;
+  return before;
+}
+
 /// Row sums: one slot per segment; those of a row are adjacent, in the order of the panels.
 RLEKF_INLINE_HD int64_t row_slot(const Block& block, int64_t index, Width width, int64_t row, int64_t panel) {
   const int64_t q = row >> width.log2;  // the rows above have up to q panels, this one has q + 1

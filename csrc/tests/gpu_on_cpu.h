@@ -69,6 +69,7 @@ class Gpu {
   };
 
   static inline Gpu* current = nullptr;
+  bool eager = false;  // whether copies arrive as early as they may, or as late
   Fiber* now = nullptr;
   Barrier grid;
 
@@ -109,6 +110,7 @@ class Gpu {
   /// Warps in the order of the seed, each as far as it can go: what no barrier holds back runs far ahead or behind.
   void run(unsigned seed) {
     current = this;
+    eager = seed % 2 == 0;
     std::mt19937 random(seed);
     std::vector<std::vector<Fiber*>> warps(fibers_.size() / 32);
     for (size_t i = 0; i < fibers_.size(); ++i) warps[i / 32].push_back(fibers_[i].get());
@@ -183,18 +185,19 @@ inline double shuffle_xor(double value, int mask) {
   return values[(fiber().thread % 32) ^ mask];
 }
 
-template <int kBytes>
-void copy_async(void* shared, const void* global) {
-  if (reinterpret_cast<uintptr_t>(global) % kBytes != 0) {
-    std::printf("FAILED: a copy of %d bytes from an address that is no multiple of it\n", kBytes);
+inline void copy_async(void* shared, const void* global) {
+  constexpr int kBytes = 16;
+  if (reinterpret_cast<uintptr_t>(global) % kBytes != 0 || reinterpret_cast<uintptr_t>(shared) % kBytes != 0) {
+    std::printf("FAILED: a copy of %d bytes from or to an address that is no multiple of it\n", kBytes);
     std::exit(EXIT_FAILURE);
   }
-  fiber().copies.back().push_back({shared, global, kBytes});
+  if (Gpu::current->eager) std::memcpy(shared, global, kBytes);
+  else fiber().copies.back().push_back({shared, global, kBytes});
 }
 
 inline void copy_commit() { fiber().copies.emplace_back(); }
 
-/// Nothing arrives before it is waited for.
+/// By now everything arrives.
 inline void copy_wait(int64_t stages) {
   auto& copies = fiber().copies;
   for (; static_cast<int64_t>(copies.size()) > stages; copies.pop_front()) {

@@ -90,6 +90,9 @@ void check_walk(const std::vector<int64_t>& sizes, Width width, int64_t num_ctas
         const int64_t slot = first_slot(block, i, log2) + part;
         expect(slots.insert(slot).second && slot < num_slots(weights, num_blocks, log2), "slot", slot);
         expect(block_of_slot(blocks.data(), num_blocks, slot, log2) == i, "block of a slot", slot, i);
+        for (const int64_t before : {int64_t{-1}, int64_t{0}, i}) {
+          expect(next_block_of_slot(blocks.data(), num_blocks, slot, log2, before) == i, "next block", slot, before);
+        }
       }
     }
   }
@@ -140,6 +143,10 @@ void check_launches() {
   const Launch launch = plan_launch(kH200, 1, 8, tiles, weights, 4);
   expect(launch.ctas == 264 && launch.width.columns() == 4 && launch.stages == 2, "plan for an H200", launch.ctas,
          launch.stages);
+  for (const int count : {1, 2, 4, 8}) {
+    expect(plan_launch(kH200, count, 8, tiles, weights, 4).width.columns() == 4, "width on an H200", count);
+  }
+  expect(plan_launch(kH200, 1, 8, 3396, 26551, 26).width.columns() == 1, "panels of small blocks");
   expect(plan_launch({1, 1000, 1000}, 1, 8, tiles, weights, 4).stages == 0, "a GPU with no shared memory");
 }
 
@@ -285,6 +292,7 @@ int main(int count_arguments, char**) {
   }
   check_filter<double>({1}, 1, 1, 4, {2}, 1, 0, 5);
   check_filter<double>({9, 7, 1, 1, 30}, 4, 2, 2, {0}, 1, 1e-6, few ? 3 : 10);
+  check_filter<double>(std::vector<int64_t>(20, 3), 10, 8, 3, {0}, 2, 0, few ? 2 : 4);  // many inner products
   if (!few) {
     check_filter<double>({600, 70}, 3, 1, 9, {2}, 4, 0, 8);
     check_filter<double>({300}, 40, 1, 5, {0}, 2, 0, 45);  // more vectors in a fold than shared memory takes at once

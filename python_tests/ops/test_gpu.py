@@ -1,11 +1,13 @@
 """The kernels on a GPU: run by `make gpu`. Needs only torch, pytest and, for some of the tests, triton."""
 
+import functools
+
 import pytest
 import torch
 from oracles import DenseFilter, relative
 
 from rlekf_ext import RLEKF, BlockPlan, KalmanFilter
-from rlekf_ext.covariance import required_bytes
+from rlekf_ext.covariance import STATE, required_bytes
 from rlekf_ext.ops import backends
 
 pytestmark = [
@@ -48,18 +50,48 @@ def poison(num_bytes=1 << 28):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("process_noise", [0.0, 1e-3])
 @pytest.mark.parametrize("count", range(1, 9))
-def test_oracle_over_200_steps(name, dtype, count, process_noise):
+def test_oracle_over_many_steps(name, dtype, count, process_noise):
     poison()
     settings = {"max_pending": 11, "covariance_dtype": dtype, "process_noise": process_noise}
-    kalman, weights = run(name, ODD_SIZES, steps=200, count=count, **settings)
+    kalman, weights = run(name, ODD_SIZES, steps=steps_of(count), count=count, **settings)
+    wanted, blocks = oracle(count, process_noise)
+    assert relative(weights.cpu(), wanted) < TOLERANCE[dtype]
+    for mine, block in zip(kalman.covariance.dense(), blocks, strict=True):
+        assert relative(mine.cpu(), block) < TOLERANCE[dtype]
+
+
+def steps_of(count):
+    return 200 if count in (1, 8) else 60
+
+
+@functools.cache
+def oracle(count, process_noise):
+    """Weights and blocks of P of a dense filter on the CPU, which takes longer than all the rest."""
     torch.manual_seed(0)
     dense = DenseFilter(ODD_SIZES, 0.98, 0.9987, q=process_noise)
     wanted = torch.zeros(sum(ODD_SIZES), dtype=torch.float64)
-    for _ in range(200):
+    for _ in range(steps_of(count)):
         dense.step(wanted, *measurements(count, sum(ODD_SIZES), "cpu"))
-    assert relative(weights.cpu(), wanted) < TOLERANCE[dtype]
-    for mine, block in zip(kalman.covariance.dense(), dense.blocks, strict=True):
-        assert relative(mine.cpu(), block) < TOLERANCE[dtype]
+    return wanted, dense.blocks
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_more_vectors_than_a_fold_takes_at_once_and_a_large_scale(name):
+    """A fold of 40 vectors that also moves a power of two out of the scale."""
+    plan = BlockPlan((200, 70))
+    found = []
+    for device in (GPU, torch.device("cpu")):
+        torch.manual_seed(0)
+        kalman = KalmanFilter(
+            plan, backend=name if device == GPU else "native", device=device, max_pending=40, memory_factor=0.5
+        )
+        weights = torch.zeros(270, dtype=torch.float64, device=device)
+        for _ in range(90):
+            weights += kalman.update(*measurements(1, 270, device))
+        found.append((weights.cpu(), kalman.covariance.state.cpu()))
+    assert found[1][1][list(STATE).index("scale")] < 2.0**60  # 2^90 without
+    assert relative(found[0][0], found[1][0]) < 1e-10
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -396,3 +396,34 @@ def test_the_least_variance(name):
     assert float(h @ moved) < 1e-3
     assert float(kalman.variance(h)) == pytest.approx(least, rel=1e-3)
     assert kalman.health()["num_updates"] == 2
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("80-real 90", (8, 0), True),
+        ("80-real 90", (8, 9), True),
+        ("80-real 90", (7, 5), False),
+        ("80-real 90", (9, 0), True),
+        ("80-real 90", (12, 0), True),
+        ("90-real", (8, 0), False),
+        ("90-real", (10, 0), False),
+        ("80-virtual", (9, 0), True),
+        ("86-real", (8, 0), False),
+        ("native", (8, 6), True),
+    ],
+)
+def test_which_gpus_a_build_runs_on(built, capability, runs):
+    assert native.covers(built, capability) == runs
+
+
+def test_a_gpu_that_the_build_does_not_cover(monkeypatch):
+    monkeypatch.setitem(native.HAS_KERNELS, "CUDA", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(native._C, "build_info", lambda: {"cuda_architectures": "90-real"})
+    for capability, way_out in (((7, 5), "its kernels need 8.0"), ((8, 6), "reinstall rlekf_ext with CMAKE_ARGS")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        reason = native.why_absent("cuda")
+        assert "code for 90-real, but a card has compute capability {}.{}; ".format(*capability) in reason
+        assert way_out in reason

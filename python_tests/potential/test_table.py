@@ -5,13 +5,14 @@ import dataclasses
 import itertools
 import pickle
 
+import network_reference
 import numpy as np
 import pytest
 import torch
 from helpers import checkpoint_of, curve_of, input_of, make_model, run, weights_of
 
 from rlekf_ext.errors import DataError
-from rlekf_ext.ops import network_reference
+from rlekf_ext.ops import network_torch
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import collate, make_frame
@@ -187,24 +188,75 @@ def test_interpolation_is_exact_for_polynomials():
         assert float(values) == pytest.approx(s * s**power, rel=1e-12)  # R_0 = s, nnei = 1
 
 
+FORMS = {"kernels": torch.ops.rlekf, "torch": network_torch}
+
+
+def in_form(model, frame, form):
+    """The frame on the model's table, computed by the kernels of the CPU or as on a device without kernels."""
+    on_table = model.table.with_frame(model, frame)
+    on_table._ops = FORMS[form]
+    if form == "torch":
+        descriptor, nodes = model.descriptor, model.table.nodes
+        geometry = geometry_of(model, frame, nodes)
+        on_table._geometry = network_torch.placed(
+            geometry, descriptor.normal_on_cpu(), descriptor.architecture.sel, nodes.last
+        )
+    return on_table
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_against_the_reference(monkeypatch, shape, dtype):
-    """With so few nodes that the interpolation is far from the network, both still interpolate alike."""
+def test_against_the_reference(shape, dtype, form):
+    """With so few nodes that the interpolation is far from the network, all still interpolate alike."""
     frame = collate([labelled(0, dtype=dtype), labelled(1, 5, dtype=dtype), labelled(3, 27, dtype=dtype)])
     model = with_table(model_of([frame], str(dtype).removeprefix("torch."), **SHAPES[shape]), frame, 16)
     weights = torch.randn(3), torch.randn(len(frame.types), 3), torch.randn(3, 3, 3)
+    on_table = in_form(model, frame, form)
     found = results(model, frame, *weights)
-    monkeypatch.setattr("rlekf_ext.potential.table.ops_for", lambda device: network_reference)
-    model.table._latest = None
+    on_table._ops, on_table._geometry = network_reference, geometry_of(model, frame, model.table.nodes)
     assert_close(found, results(model, frame, *weights), 1e-11 if dtype == torch.float64 else 1e-4)
+
+
+UPDATES = {
+    "energy": [("energy", None)],
+    "force": [("force", torch.tensor([7, 2, 30]))],
+    "virial": [("virial", None)],
+    "all": [("energy", None), ("force", torch.tensor([1, 0])), ("virial", None), ("force", torch.tensor([40]))],
+}
+
+
+@pytest.mark.parametrize("updates", UPDATES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_measurements_are_the_same_in_both_forms(shape, dtype, updates):
+    random = np.random.default_rng(0)
+    frame = collate(
+        [
+            labelled(s, n, dtype=dtype, energy=-n, forces=random.normal(size=(n, 3)), virial=random.normal(size=(3, 3)))
+            for s, n in ((0, 9), (1, 5), (3, 27))
+        ]
+    )
+    model = with_table(model_of([frame], str(dtype).removeprefix("torch."), **SHAPES[shape]), frame, 16)
+    kernels, in_torch = (in_form(model, frame, form).measure(UPDATES[updates]) for form in FORMS)
+    for found in (kernels, in_torch):
+        assert found[0].dtype == found[1].dtype == torch.float64
+    assert_close(in_torch, kernels, 1e-11 if dtype == torch.float64 else 1e-4)
+
+
+def test_elements_and_neighbours_that_a_frame_does_not_have_in_both_forms():
+    lone = make_frame([[0, 0, 0], [1.9, 0, 0], [9, 9, 9]], None, [0, 0, 0], RCUT, 2, energy=1.0, forces=np.ones((3, 3)))
+    model = with_table(model_of([lone]), lone)
+    updates = [("energy", None), ("force", None)]
+    kernels, in_torch = (in_form(model, lone, form).measure(updates) for form in FORMS)
+    assert_close(in_torch, kernels, 1e-11)
 
 
 def test_the_parts_of_a_frame_are_those_of_the_reference(monkeypatch):
     frame = collate([labelled(0), labelled(1, 27)])
     model = model_of([frame])
     found = geometry_of(model, frame, Nodes(32, 1.0))
-    monkeypatch.setattr("rlekf_ext.potential.table.ops_for", lambda device: network_reference)
+    monkeypatch.setattr("rlekf_ext.potential.table.OPS", network_reference)
     for own, wanted in zip(found, geometry_of(model, frame, Nodes(32, 1.0)), strict=True):
         assert own.dtype == wanted.dtype
         torch.testing.assert_close(own, wanted, rtol=1e-11, atol=1e-13)
@@ -230,7 +282,7 @@ def test_the_same_bits_with_the_same_number_of_threads():
     try:
         for threads in (1, 2, 3, 1, 2, 3):
             torch.set_num_threads(threads)
-            model.table._latest = None
+            model.table._kept.clear()
             found.append(results(model, frame, *weights))
     finally:
         torch.set_num_threads(before)
@@ -255,7 +307,7 @@ def test_schemas_and_fake_kernels(dtype):
             return call
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("rlekf_ext.potential.table.ops_for", lambda device: Recorder())
+        on_table._ops = Recorder()
         patched.setattr("rlekf_ext.potential.table.OPS", Recorder())
         _, saved = on_table.predict(True, True)
         on_table.gradients(saved, *(torch.ones(1, *size, dtype=dtype) for size in ((9,), (9, 3), (1, 3, 3))))

@@ -22,6 +22,7 @@ step(p, weights, jacobian, innovation)
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -61,6 +62,44 @@ def backend(name: str, device: torch.device, parts: bool = False) -> ModuleType:
     raise BackendError(
         " ".join([*reasons, "backend='auto' finds another." if parts else "backend='reference' runs anywhere."])
     )
+
+
+def find_device(asked: str | None) -> torch.device:
+    """The device to train on: "cpu", "cuda" or "cuda:1", or by default a GPU, if there is one that some backend has
+    kernels for. Without a number it is the first GPU or, of processes that torchrun has started, each has its own.
+
+    Raises BackendError, with the reason, for a GPU that cannot be used, and OptionError for another device.
+    """
+    try:
+        device = torch.device(asked or "cuda")
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"The device must be cpu, cuda or cuda:N but is: {asked}.")
+    if device.type == "cpu":
+        return device
+    if device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    reason = _why_gpu_is_absent(device)
+    if not reason:
+        return device
+    if asked is None:
+        return torch.device("cpu")
+    raise BackendError(f"{asked} cannot be used: {reason} The device cpu runs anywhere.")
+
+
+def _why_gpu_is_absent(device: torch.device) -> str:
+    if not torch.cuda.is_available():
+        found = "finds no GPU" if torch.version.cuda else "is built without CUDA"
+        return f"torch {torch.__version__} {found}."
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        return f"torch finds {count} GPU(s), so that the last is cuda:{count - 1}."
+    try:
+        backend("auto", device)
+    except BackendError as error:
+        return str(error)
+    return ""
 
 
 def backends() -> dict[str, str]:

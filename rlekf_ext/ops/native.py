@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from rlekf_ext import _C
 from rlekf_ext.covariance import Covariance
 
 torch.ops.load_library(Path(__file__).parent.parent / "librlekf_ops.so")
 OPS = torch.ops.rlekf
 HAS_KERNELS = {key: torch._C._dispatch_has_kernel_for_dispatch_key("rlekf::step", key) for key in ("CPU", "CUDA")}
+
+LEAST_CAPABILITY = 8, 0  # asynchronous copies
 
 
 def why_absent(device_type: str) -> str:
@@ -25,7 +28,31 @@ def why_absent(device_type: str) -> str:
     if key == "CUDA" and not torch.cuda.is_available():
         built = f"torch {torch.__version__}"
         return f"{built} finds no GPU." if torch.version.cuda else f"{built} is built without CUDA."
+    if key == "CUDA":
+        built, capability = _C.build_info()["cuda_architectures"], torch.cuda.get_device_capability()
+        if not covers(built, capability):
+            way_out = (
+                "reinstall rlekf_ext with CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=native"
+                if capability >= LEAST_CAPABILITY
+                else "its kernels need 8.0"
+            )
+            found = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"
+            return f"this build has code for {built}, but {found}; {way_out}."
     return ""
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a build for CMake's CUDA architectures, such as "80-real 90", runs on a GPU of this compute capability:
+    machine code on those of the same major version, portable code (all but "-real") on later ones, too."""
+    own = 10 * capability[0] + capability[1]
+    for entry in architectures.split():
+        number, _, kind = entry.partition("-")
+        if not number.isdigit():  # native, all, ...: only the driver knows
+            return True
+        same = int(number) // 10 == capability[0] and int(number) <= own
+        if (same and kind != "virtual") or (kind != "real" and int(number) <= own):
+            return True
+    return False
 
 
 def project(p: Covariance, jacobian: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,3 +260,30 @@ class Batches:
         self._generator.set_state(saved["epoch_state"])
         self._shuffle()
         self._place = saved["place"]
+
+
+class Feed:
+    """The batches, each with what `ready` makes of it. With `ahead`, a thread makes the next one ready meanwhile."""
+
+    def __init__(self, batches: Batches, ready: Callable[[list[Frame]], Any], ahead: bool):
+        self._batches, self._ready = batches, ready
+        self._worker = ThreadPoolExecutor(1) if ahead else None
+        self._next: tuple[list[Frame], Future | None, dict[str, Any]] | None = None
+        self._state = batches.state_dict()
+
+    def __next__(self) -> tuple[list[Frame], Any]:
+        batch, future, self._state = self._next or self._drawn()
+        if self._worker is None or future is None:
+            return batch, self._ready(batch)
+        made = future.result()
+        self._next = self._drawn()
+        return batch, made
+
+    def _drawn(self) -> tuple[list[Frame], Future | None, dict[str, Any]]:
+        batch = next(self._batches)
+        future = self._worker.submit(self._ready, batch) if self._worker else None
+        return batch, future, self._batches.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the batches, as if none had been drawn ahead."""
+        return self._state

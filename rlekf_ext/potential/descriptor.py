@@ -161,6 +161,7 @@ class SeE2A(nn.Module):
         self.register_buffer("davg", torch.zeros(self.num_types, 4, dtype=dtype))
         self.register_buffer("dstd", torch.ones(self.num_types, 4, dtype=dtype))
         self._latest: tuple[Frame, tuple[int, ...], Environment] | None = None
+        self._on_cpu: tuple[tuple[int, ...], list[Tensor]] | None = None
 
     @torch.no_grad()
     def fit_statistics(self, frames: Iterable[Frame]) -> None:
@@ -171,13 +172,13 @@ class SeE2A(nn.Module):
         are at least 0.01, and 0.1 for an element without atoms.
         """
         # Per element: atoms, and sums of s, of s² and of the angular columns, whose squares add up to s², too.
-        sums = torch.zeros(self.num_types, 4, dtype=torch.float64, device=self.davg.device)
+        sums = torch.zeros(self.num_types, 4, dtype=torch.float64)
         for frame in frames:
             self.check(frame)
             _, direction, s, _ = switched(frame.edges.double(), self.architecture.rcut, self.architecture.rcut_smth)
             angular = (s * direction).sum((1, 2))
             per_atom = [torch.ones_like(angular), s.sum((1, 2)), s.square().sum((1, 2)), angular]
-            sums.index_add_(0, frame.types, torch.stack(per_atom, dim=1))
+            sums.index_add_(0, frame.types.cpu(), torch.stack(per_atom, dim=1).cpu())
         atoms, total, squares, angular = sums.unbind(1)
         number = (atoms * sum(self.architecture.sel)).clamp(min=1)
         mean = total / number
@@ -202,11 +203,20 @@ class SeE2A(nn.Module):
 
         Raises DataError if the frame's cutoff, elements, dtype or number of neighbours do not fit the network.
         """
-        statistics = (id(self.davg), self.davg._version, id(self.dstd), self.dstd._version)
-        if self._latest is None or self._latest[0] is not frame or self._latest[1] != statistics:
+        if self._latest is None or self._latest[0] is not frame or self._latest[1] != self.statistics():
             self.check(frame)
-            self._latest = (frame, statistics, self._environment(frame))
+            self._latest = (frame, self.statistics(), self._environment(frame))
         return self._latest[2]
+
+    def statistics(self) -> tuple[int, ...]:
+        """Of davg and dstd: which tensors they are, and how often they have changed."""
+        return id(self.davg), self.davg._version, id(self.dstd), self.dstd._version
+
+    def normal_on_cpu(self) -> list[Tensor]:
+        """davg and dstd on the CPU. Waits for the device, but only once."""
+        if self._on_cpu is None or self._on_cpu[0] != self.statistics():
+            self._on_cpu = self.statistics(), [self.davg.cpu(), self.dstd.cpu()]
+        return self._on_cpu[1]
 
     def descriptors(self, environment: Environment, scalars: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
         """Return each batch's descriptors (C, A, neuron[-1] * axis_neuron) from the environment's scalars and rows."""

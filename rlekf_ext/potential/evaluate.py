@@ -79,7 +79,8 @@ def _save_table(path: Path, rows: np.ndarray, header: str) -> None:
 @torch.no_grad()
 def compare(model: DeepPotential, frames: Sequence[Frame]) -> Comparison:
     """Evaluate labelled frames, several at once. Raises DataError for a frame that does not fit the network."""
-    found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    device = model.energy_bias.device
+    found: dict[str, list[Tensor]] = {kind: [torch.empty(0, 2, device=device)] for kind in KINDS}
     waiting: list[Frame] = []
     for i, frame in enumerate(frames):
         model.descriptor.check(frame)
@@ -90,7 +91,7 @@ def compare(model: DeepPotential, frames: Sequence[Frame]) -> Comparison:
             or following.labels != frame.labels
             or sum(len(f.types) for f in [*waiting, following]) > ATOMS_AT_ONCE
         ):
-            batch = collate(waiting)
+            batch = collate(waiting).to(device=device)
             prediction = model(batch)
             if batch.energy is not None:
                 found["energy"].append(torch.stack([batch.energy, prediction.energy], 1) / batch.num_atoms[:, None])
@@ -100,7 +101,7 @@ def compare(model: DeepPotential, frames: Sequence[Frame]) -> Comparison:
                 pairs = torch.stack([batch.virial, prediction.virial], -1) / batch.num_atoms[:, None, None, None]
                 found["virial"].append(pairs.flatten(0, 2))
             waiting = []
-    return Comparison(**{kind: torch.cat([torch.empty(0, 2), *parts]).cpu().numpy() for kind, parts in found.items()})
+    return Comparison(**{kind: torch.cat(parts).cpu().numpy() for kind, parts in found.items()})
 
 
 def rmse(model: DeepPotential, frames: Sequence[Frame], processes: Processes) -> dict[str, float]:

@@ -109,20 +109,26 @@ class DeepPotential(nn.Module):
 
         `create_graph`: whether the results can be differentiated by the weights; by default if autograd is enabled.
         `forces=False` gives energies alone, whose gradient then costs one forward and one plain backward pass.
-        Raises DataError if the frame's cutoff, elements, dtype or number of neighbours do not fit the network.
+        A frame that is on another device than the model is moved there. Raises DataError if the frame's cutoff,
+        elements, dtype or number of neighbours do not fit the network.
         """
         create_graph = torch.is_grad_enabled() if create_graph is None else create_graph
         with torch.set_grad_enabled(create_graph):
             force = virial = None
             if self.table is not None and create_graph:
-                atomic, *found = self.table.results(self, frame, forces)
+                tabulated = self.table.with_frame(self, frame)
+                atomic, *found = tabulated.results(forces)
+                types, structure = tabulated.types, tabulated.structure
                 if forces:
                     force, virial = found
             else:
+                frame = frame.to(device=self.energy_bias.device)
                 atomic, edges = self._exact(frame, create_graph, forces)
+                types, structure = frame.types, frame.structure
                 if edges:
                     force, virial = _forces(frame, edges)
-            energy, atomic_energy = self._energies(atomic, frame)
+            atomic_energy = atomic.double() + self.energy_bias[types]
+            energy = _sum_rows(atomic_energy, structure, len(frame.num_atoms))
         results = Prediction(energy, force, virial, atomic_energy)
         if create_graph:
             return results
@@ -130,16 +136,11 @@ class DeepPotential(nn.Module):
 
     def measure(self, frame: Frame, updates: Sequence[tuple[str, Tensor | None]]) -> tuple[Tensor, Tensor] | None:
         """ε (U,) and H = -dε/dw (U, N) of updates at the current weights, each a kind and the atoms of its group: see
-        rlekf_ext.updates.ERRORS. H has the parameters in turn, each with its dimensions reversed. None where no kernel
-        does it. Raises DataError if the frame does not fit the network."""
-        if self.table is None or not frame.edges.is_cpu:
+        rlekf_ext.updates.ERRORS. H has the parameters in turn, each with its dimensions reversed. None without a table.
+        Raises DataError if the frame does not fit the network."""
+        if self.table is None:
             return None
         return self.table.with_frame(self, frame).measure(updates)
-
-    def _energies(self, atomic: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
-        """Energies (B,) and (n,) with bias."""
-        atomic_energy = atomic.double() + self.energy_bias[frame.types]
-        return _sum_rows(atomic_energy, frame.structure, len(frame.num_atoms)), atomic_energy
 
     def _exact(self, frame: Frame, create_graph: bool, forces: bool) -> tuple[Tensor, EdgeForces | None]:
         """The atomic energies without their bias, and the derivatives of their sum."""

@@ -50,13 +50,17 @@ class Frame:
     name: str = ""  # where the structure comes from, for messages
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Frame:
-        """Return the frame with its real numbers in `dtype` (the energy stays float64) and every tensor on `device`."""
+        """Return the frame with its real numbers in `dtype` (the energy stays float64) and every tensor on `device`; a
+        copy to a GPU does not wait for it. The frame itself if nothing changes."""
+        ahead = device is not None and torch.device(device).type != "cpu"
         moved: dict[str, Tensor] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 keep = field.name == "energy" or not value.is_floating_point()
-                moved[field.name] = value.to(device=device, dtype=None if keep else dtype)
+                moved[field.name] = value.to(device=device, dtype=None if keep else dtype, non_blocking=ahead)
+        if all(tensor is getattr(self, name) for name, tensor in moved.items()):
+            return self
         return replace(self, **moved)  # type: ignore[arg-type]
 
     @property

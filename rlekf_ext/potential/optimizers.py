@@ -13,7 +13,7 @@ from rlekf_ext.potential.input import LKF, Adam, Config, Loss
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, collate
 from rlekf_ext.processes import ALONE, Processes
-from rlekf_ext.updates import FrameUpdater
+from rlekf_ext.updates import FrameUpdater, beside
 
 Say = Callable[[str], Any]
 
@@ -36,12 +36,15 @@ class KalmanSteps:
         """Before the first batch of a new run."""
         self.updater.warm_start(training)
 
-    def __call__(self, batch: Sequence[Frame], step: int) -> int:
-        """All updates of one batch; returns how many."""
+    def arranged(self, batch: Sequence[Frame]) -> list[Frame]:
+        """What this process measures of a batch, as it is evaluated: one frame of several structures, or several."""
         own = own_part(batch, self._processes)
-        together = own and self.updater.options.batch != "joint"
+        return [collate(own)] if own and self.updater.options.batch != "joint" else own
+
+    def __call__(self, batch: Sequence[Frame], step: int, frames: list[Frame] | None = None) -> int:
+        """All updates of one batch; returns how many. `frames` are what `arranged` has made of it, if it has."""
         factors = self._lkf.prefactors(step / self._num_steps) if self._lkf else None
-        return len(self.updater([collate(own)] if together else own, factors))
+        return len(self.updater(self.arranged(batch) if frames is None else frames, factors))
 
     @property
     def result(self) -> DeepPotential:
@@ -90,15 +93,20 @@ class AdamSteps:
     def start(self, training: Sequence[Frame]) -> None:
         """Nothing needs to be done before the first batch."""
 
-    def __call__(self, batch: Sequence[Frame], step: int) -> int:
-        """One update on one batch."""
+    def arranged(self, batch: Sequence[Frame]) -> list[Frame]:
+        """What this process evaluates of a batch: one frame of several structures, or none."""
+        own = own_part(batch, self._processes)
+        return [collate(own)] if own else []
+
+    def __call__(self, batch: Sequence[Frame], step: int, frames: list[Frame] | None = None) -> int:
+        """One update on one batch. `frames` are what `arranged` has made of it, if it has."""
         rate = max(self._rate.start_lr * self._decay_rate ** (step // self._decay_steps), self._rate.stop_lr)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad()
-        if own := own_part(batch, self._processes):
-            loss = mean_squared_loss(self._model, collate(own), prefactors(self._loss, rate / self._rate.start_lr))
+        for own in self.arranged(batch) if frames is None else frames:
+            loss = mean_squared_loss(self._model, own, prefactors(self._loss, rate / self._rate.start_lr))
             if loss.requires_grad:  # else the batch has no label that counts
-                (len(own) / len(batch) * loss).backward()  # the frames of a batch are of one system
+                (len(own.num_atoms) / len(batch) * loss).backward()  # the frames of a batch are of one system
         for p in self._model.parameters():
             p.grad = self._processes.sum(torch.zeros_like(p) if p.grad is None else p.grad)
         self.optimizer.step()
@@ -162,5 +170,5 @@ def mean_squared_loss(model: DeepPotential, batch: Frame, factor: dict[str, floa
     loss = prediction.energy.new_zeros(())
     for weight, predicted, label in terms:
         if weight and label is not None:
-            loss = loss + weight * (predicted - label).square().mean()
+            loss = loss + weight * (predicted - beside(predicted, label)).square().mean()
     return loss

@@ -11,12 +11,13 @@ it is linear in its values at the nodes. So the sum over the neighbours of an at
 D = Tᵀ T_< and the fitting net follow as in the exact network. A gradient by the weights needs no second derivative of
 an embedding net either: as the atoms move along a direction, dC/dτ is geometry again, and dT/dτ = dC/dτ N. Everything
 is the exact derivative of the interpolated energy, which is off by the interpolation alone. csrc/cpu/network.cpp
-computes it; ops/network_reference.py says the same in torch.
+computes it on CPUs, ops/network_torch.py elsewhere. Frames are tabulated on the CPU, then moved to the model.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,9 +27,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlekf_ext.errors import DataError
-from rlekf_ext.ops import network_reference
+from rlekf_ext.ops import network_torch
 from rlekf_ext.ops.native import OPS
-from rlekf_ext.ops.network_reference import STENCIL
+from rlekf_ext.ops.network_torch import STENCIL
 from rlekf_ext.options import KINDS
 from rlekf_ext.potential.architecture import DescriptorArchitecture
 from rlekf_ext.potential.descriptor import switched
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 NODES_AT_ONCE, EDGES, WHERE = 16, 3, 6
 ROUNDING = 1e-3  # of the distance of two nodes
 KEPT = 4  # frames: some MB each
+TABULATING = threading.Lock()  # a thread may make the next frames ready
 LEAST_FORCE = 1e-3  # eV/Å: smaller forces, as in a perfect lattice, are not what the table is judged by
 
 
@@ -69,14 +71,11 @@ class Table:
 
     def __init__(self, last: float, number: int = 128):
         self.nodes = Nodes(-(-number // NODES_AT_ONCE) * NODES_AT_ONCE, last)
+        self.num_kept = KEPT
         self._kept: list[TabulatedFrame] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": []}  # a copy of the model tabulates its frames again
-
-    def results(self, model: DeepPotential, frame: Frame, forces: bool) -> Results:
-        """What autograd can differentiate by the weights. Raises DataError if the frame does not fit the network."""
-        return Results(*TabulatedResults.apply(self.with_frame(model, frame), forces, *model.parameters()))
 
     def error(self, model: DeepPotential, frames: Iterable[Frame]) -> float:
         """The largest relative difference (RMS) from the exact network over the frames: of forces, and of the
@@ -98,20 +97,21 @@ class Table:
 
     def with_frame(self, model: DeepPotential, frame: Frame) -> TabulatedFrame:
         """The frame on the table; kept for the latest few. Raises DataError if it does not fit the network."""
-        key = TabulatedFrame.key(model, frame, self.nodes)
-        for kept in self._kept:
-            if kept.made_of == key:
-                return kept
-        model.descriptor.check(frame)
-        made = TabulatedFrame(model, frame, self.nodes)
-        if made.is_beyond():
-            largest = largest_scalar(model.descriptor.architecture, frame)
-            spacing = self.nodes.last / (self.nodes.number - 1)
-            number = -(-(math.ceil(largest / spacing) + 1) // NODES_AT_ONCE) * NODES_AT_ONCE
-            self.nodes = Nodes(number, spacing * (number - 1))
+        with TABULATING:
+            key = TabulatedFrame.key(model, frame, self.nodes)
+            for kept in self._kept:
+                if kept.made_of == key:
+                    return kept
+            model.descriptor.check(frame)
             made = TabulatedFrame(model, frame, self.nodes)
-        self._kept = [made, *self._kept[: KEPT - 1]]
-        return made
+            if made.is_beyond:
+                largest = largest_scalar(model.descriptor.architecture, frame)
+                spacing = self.nodes.last / (self.nodes.number - 1)
+                number = -(-(math.ceil(largest / spacing) + 1) // NODES_AT_ONCE) * NODES_AT_ONCE
+                self.nodes = Nodes(number, spacing * (number - 1))
+                made = TabulatedFrame(model, frame, self.nodes)
+            self._kept = [made, *self._kept[: self.num_kept - 1]]
+            return made
 
 
 class TabulatedFrame:
@@ -120,16 +120,28 @@ class TabulatedFrame:
     @staticmethod
     def key(model: DeepPotential, frame: Frame, nodes: Nodes) -> tuple[Any, ...]:
         """What it is made of: the objects, and what may change in them."""
-        davg, dstd = model.descriptor.davg, model.descriptor.dstd
-        return id(model), id(frame), nodes, id(davg), davg._version, id(dstd), dstd._version
+        return id(model), id(frame), nodes, *model.descriptor.statistics()
 
     def __init__(self, model: DeepPotential, frame: Frame, nodes: Nodes):
         self.model, self.frame, self.made_of = model, frame, self.key(model, frame, nodes)
-        self._geometry, self._num_structures = geometry_of(model, frame, nodes), len(frame.num_atoms)
-        self._all_atoms = torch.arange(len(frame.types))
+        geometry = geometry_of(model, frame, nodes)
+        where = geometry[EDGES][:, WHERE]
+        # Whether some edge is shorter than the nodes reach.
+        self.is_beyond = bool(where.numel()) and float(where.max()) > STENCIL - 1 + ROUNDING
         descriptor = model.descriptor
         architecture, fitting = descriptor.architecture, model.architecture.fitting_net
+        device = descriptor.davg.device
         self._parameters = list(model.parameters())
+        self._ops: Any = OPS
+        self._geometry: Any = geometry
+        if not has_kernels(device):
+            self._ops = network_torch
+            self._geometry = network_torch.placed(
+                geometry, descriptor.normal_on_cpu(), architecture.sel, nodes.last
+            ).to(device)
+        own = frame.types, frame.num_atoms, frame.energy, frame.forces, frame.virial, torch.arange(len(frame.types))
+        *labels, self._all_atoms = (None if t is None else t.to(device, non_blocking=True) for t in own)
+        self._labels, self.types, self.structure = labels, labels[0], frame.structure.to(device, non_blocking=True)
         sizes = [
             len(descriptor.embeddings),
             len(architecture.neuron),
@@ -144,39 +156,38 @@ class TabulatedFrame:
             [architecture.resnet_dt, fitting.resnet_dt],
         )
 
-    def is_beyond(self) -> bool:
-        """Whether some edge is shorter than the nodes reach."""
-        where = self._geometry[EDGES][:, WHERE]
-        return bool(where.numel()) and float(where.max()) > STENCIL - 1 + ROUNDING
+    def results(self, forces: bool) -> Results:
+        """What autograd can differentiate by the weights."""
+        return Results(*TabulatedResults.apply(self, forces, *self._parameters))
 
     @torch.no_grad()
-    def predict(self, forces: bool, virials: bool) -> tuple[Results, Tensor]:
+    def predict(self, forces: bool, virials: bool) -> tuple[Results, Any]:
         """The results at the current weights, and what `gradients` needs at the same weights."""
-        ops = ops_for(self.frame.edges.device)
-        *results, saved = ops.predict(
-            self._parameters, self._geometry, *self._network, self._num_structures, forces, virials
+        *results, saved = self._ops.predict(
+            self._parameters, self._geometry, *self._network, len(self.frame.num_atoms), forces, virials
         )
         return Results(*results), saved
 
     @torch.no_grad()
-    def gradients(
-        self, saved: Tensor, by_energies: Tensor, by_forces: Tensor | None, by_virials: Tensor | None
-    ) -> Tensor:
+    def gradients(self, saved: Any, by_energies: Tensor, by_forces: Tensor | None, by_virials: Tensor | None) -> Tensor:
         """For M sums of the results with factors (M, n), (M, n, 3) and (M, B, 3, 3), their derivatives by the weights
         (M, N): each parameter in turn, with its dimensions reversed. Both forces and virials have factors if they were
         predicted, or neither."""
-        ops = ops_for(self.frame.edges.device)
         factors = (None if by is None else by.contiguous() for by in (by_energies, by_forces, by_virials))
-        return ops.gradients(self._parameters, self._geometry, *self._network, saved, *factors)
+        return self._ops.gradients(self._parameters, self._geometry, *self._network, saved, *factors)
 
     @torch.no_grad()
     def measure(self, updates: Sequence[tuple[str, Tensor | None]]) -> tuple[Tensor, Tensor]:
         """See DeepPotential.measure."""
-        frame = self.frame
         kinds = [KINDS.index(kind) for kind, _ in updates]
         atoms = [self._all_atoms if atoms is None else atoms for _, atoms in updates]
-        labels = self.model.energy_bias, frame.types, frame.num_atoms, frame.energy, frame.forces, frame.virial
-        return OPS.measure(self._parameters, self._geometry, *self._network, *labels, kinds, atoms)
+        network = self._parameters, self._geometry, *self._network
+        return self._ops.measure(*network, self.model.energy_bias, *self._labels, kinds, atoms)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the compiled ops compute the network there."""
+    return device.type == "cpu"
 
 
 class TabulatedResults(torch.autograd.Function):
@@ -201,17 +212,19 @@ class TabulatedResults(torch.autograd.Function):
 
 @torch.no_grad()
 def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> list[Tensor]:
-    """The frame on the table, as csrc/network.h has it. Raises DataError if it is of another dtype than the network."""
+    """The frame on the table, as csrc/network.h has it, on the CPU. Raises DataError if it is of another dtype than the
+    network."""
     descriptor = model.descriptor
     architecture = descriptor.architecture
     if frame.edges.dtype != descriptor.davg.dtype:
         raise DataError(f"The network is {descriptor.davg.dtype}, the frame {frame.edges.dtype}: call frame.to(dtype).")
-    parts = ops_for(frame.edges.device).tabulate(
+    frame = frame.to(device="cpu")
+    parts = OPS.tabulate(
         frame.edges.contiguous(),
         frame.neighbors.contiguous(),
         frame.types,
         frame.slots,
-        [descriptor.davg, descriptor.dstd],
+        descriptor.normal_on_cpu(),
         architecture.sel,
         nodes.number,
         architecture.rcut,
@@ -219,11 +232,6 @@ def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> list[Tensor
         nodes.last,
     )
     return [*parts, frame.structure]
-
-
-def ops_for(device: torch.device) -> Any:
-    """The compiled ops, or their reference where there are none."""
-    return OPS if device.type == "cpu" else network_reference
 
 
 def largest_scalar(architecture: DescriptorArchitecture, frame: Frame) -> float:

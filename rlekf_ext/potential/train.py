@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from rlekf_ext.environment import this_machine
 from rlekf_ext.errors import InputError, StoppedError
 from rlekf_ext.potential.architecture import differences
-from rlekf_ext.potential.batches import kinds_used, labels_used, load_frames
+from rlekf_ext.potential.batches import Batches, Feed, kinds_used, labels_used, load_frames
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, run_of, save_checkpoint
 from rlekf_ext.potential.data import auto_sel
 from rlekf_ext.potential.evaluate import UNITS, rmse
@@ -24,11 +25,13 @@ from rlekf_ext.potential.files import check_writable, reading, write_atomically,
 from rlekf_ext.potential.input import Config
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
-from rlekf_ext.potential.optimizers import KalmanSteps, build_optimizer, prefactors
+from rlekf_ext.potential.optimizers import AdamSteps, KalmanSteps, build_optimizer, prefactors
 from rlekf_ext.potential.table import Table, largest_scalar
 from rlekf_ext.potential.threads import use_threads
 from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts
 from rlekf_ext.schema import counted, shown
+
+CPU = torch.device("cpu")
 
 
 def train(
@@ -38,6 +41,7 @@ def train(
     quiet: bool = False,
     processes: Processes = ALONE,
     most_threads: int | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """Train a Deep Potential as an input file says, and return the summary that is also written as JSON.
 
@@ -45,6 +49,7 @@ def train(
     every epoch. Ctrl-C writes the checkpoint and ends after the batch at hand. `restart` continues from the
     checkpoint, bit for bit. Several processes share the frames of each batch and P, and the first writes the files.
     With `most_threads`, the numbers of threads follow from the work that there is, up to this many; see threads.py.
+    Frames stay on the CPU; those of a batch are moved to the `device`, where the model and P are, ahead of their use.
 
     Raises InputError and DataError before anything is written, and StoppedError, with the checkpoint written, when the
     filter has skipped `max_skipped` measurements in a row.
@@ -60,7 +65,9 @@ def train(
     everything, validating = training.all(), validation.all()
     held_out = validating or everything
 
+    say(f"Device: {device_name(device)}")
     model = build_model(config, everything, validating, checkpoint)
+    model.to(device)
     for frame in [*everything, *held_out]:
         model.descriptor.check(frame)  # more neighbours than sel has slots for: an error now, not hours later
     batches = training.batches(settings.seed or 0)
@@ -68,7 +75,7 @@ def train(
     disp_freq = settings.disp_freq or min(len(batches), 1000)
     kinds = sorted(set(kinds_used(config)))
     optimize = build_optimizer(config, model, num_steps, processes, say)
-    if most_threads:
+    if most_threads and device.type == "cpu":
         say(use_threads(optimize, model, everything, len(batches), most_threads, processes))
     progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
     if checkpoint:
@@ -109,10 +116,12 @@ def train(
     elif checkpoint_file.exists():
         say(f"{checkpoint_file} exists and will be replaced; --restart would continue from it.")
 
+    feed = feed_of(batches, optimize, model)
+
     def save() -> None:
         if model.table:
             progress["nodes"] = [model.table.nodes.number, model.table.nodes.last]
-        state = {"optimizer": optimize.state_dict(), "batches": batches.state_dict(), "progress": progress}
+        state = {"optimizer": optimize.state_dict(), "batches": feed.state_dict(), "progress": progress}
         save_checkpoint(checkpoint_file, optimize.result, processes, **state, run=torchrun_name())
 
     if processes.rank == 0:
@@ -124,20 +133,23 @@ def train(
     with interruption() as interrupted, bar:
         while progress["step"] < num_steps and not processes.any(interrupted()):
             started = time.perf_counter()
-            batch = next(batches)
+            batch, frames = next(feed)
             try:
-                progress["updates"] += optimize(batch, progress["step"])
+                progress["updates"] += optimize(batch, progress["step"], frames)
             except StoppedError:
                 save()
                 raise
-            progress["seconds"] += time.perf_counter() - started
             progress["step"] += 1
-            bar.update()
             last = progress["step"] == num_steps
-            if progress["step"] % disp_freq == 0 or last:
+            display, whole = (last or progress["step"] % every == 0 for every in (disp_freq, len(batches)))
+            if device.type == "cuda" and (display or whole):
+                torch.cuda.synchronize(device)  # the time of what has been asked for so far
+            progress["seconds"] += time.perf_counter() - started
+            bar.update()
+            if display:
                 errors = curve.write(progress["step"], optimize.result, batch, optimize.learning_rate)
                 bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")
-            if progress["step"] % len(batches) == 0 or last:
+            if whole:
                 row = end_of_epoch(progress, len(batches), optimize.result, held_out, processes)
                 progress["epochs"].append(row)
                 refine(model, everything, processes, say)
@@ -159,6 +171,10 @@ def train(
     if processes.rank == 0:
         write_atomically(summary_file, lambda path: path.write_text(json.dumps(summary, indent=1)))
     return summary
+
+
+def device_name(device: torch.device) -> str:
+    return "CPU" if device.type == "cpu" else f"{torch.cuda.get_device_name(device)} ({device})"
 
 
 def checkpoint_kind(checkpoint: dict[str, Any]) -> str:
@@ -208,6 +224,23 @@ def build_table(
     if nodes:
         return Table(float(nodes[1]), int(nodes[0]))
     return Table(max(largest_scalar(model.architecture.descriptor, frame) for frame in frames))
+
+
+def feed_of(batches: Batches, optimize: KalmanSteps | AdamSteps, model: DeepPotential) -> Feed:
+    """The batches, each with the frames that this process evaluates; for a model on a GPU these are made ready and
+    moved there while the batch before them trains."""
+    ahead = model.energy_bias.device.type != "cpu"
+    if model.table:
+        model.table.num_kept = max(model.table.num_kept, (1 + ahead) * batches.most_frames)
+
+    def ready(batch: list[Frame]) -> list[Frame]:
+        frames = optimize.arranged(batch)
+        if ahead and model.table:
+            for frame in frames:
+                model.table.with_frame(model, frame)
+        return frames
+
+    return Feed(batches, ready, ahead)
 
 
 def refine(model: DeepPotential, frames: Sequence[Frame], processes: Processes, say: Callable[[str], Any]) -> None:

@@ -1,0 +1,91 @@
+"""Does it load, run and agree with the CPU on this GPU? One line each, so that a hang shows where. For `make gpu`."""
+
+import faulthandler
+import itertools
+import sys
+import time
+
+import numpy as np
+import torch
+
+from rlekf_ext import BlockPlan, KalmanFilter
+from rlekf_ext.potential.model import DeepPotential
+from rlekf_ext.potential.neighbors import make_frame
+from rlekf_ext.potential.table import Table, largest_scalar
+
+PLANS = {"70 + 3": (70, 3), "the paper's": (1350, 10240, 9810, 5151)}
+PATIENCE = 30  # seconds without a line
+
+failed = []
+
+
+def say(what: str, error: float, allowed: float, started: float) -> None:
+    right = error <= allowed
+    if not right:
+        failed.append(what)
+    took = time.perf_counter() - started
+    print(f"{'ok  ' if right else 'FAIL'} {what}: off by {error:.1e} (at most {allowed:.0e}), {took:.2f} s", flush=True)
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+
+
+def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    wanted = wanted.to(found.device)
+    return float((found - wanted).norm() / wanted.norm()) if found.isfinite().all() else float("inf")
+
+
+def steps(sizes: tuple[int, ...], dtype: torch.dtype, count: int, device: torch.device) -> list[torch.Tensor]:
+    """The third of these steps folds."""
+    plan, draw = BlockPlan(sizes), torch.Generator().manual_seed(0)
+    kalman = KalmanFilter(plan, covariance_dtype=dtype, max_pending=2 * count, backend="native", device=device)
+    weights = torch.zeros(plan.num_weights, dtype=torch.float64, device=device)
+    for _ in range(3):
+        h = torch.randn(count, plan.num_weights, dtype=torch.float64, generator=draw).to(device)
+        weights += kalman.update(h, torch.ones(count, dtype=torch.float64, device=device))
+    return [weights, kalman.covariance.tiles, kalman.covariance.state]
+
+
+def check_filter(device: torch.device) -> None:
+    for name, dtype, count in itertools.product(PLANS, (torch.float64, torch.float32), (1, 2, 4, 8)):
+        started = time.perf_counter()
+        found = steps(PLANS[name], dtype, count, device)
+        wanted = steps(PLANS[name], dtype, count, torch.device("cpu"))
+        error = max(apart(a, b) for a, b in zip(found, wanted, strict=True))
+        what = f"{name} blocks, {str(dtype).removeprefix('torch.')}, M = {count}"
+        say(what, error, 1e-11 if dtype == torch.float64 else 1e-5, started)
+        if name != "70 + 3":
+            continue
+        again = steps(PLANS[name], dtype, count, device)
+        same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+        say(f"{what}, the same bits again", 0.0 if same else 1.0, 0.0, started)
+
+
+def check_network(device: torch.device) -> None:
+    random = np.random.default_rng(0)
+    points = np.array(list(itertools.product(range(4), repeat=3))) * 2.4 + random.normal(scale=0.1, size=(64, 3))
+    frame = make_frame(
+        points, 9.6 * np.eye(3), np.arange(64) % 2, 5.0, 2, energy=1.0, forces=random.normal(size=(64, 3))
+    )
+    found = []
+    for where in (torch.device("cpu"), device):
+        model = DeepPotential({"type_map": ["A", "B"], "descriptor": {"sel": list(frame.slots), "rcut": 5.0}}, seed=1)
+        model.descriptor.fit_statistics([frame])
+        model.to(where)
+        model.table = Table(largest_scalar(model.architecture.descriptor, frame))
+        started = time.perf_counter()
+        groups = torch.arange(12, device=where)
+        found.append(
+            torch.cat([part.flatten() for part in model.measure(frame, [("energy", None), ("force", groups)])])
+        )
+    say("errors and gradients of the network on its table", apart(found[1], found[0]), 1e-9, started)
+
+
+def main() -> None:
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+    check_filter(device)
+    check_network(device)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
