@@ -59,8 +59,8 @@ def flops(model: DeepPotential, frame: Frame) -> dict[str, float]:
 
 def update(model: DeepPotential, frame: Frame, kind: str, atoms: torch.Tensor, gradient: bool) -> object:
     """What the network does in an update: its prediction and, with `gradient`, ε and H."""
-    if gradient and (found := model.measure(frame, [(kind, atoms)])):
-        return found
+    if gradient and (on_table := model.prepared(frame)):
+        return on_table.measure([(kind, atoms)])
     error = ERRORS[kind](model(frame, forces=kind == "force"), frame, atoms)
     return torch.autograd.grad(error, list(model.parameters()), allow_unused=True) if gradient else error
 

@@ -15,7 +15,7 @@ ORDER = [
     ["rlekf_ext.integrations", "rlekf_ext.potential"],
     ["rlekf_ext"],
     ["rlekf_ext.stepper", "rlekf_ext.updates"],
-    ["rlekf_ext.optim", "rlekf_ext.batch_parts"],
+    ["rlekf_ext.optim", "rlekf_ext.batch_parts", "rlekf_ext.graphs"],
     ["rlekf_ext.filter"],
     ["rlekf_ext.sharding", "rlekf_ext.ops"],
     ["rlekf_ext.covariance", "rlekf_ext.diagnostics", "rlekf_ext.processes"],

@@ -98,6 +98,13 @@ class KalmanFilter:
                 f"There should be an innovation for each of the {len(h)} rows of the jacobian but there are {len(e)}."
             )
         increment = h.new_zeros(self.plan.num_weights) if out is None else out.zero_()
+        self.take(h, e, increment)
+        self.note(h)
+        return increment
+
+    def take(self, h: Tensor, e: Tensor, increment: Tensor) -> None:
+        """The part of `update` that a CUDA graph can repeat: M measurements, h (M, N) and e (M,) float64 on the device,
+        into an increment of zeros (N,)."""
         for first in range(0, len(h), self._most_at_once):
             rows = slice(first, first + self._most_at_once)
             # The innovations are those at the weights before the call: correct them for what earlier passes moved.
@@ -108,6 +115,9 @@ class KalmanFilter:
                     self._ops.correct(self.covariance, increment, *projection, h[rows], left)
                 else:
                     self._ops.step(self.covariance, increment, h[rows], left)
+
+    def note(self, h: Tensor) -> None:
+        """The rest of `update`, in which what the host has counted so far decides what is done."""
         self._unmeasured += len(h)
         if self._unmeasured >= RENEWED_EVERY:
             self._unmeasured = 0
@@ -116,7 +126,6 @@ class KalmanFilter:
         for row in h[-MAX_MEASUREMENTS:].split(1) if len(h) > 1 else [h]:
             self._recent[self._next : self._next + 1] = row
             self._next = (self._next + 1) % MAX_MEASUREMENTS
-        return increment
 
     @torch.no_grad()
     def variance(self, jacobian: Tensor) -> Tensor:

@@ -121,6 +121,19 @@ class RLEKF(torch.optim.Optimizer):
         self.filter.update(jacobian, innovation, out=moves.increment)
         moves.apply()
 
+    @torch.no_grad()
+    def take(self, jacobian: Tensor, innovations: Tensor) -> None:
+        """`update` without KalmanFilter.note, for a CUDA graph: jacobian (M, N), innovations (M,)."""
+        moves = self._current_moves()
+        self.filter.take(jacobian, innovations, moves.increment.zero_())
+        moves.apply()
+
+    def addresses(self) -> tuple[int, ...]:
+        """Of all that an update reads and writes."""
+        p, moves = self.filter.covariance, self._current_moves()
+        tensors = p.tiles, p.pending, p.state, p.layout, moves.increment, *self.parameters()
+        return tuple(tensor.data_ptr() for tensor in tensors)
+
     @torch.compiler.disable  # which does not know addresses
     def _current_moves(self) -> _Moves:
         self.parameters()  # raises if they have changed

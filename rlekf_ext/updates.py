@@ -2,7 +2,9 @@
 
 A model is called as model(frame, forces=...) and returns an object with `energy` (B,) in eV and, when forces are
 asked for, `forces` in eV/Å and, for virial updates, `virial` (B, 3, 3) in eV. batch_parts.py says what a frame is. A
-model may have a method measure(frame, updates), as DeepPotential has, that makes ε and H without autograd.
+model may have a method prepared(frame), as DeepPotential has; what that returns has measure(updates), which makes ε and
+H without autograd, and `tensors`, `form` and `around(tensors)`, with which a CUDA graph measures one frame after
+another.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rlekf_ext.batch_parts import Part, Whole, divide
 from rlekf_ext.errors import DataError, OptionError, StoppedError
+from rlekf_ext.graphs import Graphs
 from rlekf_ext.optim import RLEKF
 from rlekf_ext.options import PRESETS, OptimizerOptions, Options, part, resolve, takes
 from rlekf_ext.processes import Processes
@@ -77,9 +80,10 @@ class FrameUpdater:
             _check_made_with(optimizer, self.options, options)
         self.optimizer = optimizer
         # The model's own ε and H, if it has them and H is of the weights of the filter, in its order.
-        own = getattr(model, "measure", None)
-        self._by_model = own if own and optimizer.has_all_reversed(model) else None  # type: ignore[arg-type]
+        own = getattr(model, "prepared", None)
+        self._prepared = own if own and optimizer.has_all_reversed(model) else None  # type: ignore[arg-type]
         self._processes, self._say = Processes(process_group), say
+        self._graphs = Graphs() if self._prepared and _uses_graphs(optimizer) and process_group is None else None
         self._generator = torch.Generator().manual_seed(seed)
         self._means: dict[str, float | Tensor] = {}
         self._early: float | Tensor = 1.0  # the part of early_scale - 1 that is left
@@ -142,27 +146,75 @@ class FrameUpdater:
         parts, whole = divide(frames, self.options, self._processes, self._generator, device)
         unseen = set(whole.kinds) if self.options.balance and self._unbalanced == 0 else set()
         self._unbalanced = (self._unbalanced + 1) % BATCHES_PER_BALANCE
-        done: list[tuple[str, Tensor]] = []
+        found = None if self._graphs is None or factors else self._in_a_graph(self._graphs, parts, whole, unseen)
+        if found is None:
+            found = self._updates(parts, whole, unseen, factors or {}, self.optimizer.update)
+        done = [(kind, one) for kind, errors in found[0] for one in errors.unbind()]
+        if self._average:
+            self._average.update_parameters(self.model)  # type: ignore[arg-type]
+        self._look_after(len(done))
+        return done
+
+    def _updates(
+        self,
+        parts: Sequence[Part],
+        whole: Whole,
+        unseen: set[str],
+        factors: Mapping[str, float],
+        update: Callable[[Tensor, Tensor], None],
+    ) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
+        """All updates of a batch: the kind and ε (rows,) of each, and the scaled H (M, N) of each pass."""
+        done, used = [], []
         for updates in self._passes(whole):
             errors, jacobians = self._measure(updates, parts, whole.num_rows)
             innovations = []
             for (kind, _), error, jacobian in zip(updates, errors, jacobians, strict=True):
-                of_jacobian, of_innovation = self._scales(kind, error, whole, (factors or {}).get(kind, 1.0))
+                of_jacobian, of_innovation = self._scales(kind, error, whole, factors.get(kind, 1.0))
                 if kind in unseen:
                     unseen.discard(kind)
                     self._see_variance(kind, of_jacobian * jacobian[0])
                 share = self._share(kind)
                 jacobian *= share * of_jacobian
                 innovations.append(share * of_innovation * error)
-                done += [(kind, one) for one in error.unbind()]
+                done.append((kind, error))
             alone = len(updates) == 1
-            self.optimizer.update(
-                jacobians[0] if alone else torch.cat(jacobians), innovations[0] if alone else torch.cat(innovations)
-            )
-        if self._average:
-            self._average.update_parameters(self.model)  # type: ignore[arg-type]
-        self._look_after(len(done))
-        return done
+            used.append(jacobians[0] if alone else torch.cat(jacobians))
+            update(used[-1], innovations[0] if alone else torch.cat(innovations))
+        return done, used
+
+    def _in_a_graph(
+        self, graphs: Graphs, parts: Sequence[Part], whole: Whole, unseen: set[str]
+    ) -> tuple[list[tuple[str, Tensor]], list[Tensor]] | None:
+        """The same from a CUDA graph; None if there are too many of them, or frames that are not prepared."""
+        assert self._prepared is not None  # for mypy: there would be no graphs
+        frames = [self._prepared(own.frame) for own in parts]
+        if any(frame is None for frame in frames):
+            return None
+        tensors = [tensor for frame in frames for tensor in frame.tensors]
+        places = graphs.placed([*tensors, *(group for own in parts for group, _ in own.groups)])
+        if places is None:
+            return None
+        left = iter(places)
+        frames = [frame.around([next(left) for _ in frame.tensors]) for frame in frames]
+        shares = [[share for _, share in own.groups] for own in parts]
+        moved = [
+            Part(frame, own.row, own.share, [(next(left), share) for share in each])
+            for frame, own, each in zip(frames, parts, shares, strict=True)
+        ]
+        key = (
+            tuple(place.data_ptr() for place in places),
+            tuple(frame.form for frame in frames),
+            tuple((own.row, own.share, *each) for own, each in zip(parts, shares, strict=True)),
+            whole,
+            frozenset(unseen),
+            frozenset(self._means),
+            frozenset(self._variances),
+            self.optimizer.addresses(),
+        )
+        done, used = graphs.run(key, lambda: self._updates(moved, whole, set(unseen), {}, self.optimizer.take))
+        for jacobian in used:
+            self.optimizer.filter.note(jacobian)
+        return [(kind, error.clone()) for kind, error in done], used
 
     def skipped(self) -> str:
         """How many measurements the filter has skipped, by cause; "" if none. Waits for the device."""
@@ -235,8 +287,9 @@ class FrameUpdater:
 
     def _of_frame(self, frame: Any, updates: Sequence[tuple[str, Tensor | None]]) -> tuple[Tensor, Tensor]:
         """ε (U,) and H = -dε/dw (U, N) of updates at the current weights, each a kind and the atoms of its group."""
-        if self._by_model and (own := self._by_model(frame, updates)):
-            return own
+        own = frame if hasattr(frame, "around") else self._prepared(frame) if self._prepared else None
+        if own is not None:
+            return own.measure(updates)
         with torch.enable_grad():
             prediction = self.model(frame, forces=any(kind != "energy" for kind, _ in updates))
             found = [ERRORS[kind](prediction, frame, atoms) for kind, atoms in updates]
@@ -266,12 +319,12 @@ class FrameUpdater:
         if options.early_scale != 1:
             left = here(self._early)
             scale = scale * (1 + (options.early_scale - 1) * left)
-            self._early = _where(finite, EARLY_DECAY ** len(errors) * left, left)
+            self._early = _kept(left, _where(finite, EARLY_DECAY ** len(errors) * left, left))
         if options.adaptive_scale or options.balance:
             mean = here(self._means.get(kind, error))
             mean = _where(_is_finite(mean), mean, error)  # the very first ε may not have been finite
             mean = _where(finite, EMA_DECAY * mean + (1 - EMA_DECAY) * error, mean)
-            self._means[kind] = mean
+            self._means[kind] = _kept(self._means.get(kind), mean)
         if options.adaptive_scale:
             scale = scale / _where(mean < LEAST_ERROR, LEAST_ERROR, mean)
         if options.batch == "sum":
@@ -285,7 +338,8 @@ class FrameUpdater:
         new: Any = here(found)
         old: Any = here(self._variances.get(kind, math.nan))  # NaN: not known yet
         usable = _is_finite(new) & (new > LEAST_VARIANCE)  # it is 0 for the forces of an isolated atom
-        self._variances[kind] = _where(usable, (new * _where(_is_finite(old), old, new)) ** 0.5, old)
+        seen = _where(usable, (new * _where(_is_finite(old), old, new)) ** 0.5, old)
+        self._variances[kind] = _kept(self._variances.get(kind), seen)
 
     def _share(self, kind: str) -> float | Tensor:
         """What `balance` leaves of the scale of a kind, at most 1."""
@@ -325,6 +379,17 @@ class FrameUpdater:
 
 def _is_finite(x: float | Tensor) -> Any:
     return x.isfinite() if isinstance(x, Tensor) else math.isfinite(x)
+
+
+def _kept(place: Any, value: Any) -> Any:
+    """The value, in the place of the tensor that it follows, so that a CUDA graph finds it there."""
+    if not isinstance(value, Tensor):
+        return value
+    return place.copy_(value) if isinstance(place, Tensor) else value.clone()
+
+
+def _uses_graphs(optimizer: RLEKF) -> bool:
+    return optimizer.filter.covariance.state.is_cuda
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:

@@ -74,7 +74,7 @@ def check_network(device: torch.device) -> None:
         started = time.perf_counter()
         groups = torch.arange(12, device=where)
         found.append(
-            torch.cat([part.flatten() for part in model.measure(frame, [("energy", None), ("force", groups)])])
+            torch.cat([part.flatten() for part in model.prepared(frame).measure([("energy", None), ("force", groups)])])
         )
     say("errors and gradients of the network on its table", apart(found[1], found[0]), 1e-9, started)
 

@@ -9,8 +9,11 @@ from helpers import make_model
 from oracles import relative
 from test_batches import batches_of, numbers
 from test_optimizers import config_of, labelled
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rlekf_ext.errors import BackendError, OptionError
+from rlekf_ext.graphs import Graphs
 from rlekf_ext.ops import find_device, native
 from rlekf_ext.potential.batches import Feed
 from rlekf_ext.potential.optimizers import build_optimizer
@@ -75,6 +78,75 @@ def test_the_steps_are_those_of_a_cpu(monkeypatch, steps):
             optimize(frames[step % 2 :: 2], step)
         ended.append(torch.cat([p.detach().flatten() for p in optimize.result.parameters()]))
     assert relative(ended[1], ended[0]) < 1e-7  # rounding errors grow from update to update
+
+
+def traced(body):
+    """In place of rlekf_ext.graphs.capture: a replay does the operations of one run again, with the same addresses and
+    the same numbers of the host, as a CUDA graph does."""
+    found = []
+
+    def run(_):
+        found.append(body())
+        return [leaf for leaf in tree_leaves(found[0]) if isinstance(leaf, torch.Tensor)]
+
+    with torch.no_grad():
+        again = make_fx(run)(torch.zeros(()))
+    results = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, found[0])
+    places = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
+    has_run = [True]  # by being traced
+
+    def replay():
+        if has_run:
+            has_run.clear()
+            return
+        with torch.no_grad():
+            for place, value in zip(places, again(torch.zeros(())), strict=True):
+                place.copy_(value)
+
+    return replay, results
+
+
+@pytest.mark.parametrize(
+    "steps", ["RLEKF", "the paper's preset", "in one pass", "with virials", "a mean over the batch"]
+)
+def test_replayed_batches_are_those_that_are_launched(monkeypatch, steps):
+    graphs, ended, all_errors = [], [], []
+    monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda device: False)
+    monkeypatch.setattr("rlekf_ext.updates._numbers_of", lambda _: lambda x: torch.as_tensor(x).double())
+    monkeypatch.setattr("rlekf_ext.graphs.capture", lambda body: graphs.append(body) or traced(body))
+    for replayed in (False, True):
+        monkeypatch.setattr("rlekf_ext.updates._uses_graphs", lambda _, replayed=replayed: replayed)
+        model = make_model(rcut=4.0)
+        frames = [labelled(make_model(rcut=4.0), seed) for seed in range(6)]
+        model.table = Table(max(largest_scalar(model.descriptor.architecture, frame) for frame in frames), 32)
+        optimize = build_optimizer(config_of(STEPS[steps]), model, 8)
+        optimize.start(frames)
+        errors = []
+        for step in range(20):  # the kinds of update are balanced anew in the first, ninth and seventeenth
+            batch = frames[step % 3 :: 3]
+            errors += [error.clone() for _, error in optimize.updater(optimize.arranged(batch))]
+        ended.append(torch.cat([p.detach().flatten() for p in optimize.result.parameters()]))
+        all_errors.append(torch.stack(errors))
+        assert optimize.optimizer.health()["num_updates"] == len(errors)
+    assert 1 <= len(graphs) <= 3
+    assert relative(ended[1], ended[0]) < 1e-7
+    assert relative(all_errors[1], all_errors[0]) < 1e-7
+
+
+def test_shapes_and_graphs_beyond_the_most_are_launched_piece_by_piece(monkeypatch):
+    monkeypatch.setattr("rlekf_ext.graphs.MOST", 2)
+    monkeypatch.setattr("rlekf_ext.graphs.capture", lambda body: (lambda: None, "replayed"))
+    graphs = Graphs()
+    assert [graphs.run(key, lambda: "launched") for key in (1, 2, 3, 1, 3)] == [
+        *["launched"] * 3,
+        "replayed",
+        "launched",
+    ]
+    first = graphs.placed([torch.ones(2)])
+    assert graphs.placed([torch.zeros(2)])[0] is first[0]
+    assert first[0].tolist() == [0, 0]
+    assert graphs.placed([torch.ones(3)])
+    assert graphs.placed([torch.ones(4)]) is None
 
 
 def test_a_wait_would_be_seen(on_meta):

@@ -350,7 +350,7 @@ def test_what_the_ops_refuse():
         on_table.measure([("virial", None)])
     wrong = dataclasses.replace(frame, energy=frame.energy.float())
     with pytest.raises(RuntimeError, match="energy should be float64"):
-        model.measure(wrong, [("energy", None)])
+        model.prepared(wrong).measure([("energy", None)])
     for name, values in (
         ("types", frame.types + 1),
         ("neighbors", frame.neighbors + 9),
@@ -373,7 +373,7 @@ def test_measure_is_what_autograd_finds(dtype):
     model.energy_bias[:] = torch.tensor([0.3, -0.2])
     updates = [("energy", None), ("force", torch.tensor([3, 27, 11])), ("virial", None), ("force", torch.tensor([0]))]
     updates.append(("force", None))  # all atoms
-    together = model.measure(frame, updates)
+    together = model.prepared(frame).measure(updates)
     tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-6}
     for i, (kind, atoms) in enumerate(updates):
         error = ERRORS[kind](model(frame), frame, atoms)
@@ -382,7 +382,7 @@ def test_measure_is_what_autograd_finds(dtype):
             torch.zeros(p.numel()) if g is None else g.T.flatten() if g.dim() == 2 else g
             for g, p in zip(gradients, model.parameters(), strict=True)
         ]
-        for found in (model.measure(frame, [(kind, atoms)]), [part[i : i + 1] for part in together]):
+        for found in (model.prepared(frame).measure([(kind, atoms)]), [part[i : i + 1] for part in together]):
             assert found[0].dtype == found[1].dtype == torch.float64
             torch.testing.assert_close(found[0][0], error.detach().double(), **tolerance)
             torch.testing.assert_close(found[1][0], torch.cat(flat).double(), **tolerance)

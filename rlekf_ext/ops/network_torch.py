@@ -8,7 +8,7 @@ is the same for CPUs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,12 +18,14 @@ from torch import Tensor
 from rlekf_ext.options import KINDS
 
 STENCIL = 8  # nodes per interpolation
+EDGES_AT_ONCE = 512  # the number of edges is a multiple of it, so that frames of a system have the same shapes
 MIDDLE = (STENCIL - 1) / 2  # of a stencil, in units of the distance of two nodes
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A frame on its table, on a device: n atoms sorted by element, E edges in the order of their first atoms."""
+    """A frame on its table, on a device: n atoms sorted by element, E edges in the order of their first atoms, the last
+    of which may be zeros, which change nothing."""
 
     bounds: tuple[int, ...]  # (T + 1), the first sorted atom of each element
     order: Tensor  # (n,) int64, where the sorted atoms are in the frame
@@ -44,9 +46,15 @@ class Placed:
 
     def to(self, device: torch.device) -> Placed:
         """On the device, without waiting for it."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: t.to(device, non_blocking=True) for name, t in found.items() if isinstance(t, Tensor)}
-        return replace(self, **tensors)  # type: ignore[arg-type]
+        return self.around([tensor.to(device, non_blocking=True) for tensor in self.tensors])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, f.name) for f in fields(self) if f.name != "bounds"]
+
+    def around(self, tensors: Sequence[Tensor]) -> Placed:
+        """The same with other tensors."""
+        return Placed(self.bounds, *tensors)
 
     @property
     def elements(self) -> Iterator[slice]:
@@ -101,6 +109,11 @@ def placed(geometry: Sequence[Tensor], normal: Sequence[Tensor], sel: Sequence[i
     scale = 1 / (dstd * sum(sel))
     row = torch.repeat_interleave(torch.arange(len(order)), first_edge.diff())
     center = order[row]
+    missing = -len(row) % EDGES_AT_ONCE
+
+    def padded(of_edges: Tensor) -> Tensor:
+        return torch.cat([of_edges, of_edges.new_zeros(missing, *of_edges.shape[1:])])
+
     types = torch.repeat_interleave(torch.arange(num_types), first_atom.diff())[row]
     s = (records[:, 3] * records[:, 4])[:, None]
     columns = (4 * row[:, None] + torch.arange(4)) * (num_types * num_nodes) + records[:, 7:].long()
@@ -109,20 +122,20 @@ def placed(geometry: Sequence[Tensor], normal: Sequence[Tensor], sel: Sequence[i
     return Placed(
         bounds=tuple(first_atom.tolist()),
         order=order,
-        center=center,
-        neighbor=neighbor,
+        center=padded(center),
+        neighbor=padded(neighbor),
         structure=structure,
-        edge_structure=structure[center],
+        edge_structure=padded(structure[center]),
         coefficients=coefficients.flatten(2),
-        places=columns[:, :, None] + torch.arange(STENCIL),
-        values=values,
-        slopes=slopes * ((num_nodes - 1) / last),
-        rows=(torch.cat([s, s * records[:, :3]], 1) - davg[types]) * scale[types],
-        scale=scale[types],
-        direction=records[:, :3],
-        length=records[:, 3:4],
-        ratio=records[:, 4:5],
-        slope=records[:, 5:6],
+        places=padded(columns[:, :, None] + torch.arange(STENCIL)),
+        values=padded(values),
+        slopes=padded(slopes * ((num_nodes - 1) / last)),
+        rows=padded((torch.cat([s, s * records[:, :3]], 1) - davg[types]) * scale[types]),
+        scale=padded(scale[types]),
+        direction=padded(records[:, :3]),
+        length=padded(records[:, 3:4]),
+        ratio=padded(records[:, 4:5]),
+        slope=padded(records[:, 5:6]),
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlekf_ext.potential.architecture import Architecture, plain
 from rlekf_ext.potential.descriptor import Environment, Network, SeE2A, run_networks
 from rlekf_ext.potential.neighbors import Frame
-from rlekf_ext.potential.table import Table
+from rlekf_ext.potential.table import Table, TabulatedFrame
 from rlekf_ext.schema import read
 
 
@@ -134,13 +134,10 @@ class DeepPotential(nn.Module):
             return results
         return Prediction(*(None if result is None else result.detach() for result in results))  # type: ignore[arg-type]
 
-    def measure(self, frame: Frame, updates: Sequence[tuple[str, Tensor | None]]) -> tuple[Tensor, Tensor] | None:
-        """ε (U,) and H = -dε/dw (U, N) of updates at the current weights, each a kind and the atoms of its group: see
-        rlekf_ext.updates.ERRORS. H has the parameters in turn, each with its dimensions reversed. None without a table.
+    def prepared(self, frame: Frame) -> TabulatedFrame | None:
+        """The frame on the table, which `measure`s it: see rlekf_ext.updates. None without a table.
         Raises DataError if the frame does not fit the network."""
-        if self.table is None:
-            return None
-        return self.table.with_frame(self, frame).measure(updates)
+        return None if self.table is None else self.table.with_frame(self, frame)
 
     def _exact(self, frame: Frame, create_graph: bool, forces: bool) -> tuple[Tensor, EdgeForces | None]:
         """The atomic energies without their bias, and the derivatives of their sum."""

@@ -16,6 +16,7 @@ computes it on CPUs, ops/network_torch.py elsewhere. Frames are tabulated on the
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Iterable, Sequence
@@ -156,6 +157,23 @@ class TabulatedFrame:
             [architecture.resnet_dt, fitting.resnet_dt],
         )
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is different from frame to frame, on a device without kernels."""
+        return [*self._geometry.tensors, *(label for label in self._labels if label is not None)]
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What else a measurement depends on, and not on the device."""
+        return self._geometry.bounds, self.made_of[0], *self.made_of[2:], tuple(label is None for label in self._labels)
+
+    def around(self, tensors: Sequence[Tensor]) -> TabulatedFrame:
+        """The same frame with other tensors of these shapes."""
+        left, made = iter(tensors), copy.copy(self)
+        made._geometry = self._geometry.around([next(left) for _ in self._geometry.tensors])
+        made._labels = [None if label is None else next(left) for label in self._labels]
+        return made
+
     def results(self, forces: bool) -> Results:
         """What autograd can differentiate by the weights."""
         return Results(*TabulatedResults.apply(self, forces, *self._parameters))
@@ -178,7 +196,8 @@ class TabulatedFrame:
 
     @torch.no_grad()
     def measure(self, updates: Sequence[tuple[str, Tensor | None]]) -> tuple[Tensor, Tensor]:
-        """See DeepPotential.measure."""
+        """ε (U,) and H = -dε/dw (U, N) of updates at the current weights, each a kind and the atoms of its group: see
+        rlekf_ext.updates.ERRORS. H has the parameters in turn, each with its dimensions reversed."""
         kinds = [KINDS.index(kind) for kind, _ in updates]
         atoms = [self._all_atoms if atoms is None else atoms for _, atoms in updates]
         network = self._parameters, self._geometry, *self._network
