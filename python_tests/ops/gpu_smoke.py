@@ -44,8 +44,8 @@ def steps(sizes: tuple[int, ...], dtype: torch.dtype, count: int, device: torch.
     return [weights, kalman.covariance.tiles, kalman.covariance.state]
 
 
-def check_filter(device: torch.device) -> None:
-    for name, dtype, count in itertools.product(PLANS, (torch.float64, torch.float32), (1, 2, 4, 8)):
+def check_filter(name: str, device: torch.device) -> None:
+    for dtype, count in itertools.product((torch.float64, torch.float32), (1, 2, 4, 8)):
         started = time.perf_counter()
         found = steps(PLANS[name], dtype, count, device)
         wanted = steps(PLANS[name], dtype, count, torch.device("cpu"))
@@ -82,8 +82,9 @@ def check_network(device: torch.device) -> None:
 def main() -> None:
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
     device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
-    check_filter(device)
+    check_filter("70 + 3", device)
     check_network(device)
+    check_filter("the paper's", device)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
