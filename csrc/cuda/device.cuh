@@ -15,6 +15,12 @@
 
 namespace rlekf::cuda {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kBeforeHopper = true;
+#else
+constexpr bool kBeforeHopper = false;
+#endif
+
 RLEKF_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 RLEKF_DEVICE int cta() { return static_cast<int>(blockIdx.x); }
 RLEKF_DEVICE int num_ctas() { return static_cast<int>(gridDim.x); }

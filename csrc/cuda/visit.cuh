@@ -108,10 +108,9 @@ RLEKF_PHASE void dot_pending(const Task& task, int num_pending) {
   const int items = num_pending * static_cast<int>(num_slots(p.num_weights, p.num_blocks, kDotLog2));
   const int each = (items + num_ctas() * kWarps - 1) / (num_ctas() * kWarps);
   const int first = (cta() * kWarps + warp()) * each, last = first + each < items ? first + each : items;
-  int64_t index = -1;
   for (int item = first; item < last; ++item) {
     const int slot = item / num_pending, i = item % num_pending;
-    index = next_block_of_slot(p.blocks, p.num_blocks, slot, kDotLog2, index);
+    const int64_t index = block_of_slot(p.blocks, p.num_blocks, slot, kDotLog2);
     const Block block = p.blocks[index];
     const int64_t begin = (slot - first_slot(block, index, kDotLog2)) << kDotLog2;
     const int64_t behind = begin + (1 << kDotLog2), end = behind < block.size ? behind : block.size;
@@ -148,7 +147,8 @@ template <typename Scalar, int kM>
 RLEKF_DEVICE void fold_tile(const Task& task, const Fold& due, const Walk& at, bool first_of_segment, double* u_rows,
                             Pair<Scalar>* entries) {
   constexpr int kAtOnce = fold_at_once(kM);
-  constexpr int kAhead = kM == 2 ? 1 : 2;  // vectors in registers before they are used; with M = 2, two would spill
+  // Vectors in registers before they are used: one where two would spill.
+  constexpr int kAhead = kM == 2 || (kM == 1 && kBeforeHopper) ? 1 : 2;
   const Covariance& p = task.p;
   const Block block = p.blocks[at.block];
   double x[kRowsPerThread], y[kRowsPerThread];

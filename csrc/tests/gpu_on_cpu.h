@@ -28,6 +28,8 @@
 
 namespace rlekf::cuda {
 
+constexpr bool kBeforeHopper = false;
+
 class Gpu {
  public:
   /// Runs `kernel` on num_ctas blocks of num_threads threads; shared memory starts full of NaN.
@@ -107,7 +109,8 @@ class Gpu {
     }
   }
 
-  /// Warps in the order of the seed, each as far as it can go: what no barrier holds back runs far ahead or behind.
+  /// Thread blocks and their warps in the order of the seed, each as far as it can go: what no barrier holds back runs
+  /// far ahead or behind.
   void run(unsigned seed) {
     current = this;
     eager = seed % 2 == 0;
@@ -116,20 +119,36 @@ class Gpu {
     for (size_t i = 0; i < fibers_.size(); ++i) warps[i / 32].push_back(fibers_[i].get());
     for (auto& warp : warps) std::shuffle(warp.begin(), warp.end(), random);
     std::shuffle(warps.begin(), warps.end(), random);
+    std::vector<const Cta*> order;
+    for (const Cta& cta : ctas_) order.push_back(&cta);
+    std::shuffle(order.begin(), order.end(), random);
+    const auto by_cta = [&](const auto& a, const auto& b) {
+      const auto place = [&](const auto& warp) { return std::find(order.begin(), order.end(), warp[0]->cta); };
+      return place(a) < place(b);
+    };
+    std::stable_sort(warps.begin(), warps.end(), by_cta);
     size_t left = fibers_.size();
+    const auto run_warp = [&](const std::vector<Fiber*>& warp) {
+      bool any = false;
+      for (bool moved = true; moved; any = any || moved) {
+        moved = false;
+        for (Fiber* fiber : warp) {
+          if (fiber->ended || (fiber->awaited && fiber->awaited->generation == fiber->generation)) continue;
+          fiber->awaited = nullptr;
+          moved = true;
+          resume(*fiber);
+          left -= fiber->ended;
+        }
+      }
+      return any;
+    };
+    const auto warps_each = static_cast<size_t>(ctas_.front().warps.size());
     while (left > 0) {
       bool stuck = true;
-      for (const auto& warp : warps) {
-        for (bool moved = true; moved;) {
+      for (size_t first = 0; first < warps.size(); first += warps_each) {
+        for (bool moved = true; moved; stuck = stuck && !moved) {
           moved = false;
-          for (Fiber* fiber : warp) {
-            if (fiber->ended || (fiber->awaited && fiber->awaited->generation == fiber->generation)) continue;
-            fiber->awaited = nullptr;
-            moved = true;
-            stuck = false;
-            resume(*fiber);
-            left -= fiber->ended;
-          }
+          for (size_t w = first; w < first + warps_each; ++w) moved = run_warp(warps[w]) || moved;
         }
       }
       if (stuck) {

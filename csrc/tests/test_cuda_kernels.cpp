@@ -291,6 +291,7 @@ int main(int count_arguments, char**) {
     check_filter<float>({65, 1, 63, 64}, 9, count, 2, {1}, 3, 0, few ? 3 : 9);
   }
   check_filter<double>({1}, 1, 1, 4, {2}, 1, 0, 5);
+  check_filter<float>({260}, 5, 1, 2, {1}, 1, 0, few ? 3 : 7);  // each tile arrives where the one before it was
   check_filter<double>({9, 7, 1, 1, 30}, 4, 2, 2, {0}, 1, 1e-6, few ? 3 : 10);
   check_filter<double>(std::vector<int64_t>(20, 3), 10, 8, 3, {0}, 2, 0, few ? 2 : 4);  // many inner products
   if (!few) {
