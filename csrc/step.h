@@ -4,8 +4,8 @@
 //     correct   M scalar updates from these, exact and in order: weights, pending vectors, scalars; O(N)
 //     step      both
 //
-// On a CPU project is also there in two parts, for processes that share the tiles: each calls multiply_tiles with its
-// own, and finish_projection with the sum of what all found.
+// project is also there in two parts, for processes that share the tiles: each calls multiply_tiles with its own, and
+// finish_projection with the sum of what all found.
 
 #pragma once
 
@@ -18,7 +18,7 @@ namespace rlekf {
 
 enum class Storage { kFloat32, kFloat64 };
 
-/// The covariance and its scalars. N = num_weights. Tiles may be a part of P's for cpu::multiply_tiles, from any tile on:
+/// The covariance and its scalars. N = num_weights. Tiles may be a part of P's for multiply_tiles, from any tile on:
 /// `first_tile` of a block counts from the first of these, and may be negative or beyond the last.
 struct Covariance {
   int device;       // number of the GPU that all pointers belong to; -1 for a CPU
@@ -94,6 +94,17 @@ void correct(double* weights, const Covariance& covariance, const Measurements& 
 
 void step(double* weights, const Covariance& covariance, const Measurements& measurements, double* scratch,
           void* stream);
+
+/// Sizes of the scratch memory of the two below.
+int64_t multiply_scratch_size(const Covariance& covariance, const Measurements& measurements);
+int64_t finish_scratch_size(const Covariance& covariance, const Measurements& measurements);
+
+/// As in rlekf::cpu.
+void multiply_tiles(const Covariance& covariance, const Measurements& measurements, double* z, double* scratch,
+                    void* stream);
+
+void finish_projection(const Covariance& covariance, const Measurements& measurements, const Projection& projection,
+                       double* scratch, void* stream);
 
 }  // namespace cuda
 

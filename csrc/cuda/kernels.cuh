@@ -31,9 +31,7 @@ RLEKF_DEVICE void filter_step(const Task& task) {
     sync_grid();
     reduce<kM>(task);
     sync_grid();
-    const int gathering = num_gathering(task);
-    if (cta() < gathering) gather_gram<kM>(task, gathering);
-    if (gathering > 1) sync_grid();
+    gather_all<kM>(task);
   } else if (cta() == 0) {
     load_state(task);
   }

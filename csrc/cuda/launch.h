@@ -107,6 +107,7 @@ struct Launch {
   int stages;            // tiles in flight per thread block
   int64_t ctas;
   int64_t shared_bytes;
+  bool part;   // of the tiles, in the order of memory: see part.cuh
   Runs tiles;  // who visits which tile
   Runs rows;   // who reduces and applies which slots of kTile weights; no more thread blocks than slots
 };
@@ -124,8 +125,9 @@ inline void assign(Launch& launch, int64_t ctas, int64_t num_tiles, int64_t num_
 /// The widest panels that leave room for two tiles in flight and do not make runs uneven, and then as many tiles in
 /// flight as fit.
 inline Launch plan_launch(const Device& device, int num_measurements, int64_t bytes_each, int64_t num_tiles,
-                          int64_t num_weights, int64_t num_blocks) {
+                          int64_t num_weights, int64_t num_blocks, bool part = false) {
   Launch launch{};
+  launch.part = part;
   launch.num_measurements = rounded_up(num_measurements);
   const int m = launch.num_measurements;
   int64_t resident = ctas_per_sm(m);
@@ -135,7 +137,7 @@ inline Launch plan_launch(const Device& device, int num_measurements, int64_t by
     for (int least = 2; least >= 1 && launch.stages == 0; --least) {
       for (int log2 = 2; log2 >= 0; --log2) {
         const Width width{log2};
-        if (log2 > 0 && num_tiles >> log2 < kSegmentsPerCta * resident * device.sms) continue;
+        if (log2 > 0 && (part || num_tiles >> log2 < kSegmentsPerCta * resident * device.sms)) continue;
         int stages = kMaxStages;
         while (stages >= least && visit_shared(m, width, stages, bytes_each).size > room) --stages;
         if (stages < least) continue;
@@ -197,6 +199,11 @@ inline Workspace workspace_in(double* memory, const Launch& launch, const Covari
     w.size += count;
     return at;
   };
+  if (launch.part) {
+    w.row_sums = next((num_slots(p.num_weights, p.num_blocks, kTileLog2) + launch.ctas) * m * kTile);
+    w.column_sums = next(p.num_tiles * m * kTile);
+    return w;
+  }
   w.row_sums = next(num_row_slots(p.num_tiles, p.num_weights, p.num_blocks, launch.width) * m * kTile);
   w.column_sums =
       next((num_column_slots(p.num_weights, p.num_blocks, launch.width, launch.ctas) * m * kTile) << launch.width.log2);

@@ -41,6 +41,14 @@ RLEKF_PHASE void gather_gram(const Task& task, int ctas) {
   }
 }
 
+/// The inner products, in as many thread blocks as there is work for. If these are several, they wait for one another.
+template <int kM>
+RLEKF_PHASE void gather_all(const Task& task) {
+  const int gathering = num_gathering(task);
+  if (cta() < gathering) gather_gram<kM>(task, gathering);
+  if (gathering > 1) sync_grid();
+}
+
 /// In the first thread block: the recursion over the M measurements, on inner products alone. Block by block,
 ///     y_i^T h_j = z_i^T h_j + (shift_i - shift_0) h_i^T h_j - sum_{k<i} rank_one_k (y_k^T h_i) (y_k^T h_j)
 template <int kM>

@@ -113,7 +113,8 @@ RLEKF_DEVICE void inner_products(const double* z, const double* h, double* gram)
   }
 }
 
-template <int kM>
+/// With kSummed, `cross` already holds S h.
+template <int kM, bool kSummed = false>
 RLEKF_PHASE void reduce(const Task& task) {
   const Covariance& p = task.p;
   const auto num_pending = static_cast<int64_t>(own_state().num_pending);
@@ -146,7 +147,13 @@ RLEKF_PHASE void reduce(const Task& task) {
     }
 
     double sums[kM] = {};
-    add_parts(task, at, sums);
+    if constexpr (!kSummed) {
+      add_parts(task, at, sums);
+    } else if (at.group() == 0 && at.weight() < at.block.size) {
+      for (int k = 0; k < task.m.count; ++k) {
+        sums[k] = task.projection.cross[k * p.num_weights + at.block.first_weight + at.weight()];
+      }
+    }
     subtract_pending(task, at, num_pending, enters_block, dots, sums);
     RLEKF_UNROLL
     for (int k = 0; k < kM; ++k) parts[(k * kGroups + at.group()) * kTile + at.column()] = sums[k];

@@ -58,6 +58,26 @@ void step(const Tensor& weights, const Tensor& tiles, const Tensor& pending, con
   cuda::step(w, p, m, numbers(memory), current_stream(p));
 }
 
+Tensor multiply_tiles(const Tensor& tiles, const Tensor& pending, const Tensor& state, const Tensor& layout,
+                      const Tensor& jacobian) {
+  const Covariance p = covariance_of(tiles, pending, state, layout);
+  const Measurements m = measurements_of(p, jacobian);
+  Tensor z = torch::stable::new_empty(jacobian, {m.count, p.num_weights});
+  const Tensor memory = torch::stable::new_empty(jacobian, {cuda::multiply_scratch_size(p, m)});
+  cuda::multiply_tiles(p, m, numbers(z), numbers(memory), current_stream(p));
+  return z;
+}
+
+Tensor finish_projection(const Tensor& z, const Tensor& pending, const Tensor& state, const Tensor& layout,
+                         const Tensor& jacobian) {
+  const Covariance p = covariance_without_tiles(pending, state, layout, jacobian);
+  const Measurements m = measurements_of(p, jacobian);
+  Tensor gram = torch::stable::new_empty(jacobian, {2, p.num_blocks, m.count, m.count});
+  const Tensor memory = torch::stable::new_empty(jacobian, {cuda::finish_scratch_size(p, m)});
+  cuda::finish_projection(p, m, projection_of(p, m, z, gram), numbers(memory), current_stream(p));
+  return gram;
+}
+
 }  // namespace
 }  // namespace rlekf
 
@@ -65,4 +85,6 @@ STABLE_TORCH_LIBRARY_IMPL(rlekf, CUDA, m) {
   m.impl("project", TORCH_BOX(&rlekf::project));
   m.impl("correct", TORCH_BOX(&rlekf::correct));
   m.impl("step", TORCH_BOX(&rlekf::step));
+  m.impl("multiply_tiles", TORCH_BOX(&rlekf::multiply_tiles));
+  m.impl("finish_projection", TORCH_BOX(&rlekf::finish_projection));
 }

@@ -13,7 +13,7 @@
 namespace rlekf::cuda {
 
 /// The tiles of a run in flight from global memory, `stages` at a time.
-template <typename Scalar>
+template <typename Scalar, typename Order = Walk>
 struct Ring {
   static constexpr int kPairs = kRowsPerThread * kThreads;                    // of a tile
   static constexpr int kCopies = kTileSize * sizeof(Scalar) / 16 / kThreads;  // of a thread, for each tile
@@ -23,9 +23,9 @@ struct Ring {
   Pair<Scalar>* entries;  // this thread's first
   Width width;
   int stages, next;
-  Walk ahead;  // the tile to prefetch next
+  Order ahead;  // the tile to prefetch next
 
-  RLEKF_DEVICE Ring(const Task& task, int64_t offset, const Walk& run)
+  RLEKF_DEVICE Ring(const Task& task, int64_t offset, const Order& run)
       : tiles(static_cast<const Scalar*>(task.p.tiles)),
         entries(shared_at<Pair<Scalar>>(offset) + warp() * kRowsPerThread * kRowStride + lane()),
         width(task.launch.width),
@@ -143,8 +143,8 @@ RLEKF_PHASE void dot_pending(const Task& task, int num_pending) {
 
 /// T <- factor (T - sum_k u_k u_k^T) for this thread's entries, in global and in shared memory. Products commute and the
 /// order over k is fixed, so a diagonal tile stays symmetric.
-template <typename Scalar, int kM>
-RLEKF_DEVICE void fold_tile(const Task& task, const Fold& due, const Walk& at, bool first_of_segment, double* u_rows,
+template <typename Scalar, int kM, typename Order>
+RLEKF_DEVICE void fold_tile(const Task& task, const Fold& due, const Order& at, bool first_of_segment, double* u_rows,
                             Pair<Scalar>* entries) {
   constexpr int kAtOnce = fold_at_once(kM);
   // Vectors in registers before they are used: one where two would spill.
@@ -287,12 +287,9 @@ RLEKF_DEVICE void multiply_tile(const Panel<kM>& shared, const Pair<Scalar>* ent
   }
 }
 
-/// Writes the row sums of a segment.
+/// Writes the row sums of a segment, (kM, kTile).
 template <int kM>
-RLEKF_DEVICE void end_segment(const Task& task, int index, int row, int panel,
-                              const double (&rows)[kM][kRowsPerThread]) {
-  const Width width = task.launch.width;
-  double* out = task.workspace.row_sum<kM>(row_slot(task.p.blocks[index], index, width, row, panel));
+RLEKF_DEVICE void write_rows(double* out, const double (&rows)[kM][kRowsPerThread]) {
   RLEKF_UNROLL
   for (int k = 0; k < kM; ++k) {
     const double sum = sum_of_eight(rows[k]);
@@ -300,13 +297,11 @@ RLEKF_DEVICE void end_segment(const Task& task, int index, int row, int panel,
   }
 }
 
-/// Adds up the column sums of a panel over the warps, and writes them.
+/// Adds up the column sums of a panel over the warps, and writes them, (kM, width * kTile).
 template <int kM>
-RLEKF_DEVICE void end_panel(const Task& task, const Panel<kM>& shared, int index, int panel) {
+RLEKF_DEVICE void write_columns(const Panel<kM>& shared, double* out) {
   sync_threads();
   const auto* all = reinterpret_cast<const double*>(shared.columns - thread());  // (kM, width, kWarps, kTile)
-  double* out =
-      task.workspace.column_sum<kM>(column_slot(task.p.blocks[index], index, shared.width, panel, cta()), shared.width);
   RLEKF_NO_UNROLL
   for (int n = thread(); n < kM * shared.num_columns(); n += kThreads) {
     double sum = 0;
@@ -345,9 +340,10 @@ RLEKF_PHASE Fold visit(const Task& task) {
         ends = at.ends_segment(width);
         at.advance(width);
       }
-      end_segment(task, index, row, panel, rows);
+      write_rows<kM>(task.workspace.row_sum<kM>(row_slot(p.blocks[index], index, width, row, panel)), rows);
     }
-    end_panel(task, shared, index, panel);
+    write_columns(shared,
+                  task.workspace.column_sum<kM>(column_slot(p.blocks[index], index, width, panel, cta()), width));
   }
   return due;
 }

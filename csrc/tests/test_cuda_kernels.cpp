@@ -10,6 +10,7 @@
 // clang-format off: gpu_on_cpu.h must come before the kernels
 #include "gpu_on_cpu.h"
 #include "../cuda/kernels.cuh"
+#include "../cuda/part.cuh"
 // clang-format on
 
 namespace {
@@ -192,10 +193,12 @@ struct GpuFilter : PackedFilter<Scalar> {
   }
 };
 
-Launch launch_of(const std::vector<int64_t>& sizes, int count, int64_t ctas, Width width, int stages, int64_t bytes) {
+Launch launch_of(const std::vector<int64_t>& sizes, int count, int64_t ctas, Width width, int stages, int64_t bytes,
+                 int64_t part = -1) {
   int64_t tiles, weights;
   layout_of(sizes, tiles, weights);
   Launch launch{};
+  if (part >= 0) tiles = part, launch.part = true;
   launch.num_measurements = rounded_up(count);
   launch.width = width;
   launch.stages = stages;
@@ -233,6 +236,79 @@ void check_filter(const std::vector<int64_t>& sizes, int64_t capacity, int count
         }
       }
     }
+  }
+}
+
+/// Processes that share the tiles, each with a run of them.
+template <typename Scalar>
+struct SharedFilter : PackedFilter<Scalar> {
+  const std::vector<int64_t> sizes;
+  int processes, stages;
+  unsigned seed;
+
+  SharedFilter(const DenseFilter& dense, int64_t capacity, int processes, int stages, unsigned seed)
+      : PackedFilter<Scalar>(dense, capacity), sizes(dense.sizes), processes(processes), stages(stages), seed(seed) {}
+
+  template <typename One, typename Two, typename Four, typename Eight>
+  void run(const Launch& launch, One one, Two two, Four four, Eight eight) {
+    const int m = launch.num_measurements;
+    Gpu::launch(launch.ctas, kThreads, launch.shared_bytes, seed, [&] {
+      m == 1 ? one() : m == 2 ? two() : m == 4 ? four() : eight();
+    });
+  }
+
+  void step(Vector& weights, const Vector& jacobian, const Vector& innovation) {
+    const Measurements m{static_cast<int>(innovation.size()), jacobian.data(), innovation.data()};
+    Vector z(jacobian.size(), 0.0), gram(static_cast<size_t>(2 * this->p.num_blocks * m.count * m.count), NAN);
+    const int64_t chunk = (this->p.num_tiles + processes - 1) / processes;
+    for (int rank = 0; rank < processes; ++rank) {
+      const int64_t first = std::min(rank * chunk, this->p.num_tiles);
+      Covariance part = this->p;
+      part.num_tiles = std::min(chunk, this->p.num_tiles - first);
+      part.tiles = static_cast<Scalar*>(part.tiles) + first * kTileSize;
+      std::vector<Block> blocks = this->blocks;
+      for (Block& block : blocks) block.first_tile -= first;
+      part.blocks = blocks.data();
+      const Launch launch = launch_of(sizes, m.count, 3, {0}, stages, sizeof(Scalar), part.num_tiles);
+      Vector own(jacobian.size(), NAN), memory(static_cast<size_t>(workspace_in(nullptr, launch, part).size), NAN);
+      const Task task{0, part, m, {own.data(), nullptr}, nullptr, launch, workspace_in(memory.data(), launch, part)};
+      run(
+          launch, [&] { multiply_part<Scalar, 1>(task); }, [&] { multiply_part<Scalar, 2>(task); },
+          [&] { multiply_part<Scalar, 4>(task); }, [&] { multiply_part<Scalar, 8>(task); });
+      for (size_t i = 0; i < z.size(); ++i) z[i] += own[i];
+    }
+    const Covariance& p = this->p;
+    const Launch launch = launch_of(sizes, m.count, 3, {0}, 1, sizeof(Scalar));
+    Vector memory(static_cast<size_t>(workspace_in(nullptr, launch, p).size), NAN);
+    const Workspace workspace = workspace_in(memory.data(), launch, p);
+    const Task task{0, p, m, {z.data(), gram.data()}, nullptr, launch, workspace};
+    run(
+        launch, [&] { finish_part<1>(task); }, [&] { finish_part<2>(task); }, [&] { finish_part<4>(task); },
+        [&] { finish_part<8>(task); });
+    std::fill(memory.begin(), memory.end(), NAN);
+    const Task last{kCorrect, p, m, {z.data(), gram.data()}, weights.data(), launch, workspace};
+    run(
+        launch, [&] { filter_step<Scalar, 1>(last); }, [&] { filter_step<Scalar, 2>(last); },
+        [&] { filter_step<Scalar, 4>(last); }, [&] { filter_step<Scalar, 8>(last); });
+  }
+};
+
+template <typename Scalar>
+void check_shared(const std::vector<int64_t>& sizes, int64_t capacity, int count, int processes, int stages, double q,
+                  int steps) {
+  const double tolerance = sizeof(Scalar) == 8 ? 1e-12 : 1e-5;
+  const DenseFilter start(sizes, q);
+  DenseFilter dense = start;
+  SharedFilter<Scalar> one(start, capacity, processes, stages, 1);
+  compare(sizes, one, dense, steps, count, tolerance);
+  for (const unsigned seed : {2u, 3u}) {
+    SharedFilter<Scalar> other(start, capacity, processes, stages, seed);
+    DenseFilter again = start;
+    compare(sizes, other, again, steps, count, tolerance);
+    const bool same = std::memcmp(one.tiles.data(), other.tiles.data(), one.tiles.size() * sizeof(Scalar)) == 0 &&
+                      std::memcmp(&one.state, &other.state, sizeof(State)) == 0 &&
+                      std::memcmp(one.pending.data(), other.pending.data(), one.pending.size() * 8) == 0;
+    expect(same, "the same bits of shared tiles in another order of the threads", count, processes);
   }
 }
 
@@ -298,6 +374,13 @@ int main(int count_arguments, char**) {
     check_filter<double>({600, 70}, 3, 1, 9, {2}, 4, 0, 8);
     check_filter<double>({300}, 40, 1, 5, {0}, 2, 0, 45);  // more vectors in a fold than shared memory takes at once
   }
+  for (const int processes : {1, 2, 5}) {
+    check_shared<double>({130, 5, 200}, 7, 1, processes, 2, 1e-3, few ? 3 : 9);
+    if (!few) check_shared<double>({70, 300}, 9, 4, processes, 1, 0, 4);
+  }
+  check_shared<float>({260, 3}, 5, 2, 3, 1, 0, few ? 3 : 6);
+  check_shared<double>({65, 1}, 9, 8, 9, 1, 0, 3);  // more processes than tiles
+  if (!few) check_shared<double>(std::vector<int64_t>(20, 70), 12, 8, 3, 2, 0, 3);
   std::printf("%s\n", failures == 0 ? "ok" : "failed");
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -1,6 +1,7 @@
 """The kernels on a GPU: run by `make gpu`. Needs only torch, pytest and, for some of the tests, triton."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from oracles import DenseFilter, relative
 
 from rlekf_ext import RLEKF, BlockPlan, KalmanFilter
 from rlekf_ext.covariance import STATE, required_bytes
-from rlekf_ext.ops import backends
+from rlekf_ext.ops import backend, backends
 
 pytestmark = [
     pytest.mark.gpu,
@@ -173,6 +174,34 @@ def test_work_goes_to_the_current_stream(name):
     assert torch.equal(weights, before)
     stream.synchronize()
     assert not torch.equal(weights, before)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("processes", [1, 3, 50])
+def test_parts_of_the_tiles_are_all_of_them(name, dtype, count, processes):
+    """As processes that share P would: z of each part, their sum, and the rest; through a fold."""
+    sizes = (700, 65, 1, 130)
+    settings = {"steps": 3, "count": count, "max_pending": 4 * count, "covariance_dtype": dtype}
+    whole, _ = run(name, sizes, **settings)
+    shared, weights = run(name, sizes, **settings)
+    ops = backend(name, GPU)
+    for _ in range(3):
+        h, e = measurements(count, sum(sizes))
+        wanted = whole.update(h, e)
+        p = shared.covariance
+        z = torch.zeros_like(h)
+        for own in torch.arange(len(p.tiles)).tensor_split(processes):
+            first = int(own[0]) if len(own) else len(p.tiles)
+            part = replace(
+                p, tiles=p.tiles[first : first + len(own)], layout=p.layout - torch.tensor([0, 0, first]).to(GPU)
+            )
+            z += ops.multiply_tiles(part, h)
+        increment = torch.zeros_like(weights)
+        ops.correct(p, increment, z, ops.finish_projection(p, z, h), h, e)
+        assert relative(increment, wanted) < TOLERANCE[dtype]
+    assert torch.allclose(shared.covariance.state, whole.covariance.state, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -10,8 +10,7 @@ multiply_tiles(p, jacobian) -> z
     The part of `project` that reads tiles: z (M, N) = S H, after folding if need be. `p.tiles` may be any run of P's;
     in `p.layout` the first tile of a block then counts from the first of these. Other parts of `p` do not change.
 finish_projection(p, z, jacobian) -> gram
-    The rest of `project`, from the sum of z over all tiles: z becomes cross, and `p.state` notes the fold. There are no
-    CUDA kernels of these two.
+    The rest of `project`, from the sum of z over all tiles: z becomes cross, and `p.state` notes the fold.
 correct(p, weights, cross, gram, jacobian, innovation)
     M scalar updates, in order, each exact given those before it (Algorithm 2, lines 8 to 14): the innovations (M,)
     are those at the weights (N,) before the call. A measurement whose innovation or variance is not finite, or whose
@@ -47,8 +46,6 @@ def backend(name: str, device: torch.device, parts: bool = False) -> ModuleType:
         reasons.append("The reference backend needs whole blocks, but with process_group blocks are split.")
     if name in ("auto", "native"):
         reason = native.why_absent(device.type)
-        if not reason and parts and device.type == "cuda":
-            reason = "they take whole blocks, but here processes share them."
         if not reason:
             return native
         reasons.append(f"The native backend has no kernels for {device}: {reason}")
