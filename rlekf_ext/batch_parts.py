@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlekf_ext.environment import moved
 from rlekf_ext.options import KINDS, UpdateOptions
 from rlekf_ext.processes import Processes
 
@@ -62,7 +63,7 @@ def divide(
         return force_groups(num_atoms, size, options.num_groups, generator)
 
     def placed(atoms: Tensor) -> Tensor:
-        return atoms.to(device, non_blocking=torch.device(device).type != "cpu")
+        return moved(atoms, device)
 
     atoms = [0 if frame.forces is None else len(frame.forces) for frame in frames]  # rows of forces
     structures = [len(frame.num_atoms) for frame in frames]

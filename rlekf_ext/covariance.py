@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +103,7 @@ class Covariance:
     def set_diagonal(self, variances: Tensor) -> None:
         """Start over: P becomes a diagonal, variances (N,) > 0; the other scalars stay as they are."""
         largest = variances.max()
-        weights, places = self._diagonal_places()
+        weights, places = _places_on(self.plan, self.own_tiles, self.tiles.device)
         self.tiles.zero_()
         self.tiles.view(-1)[places] = (variances / largest)[weights].to(self.tiles.dtype)
         self.pending.zero_()
@@ -126,16 +127,10 @@ class Covariance:
 
     def stored_diagonal(self) -> Tensor:
         """The diagonal of S, (N,) float64, zero for weights whose entry is in a tile of another process."""
-        weights, places = self._diagonal_places()
+        weights, places = _places_on(self.plan, self.own_tiles, self.tiles.device)
         found = self.pending.new_zeros(self.plan.num_weights)
         found[weights] = self.tiles.view(-1)[places].to(torch.float64)
         return found
-
-    def _diagonal_places(self) -> tuple[Tensor, ...]:
-        return tuple(
-            index.to(self.tiles.device, non_blocking=not self.tiles.is_cpu)
-            for index in diagonal_places(self.plan, self.own_tiles)
-        )
 
     def diagonal_of(self, stored: Tensor) -> Tensor:
         """The diagonal of P from that of S, both (N,) float64."""
@@ -267,6 +262,11 @@ class Covariance:
                 new.tiles[tile : tile + len(tiles)] = tiles
                 tile += len(tiles)
         return new
+
+
+@lru_cache(maxsize=4)
+def _places_on(plan: BlockPlan, own: range, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(index.to(device) for index in diagonal_places(plan, own))
 
 
 def identity(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlekf_ext import _C
 
@@ -49,6 +50,14 @@ def available_bytes(device: torch.device) -> int:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limits.append(allowed - pages * resource.getpagesize())
     return max(min(limits), 0)
+
+
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on the device; a copy from a CPU to a GPU waits for nothing."""
+    device = torch.device(device)
+    if tensor.is_cpu and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @contextmanager

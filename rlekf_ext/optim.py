@@ -128,11 +128,12 @@ class RLEKF(torch.optim.Optimizer):
         self.filter.take(jacobian, innovations, moves.increment.zero_())
         moves.apply()
 
-    def addresses(self) -> tuple[int, ...]:
-        """Of all that an update reads and writes."""
+    def form(self) -> tuple[Any, ...]:
+        """What decides the work of `take`: the addresses of all that it reads and writes, and the learning rates."""
         p, moves = self.filter.covariance, self._current_moves()
         tensors = p.tiles, p.pending, p.state, p.layout, moves.increment, *self.parameters()
-        return tuple(tensor.data_ptr() for tensor in tensors)
+        rates = (group["lr"] for group in self.param_groups)
+        return *(tensor.data_ptr() for tensor in tensors), *rates
 
     @torch.compiler.disable  # which does not know addresses
     def _current_moves(self) -> _Moves:

@@ -10,6 +10,7 @@ another.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from rlekf_ext.batch_parts import Part, Whole, divide
+from rlekf_ext.environment import moved
 from rlekf_ext.errors import DataError, OptionError, StoppedError
 from rlekf_ext.graphs import Graphs
 from rlekf_ext.optim import RLEKF
@@ -94,10 +96,9 @@ class FrameUpdater:
         self._started = not self.options.warm_start and self.options.prior == "identity"
         # Each update fits the current frame, and leaves the energies of the others off by a common amount whose sign
         # changes from frame to frame: the mean over a few frames cancels it.
-        decay = 1 - 1 / self.options.average_frames
-        averaged = isinstance(model, nn.Module) and decay
-        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if averaged else None  # type: ignore[arg-type]
-        if decay and not averaged:
+        averaged = isinstance(model, nn.Module) and self.options.average_frames != 1
+        self._average = AveragedModel(model) if averaged else None  # type: ignore[arg-type]
+        if self.options.average_frames != 1 and not averaged:
             raise OptionError(
                 "average_frames must be 1 for a model that is not an nn.Module; average its weights outside."
             )
@@ -151,7 +152,7 @@ class FrameUpdater:
             found = self._updates(parts, whole, unseen, factors or {}, self.optimizer.update)
         done = [(kind, one) for kind, errors in found[0] for one in errors.unbind()]
         if self._average:
-            self._average.update_parameters(self.model)  # type: ignore[arg-type]
+            _into_mean(self._average, self.model, 1 / self.options.average_frames)
         self._look_after(len(done))
         return done
 
@@ -197,7 +198,7 @@ class FrameUpdater:
         left = iter(places)
         frames = [frame.around([next(left) for _ in frame.tensors]) for frame in frames]
         shares = [[share for _, share in own.groups] for own in parts]
-        moved = [
+        again = [
             Part(frame, own.row, own.share, [(next(left), share) for share in each])
             for frame, own, each in zip(frames, parts, shares, strict=True)
         ]
@@ -209,9 +210,16 @@ class FrameUpdater:
             frozenset(unseen),
             frozenset(self._means),
             frozenset(self._variances),
-            self.optimizer.addresses(),
+            self.optimizer.form(),
         )
-        done, used = graphs.run(key, lambda: self._updates(moved, whole, set(unseen), {}, self.optimizer.take))
+        try:
+            done, used = graphs.run(
+                key, lambda: self._updates(again, whole, set(unseen), {}, self.optimizer.take), places[0].device
+            )
+        except RuntimeError as error:  # of a capture, which has changed nothing
+            self._graphs = None
+            self._say(f"Training goes on without CUDA graphs, more slowly: {error}")
+            return None
         for jacobian in used:
             self.optimizer.filter.note(jacobian)
         return [(kind, error.clone()) for kind, error in done], used
@@ -236,6 +244,7 @@ class FrameUpdater:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue exactly where the saved updater was."""
         self._generator.set_state(saved["generator"].cpu())
+        self._graphs = self._graphs and Graphs()  # the old ones have the numbers of before in their places
         first = self.optimizer.parameters()[0]
         here = float if first.is_cpu else (lambda saved: saved.to(first.device))
         self._means = {kind: here(mean) for kind, mean in saved["means"].items()}
@@ -389,7 +398,11 @@ def _kept(place: Any, value: Any) -> Any:
 
 
 def _uses_graphs(optimizer: RLEKF) -> bool:
-    return optimizer.filter.covariance.state.is_cuda
+    return (
+        optimizer.filter.covariance.state.is_cuda
+        and optimizer.filter.backend != "reference"  # which waits for the device
+        and os.environ.get("RLEKF_CUDA_GRAPHS") != "0"
+    )
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:
@@ -407,6 +420,19 @@ def schedule(order: Sequence[str], num_groups: int) -> list[str]:
             return kinds
 
 
+@torch.no_grad()
+def _into_mean(average: AveragedModel, model: Any, share: float) -> None:
+    """An exponential mean of the weights, and the buffers as they are. AveragedModel's own method waits for a GPU."""
+    means, now = ([p.detach() for p in some.parameters()] for some in (average.module, model))
+    if average.n_averaged:
+        torch._foreach_lerp_(means, now, share)
+    else:
+        torch._foreach_copy_(means, now)
+    for mean, buffer in zip(average.module.buffers(), model.buffers(), strict=True):
+        mean.copy_(buffer)
+    average.n_averaged += 1
+
+
 def _numbers_of(tensor: Tensor) -> Callable[[Any], Any]:
     """What makes a number of one: on a CPU a float, as a few operations on tensors would take as long as a small
     network; elsewhere a tensor () beside this one, without waiting for it."""
@@ -417,7 +443,7 @@ def _numbers_of(tensor: Tensor) -> Callable[[Any], Any]:
 
 def beside(prediction: Tensor, label: Tensor) -> Tensor:
     """The label, on the device of the prediction."""
-    return label.to(prediction.device, non_blocking=not prediction.is_cpu)
+    return moved(label, prediction.device)
 
 
 def energy_error(prediction: Any, frame: Any, _: Any = None) -> Tensor:

@@ -66,18 +66,14 @@ inline std::string sizes_text(const Kernel& kernel, const Covariance& p, const M
   return text.str();
 }
 
-/// How much of a kernel a GPU can hold. It depends on both alone and is queried once: queries would slow every step.
-struct Fit {
-  Device limits;
-  int resident;  // thread blocks per SM
-};
-
-inline Fit fit_of(const Kernel& kernel, const Covariance& p, const Measurements& m, const Launch& launch,
-                  const Device& own) {
+/// Thread blocks of a kernel that an SM can hold with this much shared memory each.
+inline int resident_of(const Kernel& kernel, const Covariance& p, const Measurements& m, const Launch& launch,
+                       const Device& own) {
   const void* instance = kernel.instance(p.storage, launch.num_measurements);
   int resident = 0;
-  cudaError_t error = cudaFuncSetAttribute(instance, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(launch.shared_bytes));
+  // The most that a thread block may have: other plans of the same kernel may need more than this one.
+  cudaError_t error =
+      cudaFuncSetAttribute(instance, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(own.shared_per_cta));
   if (error == cudaSuccess) {  // the driver would choose this anyway; the fold's cache is planned for what is left
     error =
         cudaFuncSetAttribute(instance, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
@@ -91,27 +87,28 @@ inline Fit fit_of(const Kernel& kernel, const Covariance& p, const Measurements&
     throw std::runtime_error("rlekf: no thread block fits on GPU " + std::to_string(p.device) + " for " +
                              sizes_text(kernel, p, m, launch) + ".");
   }
-  return {own, resident};
+  return resident;
 }
 
-/// The plan for this GPU. All thread blocks must be resident at once: they meet at grid barriers.
+/// The plan for this GPU. All thread blocks must be resident at once: they meet at grid barriers. What a GPU answers is
+/// remembered, as questions would slow every step.
 inline Launch plan_for(const Kernel& kernel, const Covariance& p, const Measurements& m) {
   const int64_t bytes_each = p.storage == Storage::kFloat64 ? 8 : 4;
   static std::mutex mutex;
-  static std::map<std::tuple<const char*, int, Storage, int>, Fit> known;
+  static std::map<int, Device> devices;
+  static std::map<std::tuple<const void*, int, int64_t>, int> residents;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_tuple(kernel.name, p.device, p.storage, rounded_up(m.count));
-  const auto found = known.find(key);
-  const Device own = found == known.end() ? limits(p.device) : found->second.limits;
+  if (devices.count(p.device) == 0) devices[p.device] = limits(p.device);
+  const Device own = devices[p.device];
   Launch launch = plan_launch(own, m.count, bytes_each, p.num_tiles, p.num_weights, p.num_blocks, kernel.part);
   if (launch.stages == 0) {
     throw std::runtime_error("rlekf: GPU " + std::to_string(p.device) + " gives a thread block " +
                              std::to_string(own.shared_per_cta) + " bytes of shared memory, too little for " +
                              std::to_string(m.count) + " measurements per pass; pass fewer at once.");
   }
-  const Fit fit =
-      found == known.end() ? known.emplace(key, fit_of(kernel, p, m, launch, own)).first->second : found->second;
-  assign(launch, std::min(launch.ctas, fit.resident * own.sms), p.num_tiles, p.num_weights, p.num_blocks);
+  const auto key = std::make_tuple(kernel.instance(p.storage, launch.num_measurements), p.device, launch.shared_bytes);
+  if (residents.count(key) == 0) residents[key] = resident_of(kernel, p, m, launch, own);
+  assign(launch, std::min(launch.ctas, residents[key] * own.sms), p.num_tiles, p.num_weights, p.num_blocks);
   return launch;
 }
 

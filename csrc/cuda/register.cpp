@@ -18,6 +18,7 @@ namespace {
 void* current_stream(const Covariance& p) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.tiles) % 16 == 0,
                   "rlekf: tiles should begin at a multiple of 16 bytes but do not; call .clone() on them.");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "rlekf: this torch has no CUDA streams; install one for GPUs.");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(p.device, &stream));
   return stream;

@@ -10,8 +10,9 @@ import torch
 
 from rlekf_ext import BlockPlan, KalmanFilter
 from rlekf_ext.potential.model import DeepPotential
-from rlekf_ext.potential.neighbors import make_frame
+from rlekf_ext.potential.neighbors import Frame, make_frame
 from rlekf_ext.potential.table import Table, largest_scalar
+from rlekf_ext.updates import FrameUpdater
 
 PLANS = {"70 + 3": (70, 3), "the paper's": (1350, 10240, 9810, 5151)}
 PATIENCE = 30  # seconds without a line
@@ -59,18 +60,26 @@ def check_filter(name: str, device: torch.device) -> None:
         say(f"{what}, the same bits again", 0.0 if same else 1.0, 0.0, started)
 
 
-def check_network(device: torch.device) -> None:
-    random = np.random.default_rng(0)
+def frame_of(seed: int) -> Frame:
+    random = np.random.default_rng(seed)
     points = np.array(list(itertools.product(range(4), repeat=3))) * 2.4 + random.normal(scale=0.1, size=(64, 3))
-    frame = make_frame(
-        points, 9.6 * np.eye(3), np.arange(64) % 2, 5.0, 2, energy=1.0, forces=random.normal(size=(64, 3))
-    )
-    found = []
+    labels = {"energy": random.normal(), "forces": random.normal(size=(64, 3))}
+    return make_frame(points, 9.6 * np.eye(3), np.arange(64) % 2, 5.0, 2, **labels)
+
+
+def model_on(device: torch.device, frames: list[Frame]) -> DeepPotential:
+    slots = [max(frame.slots[t] for frame in frames) for t in range(2)]
+    model = DeepPotential({"type_map": ["A", "B"], "descriptor": {"sel": slots, "rcut": 5.0}}, seed=1)
+    model.descriptor.fit_statistics(frames)
+    model.to(device)
+    model.table = Table(max(largest_scalar(model.architecture.descriptor, frame) for frame in frames))
+    return model
+
+
+def check_network(device: torch.device) -> None:
+    frame, found = frame_of(0), []
     for where in (torch.device("cpu"), device):
-        model = DeepPotential({"type_map": ["A", "B"], "descriptor": {"sel": list(frame.slots), "rcut": 5.0}}, seed=1)
-        model.descriptor.fit_statistics([frame])
-        model.to(where)
-        model.table = Table(largest_scalar(model.architecture.descriptor, frame))
+        model = model_on(where, [frame])
         started = time.perf_counter()
         groups = torch.arange(12, device=where)
         found.append(
@@ -79,11 +88,30 @@ def check_network(device: torch.device) -> None:
     say("errors and gradients of the network on its table", apart(found[1], found[0]), 1e-9, started)
 
 
+def check_training(device: torch.device) -> None:
+    """Batches of two frames, the later ones from CUDA graphs, in which nothing may wait for the GPU."""
+    frames, found = [frame_of(seed) for seed in range(6)], []
+    started = time.perf_counter()
+    for where in (torch.device("cpu"), device):
+        model = model_on(where, frames)
+        update = FrameUpdater(model, transpose=True, block_size=1024, say=print)
+        update.warm_start(frames)
+        for step in range(12):
+            if where.type == "cuda" and step == 10:  # both graphs have been made
+                torch.cuda.set_sync_debug_mode("error")
+            update(frames[step % 3 :: 3])
+        if where.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        found.append(torch.cat([p.detach().flatten() for p in update.result.parameters()]))
+    say("weights after twelve batches", apart(found[1], found[0]), 1e-6, started)
+
+
 def main() -> None:
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
     device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
     check_filter("70 + 3", device)
     check_network(device)
+    check_training(device)
     check_filter("the paper's", device)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 

@@ -113,7 +113,7 @@ def test_replayed_batches_are_those_that_are_launched(monkeypatch, steps):
     graphs, ended, all_errors = [], [], []
     monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda device: False)
     monkeypatch.setattr("rlekf_ext.updates._numbers_of", lambda _: lambda x: torch.as_tensor(x).double())
-    monkeypatch.setattr("rlekf_ext.graphs.capture", lambda body: graphs.append(body) or traced(body))
+    monkeypatch.setattr("rlekf_ext.graphs.capture", lambda body, device: graphs.append(body) or traced(body))
     for replayed in (False, True):
         monkeypatch.setattr("rlekf_ext.updates._uses_graphs", lambda _, replayed=replayed: replayed)
         model = make_model(rcut=4.0)
@@ -135,9 +135,9 @@ def test_replayed_batches_are_those_that_are_launched(monkeypatch, steps):
 
 def test_shapes_and_graphs_beyond_the_most_are_launched_piece_by_piece(monkeypatch):
     monkeypatch.setattr("rlekf_ext.graphs.MOST", 2)
-    monkeypatch.setattr("rlekf_ext.graphs.capture", lambda body: (lambda: None, "replayed"))
+    monkeypatch.setattr("rlekf_ext.graphs.capture", lambda body, device: (lambda: None, "replayed"))
     graphs = Graphs()
-    assert [graphs.run(key, lambda: "launched") for key in (1, 2, 3, 1, 3)] == [
+    assert [graphs.run(key, lambda: "launched", META) for key in (1, 2, 3, 1, 3)] == [
         *["launched"] * 3,
         "replayed",
         "launched",

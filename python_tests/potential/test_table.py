@@ -197,10 +197,8 @@ def in_form(model, frame, form):
     on_table._ops = FORMS[form]
     if form == "torch":
         descriptor, nodes = model.descriptor, model.table.nodes
-        geometry = geometry_of(model, frame, nodes)
-        on_table._geometry = network_torch.placed(
-            geometry, descriptor.normal_on_cpu(), descriptor.architecture.sel, nodes.last
-        )
+        geometry, normal = geometry_of(model, frame, nodes), [descriptor.davg, descriptor.dstd]
+        on_table._geometry = network_torch.placed(geometry, normal, descriptor.architecture.sel, nodes.last)
     return on_table
 
 

@@ -75,9 +75,10 @@ def find_device(asked: str | None) -> torch.device:
         raise OptionError(f"The device must be cpu, cuda or cuda:N but is: {asked}.")
     if device.type == "cpu":
         return device
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    reason = _why_gpu_is_absent(device)
+    reason = _why_gpu_is_absent(device, several)
     if not reason:
         return device
     if asked is None:
@@ -85,11 +86,14 @@ def find_device(asked: str | None) -> torch.device:
     raise BackendError(f"{asked} cannot be used: {reason} The device cpu runs anywhere.")
 
 
-def _why_gpu_is_absent(device: torch.device) -> str:
+def _why_gpu_is_absent(device: torch.device, num_processes: int) -> str:
+    """The same for all processes of a machine."""
     if not torch.cuda.is_available():
         found = "finds no GPU" if torch.version.cuda else "is built without CUDA"
         return f"torch {torch.__version__} {found}."
     count = torch.cuda.device_count()
+    if num_processes > count:
+        return f"{num_processes} processes on this machine need a GPU each, but torch finds {count}."
     if device.index >= count:
         return f"torch finds {count} GPU(s), so that the last is cuda:{count - 1}."
     try:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlekf_ext.environment import moved
 from rlekf_ext.options import KINDS
 
 STENCIL = 8  # nodes per interpolation
@@ -43,10 +44,6 @@ class Placed:
     length: Tensor  # (E, 1), Å
     ratio: Tensor  # (E, 1), s / r, 1/Å²
     slope: Tensor  # (E, 1), ds/dr, 1/Å²
-
-    def to(self, device: torch.device) -> Placed:
-        """On the device, without waiting for it."""
-        return self.around([tensor.to(device, non_blocking=True) for tensor in self.tensors])
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -101,37 +98,46 @@ class Saved(NamedTuple):
 
 
 @torch.no_grad()
-def placed(geometry: Sequence[Tensor], normal: Sequence[Tensor], sel: Sequence[int], last: float) -> Placed:
-    """A frame on the CPU, as torch.ops.rlekf.tabulate returns it, followed by the structures of its atoms."""
-    order, first_atom, first_edge, records, neighbor, _, _, coefficients, structure = geometry
+def placed(
+    geometry: Sequence[Tensor], normal: Sequence[Tensor], sel: Sequence[int], last: float, num_edges: int = 0
+) -> Placed:
+    """A frame on the CPU, as torch.ops.rlekf.tabulate returns it, followed by the structures of its atoms, is moved to
+    the device of `normal`. It gets edges of zeros if there are fewer than `num_edges`."""
+    device = normal[0].device
+    bounds = tuple(geometry[1].tolist())
+    order, first_edge, records, neighbor, coefficients, structure = (
+        moved(geometry[i], device) for i in (0, 2, 3, 4, 7, 8)
+    )
     num_types, num_nodes = coefficients.shape[2:]
-    davg, dstd = normal
-    scale = 1 / (dstd * sum(sel))
-    row = torch.repeat_interleave(torch.arange(len(order)), first_edge.diff())
-    center = order[row]
-    missing = -len(row) % EDGES_AT_ONCE
+    count = len(records)
+    missing = max(num_edges, -(-count // EDGES_AT_ONCE) * EDGES_AT_ONCE) - count
 
     def padded(of_edges: Tensor) -> Tensor:
         return torch.cat([of_edges, of_edges.new_zeros(missing, *of_edges.shape[1:])])
 
-    types = torch.repeat_interleave(torch.arange(num_types), first_atom.diff())[row]
+    davg, dstd = normal
+    scale = 1 / (dstd * sum(sel))
+    numbers = torch.arange(len(order), device=device)
+    row = torch.repeat_interleave(numbers, first_edge.diff(), output_size=count)
+    center = order[row]
+    elements = torch.bucketize(row, moved(torch.tensor(bounds[1:-1], dtype=torch.int64), device), right=True)
     s = (records[:, 3] * records[:, 4])[:, None]
-    columns = (4 * row[:, None] + torch.arange(4)) * (num_types * num_nodes) + records[:, 7:].long()
-    powers = (records[:, 6:7] - MIDDLE) ** torch.arange(STENCIL)
-    values, slopes = (powers @ basis.to(powers.dtype) for basis in _lagrange())
+    powers = (records[:, 6:7] - MIDDLE) ** torch.arange(STENCIL, device=device)
+    values, slopes = (powers @ basis for basis in _lagrange(records.dtype, device))
+    columns = (4 * row[:, None] + torch.arange(4, device=device)) * (num_types * num_nodes) + records[:, 7:].long()
     return Placed(
-        bounds=tuple(first_atom.tolist()),
+        bounds=bounds,
         order=order,
         center=padded(center),
         neighbor=padded(neighbor),
         structure=structure,
         edge_structure=padded(structure[center]),
         coefficients=coefficients.flatten(2),
-        places=padded(columns[:, :, None] + torch.arange(STENCIL)),
+        places=padded(columns[:, :, None] + torch.arange(STENCIL, device=device)),
         values=padded(values),
         slopes=padded(slopes * ((num_nodes - 1) / last)),
-        rows=padded((torch.cat([s, s * records[:, :3]], 1) - davg[types]) * scale[types]),
-        scale=padded(scale[types]),
+        rows=padded((torch.cat([s, s * records[:, :3]], 1) - davg[elements]) * scale[elements]),
+        scale=padded(scale[elements]),
         direction=padded(records[:, :3]),
         length=padded(records[:, 3:4]),
         ratio=padded(records[:, 4:5]),
@@ -140,13 +146,13 @@ def placed(geometry: Sequence[Tensor], normal: Sequence[Tensor], sel: Sequence[i
 
 
 @cache
-def _lagrange() -> tuple[Tensor, Tensor]:
+def _lagrange(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Lagrange's polynomials on a stencil and their slopes, by powers of the distance from its middle, (8, 8) each."""
     nodes = torch.arange(STENCIL, dtype=torch.float64) - MIDDLE
     coefficients = torch.linalg.inv(nodes[:, None] ** torch.arange(STENCIL))
     slopes = torch.zeros_like(coefficients)
     slopes[:-1] = coefficients[1:] * torch.arange(1, STENCIL, dtype=torch.float64)[:, None]
-    return coefficients, slopes
+    return coefficients.to(device, dtype), slopes.to(device, dtype)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rlekf_ext.environment import moved
 from rlekf_ext.errors import DataError, OptionError
 from rlekf_ext.ops.native import OPS
 from rlekf_ext.options import KINDS
@@ -52,16 +53,16 @@ class Frame:
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Frame:
         """Return the frame with its real numbers in `dtype` (the energy stays float64) and every tensor on `device`; a
         copy to a GPU does not wait for it. The frame itself if nothing changes."""
-        ahead = device is not None and torch.device(device).type != "cpu"
-        moved: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 keep = field.name == "energy" or not value.is_floating_point()
-                moved[field.name] = value.to(device=device, dtype=None if keep else dtype, non_blocking=ahead)
-        if all(tensor is getattr(self, name) for name, tensor in moved.items()):
+                value = value if keep or dtype is None else value.to(dtype)
+                found[field.name] = value if device is None else moved(value, device)
+        if all(tensor is getattr(self, name) for name, tensor in found.items()):
             return self
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return replace(self, **found)  # type: ignore[arg-type]
 
     @property
     def labels(self) -> tuple[str, ...]:

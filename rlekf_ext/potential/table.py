@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlekf_ext.environment import moved
 from rlekf_ext.errors import DataError
 from rlekf_ext.ops import network_torch
 from rlekf_ext.ops.native import OPS
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 # csrc/network.h: the number of nodes is a multiple of NODES_AT_ONCE; of the parts of a geometry, the edges, and of the
 # numbers of an edge, its place within its stencil.
-NODES_AT_ONCE, EDGES, WHERE = 16, 3, 6
+NODES_AT_ONCE, FIRST_ATOM, EDGES, WHERE = 16, 1, 3, 6
 ROUNDING = 1e-3  # of the distance of two nodes
 KEPT = 4  # frames: some MB each
 TABULATING = threading.Lock()  # a thread may make the next frames ready
@@ -74,6 +75,7 @@ class Table:
         self.nodes = Nodes(-(-number // NODES_AT_ONCE) * NODES_AT_ONCE, last)
         self.num_kept = KEPT
         self._kept: list[TabulatedFrame] = []
+        self.most_edges: dict[tuple[int, ...], int] = {}  # that a GPU has met, by the numbers of atoms of the elements
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": []}  # a copy of the model tabulates its frames again
@@ -98,21 +100,25 @@ class Table:
 
     def with_frame(self, model: DeepPotential, frame: Frame) -> TabulatedFrame:
         """The frame on the table; kept for the latest few. Raises DataError if it does not fit the network."""
+        if found := self._found(model, frame):
+            return found
         with TABULATING:
-            key = TabulatedFrame.key(model, frame, self.nodes)
-            for kept in self._kept:
-                if kept.made_of == key:
-                    return kept
+            if found := self._found(model, frame):
+                return found
             model.descriptor.check(frame)
-            made = TabulatedFrame(model, frame, self.nodes)
+            made = TabulatedFrame(model, frame, self)
             if made.is_beyond:
                 largest = largest_scalar(model.descriptor.architecture, frame)
                 spacing = self.nodes.last / (self.nodes.number - 1)
                 number = -(-(math.ceil(largest / spacing) + 1) // NODES_AT_ONCE) * NODES_AT_ONCE
                 self.nodes = Nodes(number, spacing * (number - 1))
-                made = TabulatedFrame(model, frame, self.nodes)
+                made = TabulatedFrame(model, frame, self)
             self._kept = [made, *self._kept[: self.num_kept - 1]]
             return made
+
+    def _found(self, model: DeepPotential, frame: Frame) -> TabulatedFrame | None:
+        key = TabulatedFrame.key(model, frame, self.nodes)
+        return next((kept for kept in self._kept if kept.made_of == key), None)
 
 
 class TabulatedFrame:
@@ -123,7 +129,8 @@ class TabulatedFrame:
         """What it is made of: the objects, and what may change in them."""
         return id(model), id(frame), nodes, *model.descriptor.statistics()
 
-    def __init__(self, model: DeepPotential, frame: Frame, nodes: Nodes):
+    def __init__(self, model: DeepPotential, frame: Frame, table: Table):
+        nodes = table.nodes
         self.model, self.frame, self.made_of = model, frame, self.key(model, frame, nodes)
         geometry = geometry_of(model, frame, nodes)
         where = geometry[EDGES][:, WHERE]
@@ -137,12 +144,13 @@ class TabulatedFrame:
         self._geometry: Any = geometry
         if not has_kernels(device):
             self._ops = network_torch
-            self._geometry = network_torch.placed(
-                geometry, descriptor.normal_on_cpu(), architecture.sel, nodes.last
-            ).to(device)
+            atoms, normal = tuple(geometry[FIRST_ATOM].tolist()), [descriptor.davg, descriptor.dstd]
+            most = table.most_edges.get(atoms, 0)
+            self._geometry = network_torch.placed(geometry, normal, architecture.sel, nodes.last, most)
+            table.most_edges[atoms] = len(self._geometry.center)
         own = frame.types, frame.num_atoms, frame.energy, frame.forces, frame.virial, torch.arange(len(frame.types))
-        *labels, self._all_atoms = (None if t is None else t.to(device, non_blocking=True) for t in own)
-        self._labels, self.types, self.structure = labels, labels[0], frame.structure.to(device, non_blocking=True)
+        *labels, self._all_atoms = (None if t is None else moved(t, device) for t in own)
+        self._labels, self.types, self.structure = labels, labels[0], moved(frame.structure, device)
         sizes = [
             len(descriptor.embeddings),
             len(architecture.neuron),

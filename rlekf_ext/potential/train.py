@@ -77,6 +77,8 @@ def train(
     optimize = build_optimizer(config, model, num_steps, processes, say)
     if most_threads and device.type == "cpu":
         say(use_threads(optimize, model, everything, len(batches), most_threads, processes))
+    elif most_threads:
+        torch.set_num_threads(most_threads)  # for what is made ready on the CPU
     progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
     if checkpoint:
         if set(optimize.saved_as) != set(checkpoint.get("optimizer", ())):
@@ -229,15 +231,14 @@ def build_table(
 def feed_of(batches: Batches, optimize: KalmanSteps | AdamSteps, model: DeepPotential) -> Feed:
     """The batches, each with the frames that this process evaluates; for a model on a GPU these are made ready and
     moved there while the batch before them trains."""
-    ahead = model.energy_bias.device.type != "cpu"
-    if model.table:
-        model.table.num_kept = max(model.table.num_kept, (1 + ahead) * batches.most_frames)
+    ahead, table = model.energy_bias.device.type != "cpu", model.table
 
     def ready(batch: list[Frame]) -> list[Frame]:
         frames = optimize.arranged(batch)
-        if ahead and model.table:
-            for frame in frames:
-                model.table.with_frame(model, frame)
+        if table:
+            table.num_kept = max(table.num_kept, (1 + ahead) * len(frames))
+            for frame in frames if ahead else ():
+                table.with_frame(model, frame)
         return frames
 
     return Feed(batches, ready, ahead)
