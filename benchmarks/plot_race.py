@@ -21,7 +21,7 @@ from statistics import median
 
 from bench_training import ROOT
 from plot_study import COLORS, KINDS, grid, save, short
-from race import RACED, RESULTS, RIVALS
+from race import LONG, RACED, RESULTS, RIVALS
 from rows import fill, table
 from study import validation
 
@@ -46,7 +46,9 @@ class Race:
 
     @property
     def systems(self) -> list[str]:
-        return [s for s in RACED if (s, "RLEKF") in self._runs and any((s, rival) in self._runs for rival in RIVALS)]
+        """Those of which a rival has run to its end."""
+        ended = {system for (system, _), runs in self._runs.items() if any(times == str(LONG) for _, _, times in runs)}
+        return [system for system in RACED if system in ended]
 
     def curves(self, system: str, method: str) -> list[Curve]:
         return list(self._runs[system, method].values()) if (system, method) in self._runs else []

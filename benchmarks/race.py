@@ -5,8 +5,9 @@
 All train the same network on its table, on all of the first 70 % of the frames of each set, one thread each, batches of
 one frame; RLEKF has the defaults of `rlekf train`.
 
-0. The time of a frame with each method, all in turn: the machine must be quiet for this, some 20 s for each set. Later
-   it need not be: the seconds of a run are its frames times this time.
+0. The time of a frame with each method, all in turn, with a small table and with a large one: the machine must be quiet
+   for this, about a minute for each set. Later it need not be: the seconds of a run are the sum of these times, linear
+   in the number of nodes that the table has by then.
 1. RLEKF, three seeds, until neither of its validation errors has improved in the second half of the run so far (at most
    EPOCHS epochs, or LIMIT seconds). T is the median time of its best look, that with the smallest product of the two.
 2. Each rival at three learning rates, for T seconds each. A rate starts where it is said, and falls exponentially to a
@@ -28,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,10 +43,12 @@ from torch import nn
 
 from rlekf_ext.potential.evaluate import compare
 from rlekf_ext.potential.input import JOINT_FRAMES
+from rlekf_ext.potential.table import Table
 
 RESULTS = ROOT / "benchmarks/results/race.csv"
 PACES = ROOT / "benchmarks/results/race_pace.csv"
-PACE_COLUMNS = ("system", "network", "method", "ms", "cpu_ms", *MACHINE)  # of a frame
+PACE_COLUMNS = ("system", "network", "method", "nodes", "ms", "cpu_ms", *MACHINE)  # of a frame
+NODES = 128, 1024
 ROUNDS, FRAMES_IN_ROUND = 7, 20
 KEY = ("system", "network", "method", "rate", "seed", "times")  # times: how many T the run lasts; of RLEKF ""
 COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS[2:], *MACHINE)
@@ -112,11 +116,13 @@ def run_of(
     return run, parts
 
 
-def measure_paces(system: str, network: str, data: Path) -> list[dict[str, Any]]:
+def measure_paces(system: str, network: str, nodes: int, data: Path) -> list[dict[str, Any]]:
     """The time of a frame with each method, as rows: the median over rounds in which they take turns."""
     torch.set_num_threads(1)
     rates = {"RLEKF": 0.0, **{method: rates[0] for method, (_, rates) in RIVALS.items()}}
     runs = {method: run_of(system, network, method, rate, 1, data, 1000.0)[0] for method, rate in rates.items()}
+    for run in runs.values():
+        run.model.table = Table(run.model.table.nodes.last, nodes)
     frames = {method: JOINT_FRAMES if method == "RLEKF" else 1 for method in runs}
     times: dict[str, list[tuple[float, float]]] = {method: [] for method in runs}
     for _ in range(ROUNDS + 1):
@@ -129,41 +135,54 @@ def measure_paces(system: str, network: str, data: Path) -> list[dict[str, Any]]
     where, rows = machine(), []
     for method, found in times.items():
         ms, cpu_ms = (significant(median(t) / FRAMES_IN_ROUND) for t in zip(*found[1:], strict=True))
-        row = {"system": system, "network": network, "method": method, "ms": ms, "cpu_ms": cpu_ms}
+        row = {"system": system, "network": network, "method": method, "nodes": nodes, "ms": ms, "cpu_ms": cpu_ms}
         rows.append({**row, **{name: where[name] for name in MACHINE}})
     return rows
 
 
-Pace = tuple[float, float]  # seconds and CPU seconds of a frame
+@dataclass(frozen=True)
+class Pace:
+    """Seconds and CPU seconds of a frame, by the number of nodes of the table."""
+
+    measured: dict[int, tuple[float, float]]
+
+    def at(self, nodes: int) -> list[float]:
+        (few, many), share = NODES, (nodes - NODES[0]) / (NODES[1] - NODES[0])
+        return [a + share * (b - a) for a, b in zip(self.measured[few], self.measured[many], strict=True)]
 
 
-def read_paces(path: Path, network: str) -> dict[str, dict[str, Pace]]:
-    """Of each system and method."""
-    found: dict[str, dict[str, Pace]] = {}
+Paces = dict[str, dict[str, Pace]]  # of each system and method
+
+
+def read_paces(path: Path, network: str) -> Paces:
+    """Of systems with all rows."""
+    found: Paces = {}
     if path.exists():
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 if row["network"] == network:
-                    pace = float(row["ms"]) / 1e3, float(row["cpu_ms"]) / 1e3
-                    found.setdefault(row["system"], {})[row["method"]] = pace
-    return found
+                    pace = found.setdefault(row["system"], {}).setdefault(row["method"], Pace({}))
+                    pace.measured[int(row["nodes"])] = float(row["ms"]) / 1e3, float(row["cpu_ms"]) / 1e3
+    return {s: paces for s, paces in found.items() if all(set(NODES) <= set(p.measured) for p in paces.values())}
 
 
 def looks_of(key: tuple[Any, ...], data: Path, pace: Pace, seconds: float | None) -> list[dict[str, Any]]:
-    """The rows of a run. That of a rival lasts this many seconds."""
+    """The rows of a run. That of a rival lasts this many seconds, or longer if its table grows: its learning rate is
+    made to fall over a number of epochs."""
     torch.set_num_threads(1)
     system, network, method, rate, seed, _ = key
     where, num_frames = machine(), num_training(system, data, None)
     longest = LIMIT if seconds is None else seconds
-    epochs = max(1, round(longest / pace[0])) / num_frames
+    epochs = max(1, round(longest / pace.at(NODES[0])[0])) / num_frames
     run, parts = run_of(system, network, method, rate, seed, data, min(epochs, EPOCHS) if seconds is None else epochs)
-    rows, updates, next_look = [], 0, FIRST_LOOK
+    rows, updates, spent, cpu, next_look = [], 0, 0.0, 0.0, FIRST_LOOK
     best = dict.fromkeys(("validation_E", "validation_F"), (math.inf, 0.0))  # on validation frames, and when that was
     for step in range(run.num_steps):
         updates += run.step()
         epoch = (step + 1) / run.per_epoch
-        spent, cpu = (epoch * num_frames * each for each in pace)
-        last = step + 1 == run.num_steps
+        each = [num_frames / run.per_epoch * t for t in pace.at(run.model.table.nodes.number)]
+        spent, cpu = spent + each[0], cpu + each[1]
+        last = step + 1 == run.num_steps or (seconds is None and spent >= longest)
         if spent >= next_look or last:
             next_look = spent * 2 ** (1 / LOOKS_PER_DOUBLING)
             row: dict[str, Any] = {"epoch": round(epoch, 4), "updates": updates}
@@ -174,7 +193,7 @@ def looks_of(key: tuple[Any, ...], data: Path, pace: Pace, seconds: float | None
             rows.append({**dict(zip(KEY, key, strict=True)), **row, **{name: where[name] for name in MACHINE}})
             best = {name: min(old, (row[name], spent)) for name, old in best.items()}
             improved = max(when for _, when in best.values())
-            if method == "RLEKF" and spent > 2 * improved and epoch > 2:
+            if last or (method == "RLEKF" and spent > 2 * improved and epoch > 2):
                 break
         if (step + 1) % run.per_epoch == 0:
             run.refine()
@@ -227,11 +246,13 @@ def main() -> None:
     machine(given.output)
     rows, paces = read_rows(given.output), read_paces(given.paces, given.network)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        for system in (s for s in systems if s not in paces):
-            append(given.paces, PACE_COLUMNS, pool.submit(measure_paces, system, given.network, data).result())
+        for system, nodes in ((s, nodes) for s in systems if s not in paces for nodes in NODES):
+            append(given.paces, PACE_COLUMNS, pool.submit(measure_paces, system, given.network, nodes, data).result())
     paces = read_paces(given.paces, given.network)
     for system in systems:
-        print(system, ", ".join(f"{method} {1e3 * pace[0]:.1f} ms" for method, pace in paces[system].items()))
+        print(
+            system, ", ".join(f"{method} {1e3 * pace.at(NODES[0])[0]:.1f} ms" for method, pace in paces[system].items())
+        )
     print(f"about {estimate(paces, systems, data, given.full) / given.workers / 3600:.1f} hours", flush=True)
     if given.estimate:
         return
@@ -257,12 +278,12 @@ def main() -> None:
     sys.exit(0 if done else 1)
 
 
-def estimate(paces: dict[str, dict[str, Pace]], systems: list[str], data: Path, full: bool) -> float:
+def estimate(paces: Paces, systems: list[str], data: Path, full: bool) -> float:
     """Seconds of one core of a quiet machine, if RLEKF stops after twelve epochs and its best look is at eight."""
     rates = sum(len(rates) for _, rates in RIVALS.values())
     total = 0.0
     for system in systems:
-        epoch = paces[system]["RLEKF"][0] * num_training(system, data, None)
+        epoch = paces[system]["RLEKF"].at(NODES[0])[0] * num_training(system, data, None)
         t = min(8 * epoch, LIMIT)
         total += 1.5 * len(SEEDS) * t + (rates + LONG * (len(RIVALS) * len(SEEDS) if full else 2)) * t
     return total
