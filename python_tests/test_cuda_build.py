@@ -16,7 +16,7 @@ KERNELS = {
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.soak), 90])
 @pytest.mark.parametrize("source", KERNELS)
 def test_no_register_is_spilled(tmp_path, source, architecture, record_property):
     command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin", "-o", "kernels.cubin"]

@@ -49,7 +49,7 @@ def the_same_answer(rank):
             assert ours.diagnostics().trace == pytest.approx(alone.diagnostics().trace, rel=1e-5 if coarse else 1e-11)
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(8, marks=pytest.mark.soak)])
 def test_the_same_answer_on_every_number_of_processes(size):
     spawn(the_same_answer, size)
 

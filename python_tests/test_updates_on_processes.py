@@ -134,7 +134,7 @@ def as_on_one_process(rank, wanted):
     assert all(torch.equal(everywhere[0], one) for one in everywhere)
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(8, marks=pytest.mark.soak)])
 def test_frames_divided_over_processes_give_the_weights_of_one(size, tmp_path):
     """Eight processes have five frames: three of them have none."""
     torch.save(trained(list), tmp_path / "wanted")

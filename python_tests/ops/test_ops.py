@@ -107,7 +107,7 @@ def test_more_measurements_than_a_pass_takes(name, pending):
     assert_same(*result, 1e-12)
 
 
-@pytest.mark.parametrize(("sizes", "steps"), [((3,), 100_000), ((5, 2), 20_000)])
+@pytest.mark.parametrize(("sizes", "steps"), [pytest.param((3,), 100_000, marks=pytest.mark.soak), ((5, 2), 20_000)])
 def test_constant_forgetting_does_not_overflow(sizes, steps):
     """ν = 1 keeps λ at 0.98: the scale grows as 0.98^-t, past any float64, unless it is moved into S."""
     plan = BlockPlan(sizes)

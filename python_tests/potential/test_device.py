@@ -20,13 +20,14 @@ from rlekf_ext.potential.optimizers import build_optimizer
 from rlekf_ext.potential.table import Table, largest_scalar
 
 META = torch.device("meta")
+FEW = {"type": "RLEKF", "num_groups": 1}  # updates: an operation on meta tensors, or traced, takes 100 µs
 STEPS = {
-    "RLEKF": {"type": "RLEKF"},
-    "the paper's preset": {"type": "RLEKF", "preset": "paper"},
-    "in one pass": {"type": "RLEKF", "relinearize": False},
-    "with virials": {"type": "RLEKF", "order": ["energy", "force", "virial"]},
-    "float32": {"type": "RLEKF", "covariance_dtype": "float32"},
-    "a mean over the batch": {"type": "RLEKF", "batch": "mean"},
+    "RLEKF": FEW,
+    "the paper's preset": {**FEW, "preset": "paper"},
+    "in one pass": {**FEW, "relinearize": False},
+    "with virials": {**FEW, "order": ["energy", "force", "virial"]},
+    "float32": {**FEW, "covariance_dtype": "float32"},
+    "a mean over the batch": {**FEW, "batch": "mean"},
     "LKF": {"type": "LKF"},
     "Adam": {"type": "Adam"},
 }
@@ -44,7 +45,7 @@ def on_meta(monkeypatch):
 @pytest.mark.parametrize("steps", STEPS)
 def test_a_step_does_not_wait_for_the_device(on_meta, steps, precision):
     model = make_model(rcut=4.0, precision=precision)
-    frames = [labelled(make_model(rcut=4.0), seed).to(model.dtype) for seed in range(4)]
+    frames = [labelled(make_model(rcut=4.0), seed).to(model.dtype) for seed in range(2)]
     virials = {"start_pref_v": 1.0, "limit_pref_v": 1.0}
     config = config_of(STEPS[steps], loss={"start_pref_e": 1, "limit_pref_e": 1, "start_pref_f": 1, **virials})
     normal = model.descriptor.normal_on_cpu()
@@ -56,7 +57,7 @@ def test_a_step_does_not_wait_for_the_device(on_meta, steps, precision):
         optimize.updater._started = True  # a warm start, once a run, may wait
     else:
         optimize.optimizer.param_groups[0]["fused"] = False  # torch's kernel of a GPU, which meta tensors do not have
-    for _ in range(3):  # running means exist from the second batch on
+    for _ in range(2):  # running means exist from the second batch on
         assert optimize(frames, 0) > 0
     assert all(p.device == META for p in optimize.result.parameters())
 
