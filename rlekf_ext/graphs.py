@@ -38,7 +38,7 @@ class Graphs:
     def placed(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
         """Copies of the tensors, at the same addresses for all of the same shapes; None if there are too many."""
         if self._missed > 4 * MOST:  # nothing has the shapes or addresses of before any more
-            self.__init__()  # type: ignore[misc]
+            self._places, self._graphs, self._missed = {}, {}, 0
         key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         if key in self._places:
             for place, tensor in zip(self._places[key], tensors, strict=True):

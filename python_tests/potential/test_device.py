@@ -107,9 +107,10 @@ def traced(body):
     return replay, results
 
 
-@pytest.mark.parametrize(
-    "steps", ["RLEKF", "the paper's preset", "in one pass", "with virials", "a mean over the batch"]
-)
+SLOW = [pytest.param(name, marks=pytest.mark.soak) for name in ("in one pass", "with virials", "the paper's preset")]
+
+
+@pytest.mark.parametrize("steps", ["RLEKF", "a mean over the batch", *SLOW])
 def test_replayed_batches_are_those_that_are_launched(monkeypatch, steps):
     graphs, ended, all_errors = [], [], []
     monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda device: False)
