@@ -3,7 +3,7 @@
     python benchmarks/bench_device.py [--device cuda] [--data DIR] [--systems Cu H2O] [--seconds 30] [--output rows.csv]
 
 RLEKF with the defaults of `rlekf train`, and Adam in batches of one frame, on all of the first 70 % of the frames of a
-set. Each trains for so many seconds; a row is one epoch of it: the seconds of training so far, the time of a frame in
+set. Each trains for that long; a row is one epoch of it: the seconds of training so far, the time of a frame in
 this epoch, and the errors on test frames. Times end when the device has done what was asked of it.
 """
 
@@ -91,7 +91,7 @@ def main() -> None:
             append(given.output, COLUMNS, found)
             best = min(row["test_F"] for row in found)
             until = next(row["seconds"] for row in found if row["test_F"] <= 1.2 * best)
-            text = "{system} {method} on {device}: {ms_per_frame} ms a frame, epoch {epoch}, {seconds} s".format(
+            text = "{system} {method} on {device}: {ms_per_frame} ms per frame, epoch {epoch}, {seconds} s".format(
                 **found[-1]
             )
             print(f"{text}; F {best} meV/Å, within 1.2 times that after {until} s", flush=True)

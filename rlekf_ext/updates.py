@@ -218,7 +218,7 @@ class FrameUpdater:
             )
         except RuntimeError as error:  # of a capture, which has changed nothing
             self._graphs = None
-            self._say(f"Training goes on without CUDA graphs, more slowly: {error}")
+            self._say(f"From now on without CUDA graphs, which is slower: {error}")
             return None
         for jacobian in used:
             self.optimizer.filter.note(jacobian)

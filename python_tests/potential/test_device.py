@@ -124,7 +124,7 @@ def test_replayed_batches_are_those_that_are_launched(monkeypatch, steps):
         optimize = build_optimizer(config_of(STEPS[steps]), model, 8)
         optimize.start(frames)
         errors = []
-        for step in range(20):  # the kinds of update are balanced anew in the first, ninth and seventeenth
+        for step in range(20):  # the kinds of update are balanced in the first, ninth and seventeenth
             batch = frames[step % 3 :: 3]
             errors += [error.clone() for _, error in optimize.updater(optimize.arranged(batch))]
         ended.append(torch.cat([p.detach().flatten() for p in optimize.result.parameters()]))
