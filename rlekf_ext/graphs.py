@@ -16,6 +16,10 @@ from torch import Tensor
 MOST = 16  # graphs, and sets of inputs: a batch of another shape is launched piece by piece
 
 
+class CaptureError(Exception):
+    """A graph could not be made; none of its work has been done."""
+
+
 def capture(body: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], Any]:
     """What runs the work of `body` on the GPU, which has not run yet, and what it returns: tensors that each run
     overwrites. Other threads may use the GPU meanwhile."""
@@ -57,7 +61,10 @@ class Graphs:
             return body()
         found = self._graphs[key]
         if found is None:
-            found = self._graphs[key] = capture(body, device)
+            try:
+                found = self._graphs[key] = capture(body, device)
+            except RuntimeError as error:
+                raise CaptureError(str(error)) from error
         self._missed = 0
         replay, results = found
         replay()

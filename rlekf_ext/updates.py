@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from rlekf_ext.batch_parts import Part, Whole, divide
 from rlekf_ext.environment import moved
 from rlekf_ext.errors import DataError, OptionError, StoppedError
-from rlekf_ext.graphs import Graphs
+from rlekf_ext.graphs import CaptureError, Graphs
 from rlekf_ext.optim import RLEKF
 from rlekf_ext.options import PRESETS, OptimizerOptions, Options, part, resolve, takes
 from rlekf_ext.processes import Processes
@@ -216,7 +216,7 @@ class FrameUpdater:
             done, used = graphs.run(
                 key, lambda: self._updates(again, whole, set(unseen), {}, self.optimizer.take), places[0].device
             )
-        except RuntimeError as error:  # of a capture, which has changed nothing
+        except CaptureError as error:
             self._graphs = None
             self._say(f"From now on without CUDA graphs, which is slower: {error}")
             return None
