@@ -2,14 +2,16 @@
 
     python benchmarks/bench_device.py [--device cuda] [--data DIR] [--systems Cu H2O] [--seconds 30] [--output rows.csv]
 
-RLEKF with the defaults of `rlekf train`, and Adam in batches of one frame, on all of the first 70 % of the frames of a
-set. Each trains for that long; a row is one epoch of it: the seconds of training so far, the time of a frame in
-this epoch, and the errors on test frames. Times end when the device has done what was asked of it.
+RLEKF with the defaults of `rlekf train`, on a GPU also without the network's kernels, and Adam in batches of one frame,
+on all of the first 70 % of the frames of a set. Each trains for that long; a row is one epoch of it: the seconds of
+training so far, the time of a frame in this epoch, and the errors on test frames. Times end when the device has done
+what was asked of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,9 +29,10 @@ from rlekf_ext.potential.input import JOINT_FRAMES
 RESULTS = ROOT / "benchmarks/results/training_device.csv"
 METHODS: dict[str, dict[str, Any]] = {
     "RLEKF": {"optimizer": {"type": "RLEKF"}, "batch_size": JOINT_FRAMES},
+    "RLEKF, network in torch": {"optimizer": {"type": "RLEKF"}, "batch_size": JOINT_FRAMES},
     "Adam": {"optimizer": {"type": "Adam"}, "learning_rate": {"start_lr": 2e-3, "stop_lr": 2e-6}},
 }
-EPOCHS = {"RLEKF": 40.0, "Adam": 400.0}  # at most; the learning rate of Adam falls over as many
+EPOCHS, ADAM_EPOCHS = 40.0, 400.0  # at most; the learning rate of Adam falls over as many
 KEY = ("system", "network", "method", "device")
 COLUMNS = (*KEY, "epoch", "seconds", "ms_per_frame", "test_E", "test_F", "gpu", "driver", "cuda", *MACHINE)
 
@@ -38,10 +41,12 @@ def rows_of(system: str, network: str, method: str, device: torch.device, data: 
     where: dict[str, Any] = {**machine(), **(Gpu().facts() if device.type == "cuda" else {})}
     parts = load(system, data, None)
     config = config_of(system, network, {**METHODS[method], "table": True}, 1)
-    run = Run(config, parts["train"], EPOCHS[method], device=device)
+    os.environ["RLEKF_NETWORK_KERNELS"] = "0" if method.endswith("in torch") else "1"
+    epochs = ADAM_EPOCHS if method == "Adam" else EPOCHS
+    run = Run(config, parts["train"], epochs, device=device)
     run.step()  # what is made only once
     spent, rows = 0.0, []
-    for epoch in range(round(EPOCHS[method])):
+    for epoch in range(round(epochs)):
         wait_for(device)
         started = time.perf_counter()
         run.epoch()
@@ -83,6 +88,8 @@ def main() -> None:
             print(f"{system}: not in {data}")
             continue
         for method in METHODS:
+            if method.endswith("in torch") and device.type == "cpu":
+                continue
             try:
                 found = rows_of(system, given.network, method, device, data, given.seconds)
             except Exception as error:  # a GPU may not be free again soon: the others continue

@@ -109,7 +109,7 @@ struct Factors {
 enum class Kind : int64_t { kEnergy, kForce, kVirial };
 
 /// An update: what it measures and, for forces, the atoms of its group.
-struct Update {
+struct FrameUpdate {
   Kind kind;
   const int64_t* atoms;
   int64_t num_atoms;
@@ -157,8 +157,45 @@ void gradients(const Network<Scalar>& network, const Geometry<Scalar>& geometry,
 /// lines 1 to 7): of energies and virials per atom, of the forces of a group of atoms per component.
 template <typename Scalar>
 void measure(const Network<Scalar>& network, const Geometry<Scalar>& geometry, const Labels<Scalar>& labels,
-             const std::vector<Update>& updates, double* errors, double* jacobians, const Parallel& parallel);
+             const std::vector<FrameUpdate>& updates, double* errors, double* jacobians, const Parallel& parallel);
 
 }  // namespace cpu
+
+namespace cuda {
+
+constexpr int kUpdatesAtOnce = 16;
+
+/// Where launches go: they return at once, and all pointers belong to this GPU.
+struct Stream {
+  int device;
+  void* stream;
+};
+
+// The same on a GPU: the sizes of saved memory are in numbers of type Scalar, of scratch memory in doubles.
+
+template <typename Scalar>
+int64_t saved_size(const Network<Scalar>& network, const Geometry<Scalar>& geometry, bool forces);
+
+template <typename Scalar>
+int64_t scratch_size(const Network<Scalar>& network, const Geometry<Scalar>& geometry, int64_t num_updates);
+
+template <typename Scalar>
+void predict(const Network<Scalar>& network, const Geometry<Scalar>& geometry, const Prediction<Scalar>& result,
+             double* scratch, const Stream& on);
+
+/// gradient (U, N) of U <= kUpdatesAtOnce sums with factors (U, n), (U, n, 3) and (U, B, 3, 3).
+template <typename Scalar>
+void gradients(const Network<Scalar>& network, const Geometry<Scalar>& geometry, const Scalar* saved,
+               const Factors<Scalar>& factors, int64_t num_updates, Scalar* gradient, double* scratch,
+               const Stream& on);
+
+/// For U <= kUpdatesAtOnce updates. `result` and `factors` (U, ...) are scratch memory, of forces and virials if any update
+/// measures them.
+template <typename Scalar>
+void measure(const Network<Scalar>& network, const Geometry<Scalar>& geometry, const Labels<Scalar>& labels,
+             const FrameUpdate* updates, int64_t num_updates, const Prediction<Scalar>& result,
+             const Factors<Scalar>& factors, double* errors, double* jacobians, double* scratch, const Stream& on);
+
+}  // namespace cuda
 
 }  // namespace rlekf

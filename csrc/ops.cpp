@@ -63,8 +63,6 @@ std::string shape_text(const Sizes& shape) {
   return text.str();
 }
 
-int device_of(const Tensor& tensor) { return tensor.is_cuda() ? static_cast<int>(tensor.get_device_index()) : -1; }
-
 std::string device_text(int device) { return device < 0 ? "the CPU" : "GPU " + std::to_string(device); }
 
 double* float64_of(const Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
@@ -72,6 +70,8 @@ double* float64_of(const Tensor& tensor) { return static_cast<double*>(tensor.mu
 const double* const_float64_of(const Tensor& tensor) { return static_cast<const double*>(tensor.const_data_ptr()); }
 
 }  // namespace
+
+int device_of(const Tensor& tensor) { return tensor.is_cuda() ? static_cast<int>(tensor.get_device_index()) : -1; }
 
 void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype, int device) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());

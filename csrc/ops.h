@@ -16,6 +16,9 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t kAny = -1;  // in a shape
 
+/// -1: CPU.
+int device_of(const Tensor& tensor);
+
 /// Checks shape, dtype, device (-1: CPU) and contiguity. Its errors give the rule and the value.
 void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype, int device);
 

@@ -20,10 +20,10 @@ double add(double predicted, double label, double share, double& error) {
 
 template <typename Scalar>
 void measure(const Network<Scalar>& network, const Geometry<Scalar>& geometry, const Labels<Scalar>& labels,
-             const std::vector<Update>& updates, double* errors, double* jacobians, const Parallel& parallel) {
+             const std::vector<FrameUpdate>& updates, double* errors, double* jacobians, const Parallel& parallel) {
   const int64_t n = geometry.num_atoms, num_structures = geometry.num_structures;
   bool forces = false, virials = false;
-  for (const Update& update : updates) {
+  for (const FrameUpdate& update : updates) {
     forces = forces || update.kind != Kind::kEnergy;
     virials = virials || update.kind == Kind::kVirial;
   }
@@ -41,7 +41,7 @@ void measure(const Network<Scalar>& network, const Geometry<Scalar>& geometry, c
   predict(network, geometry, found, scratch, parallel);
 
   for (size_t i = 0; i < updates.size(); ++i) {
-    const Update& update = updates[i];
+    const FrameUpdate& update = updates[i];
     double error = 0;
     std::fill_n(by_energies, n, Scalar{});
     std::fill_n(by_forces, 3 * n, Scalar{});
@@ -84,7 +84,7 @@ void measure(const Network<Scalar>& network, const Geometry<Scalar>& geometry, c
 
 #define RLEKF_INSTANTIATE(Scalar)                                                               \
   template void measure(const Network<Scalar>&, const Geometry<Scalar>&, const Labels<Scalar>&, \
-                        const std::vector<Update>&, double*, double*, const Parallel&);
+                        const std::vector<FrameUpdate>&, double*, double*, const Parallel&);
 RLEKF_INSTANTIATE(double)
 RLEKF_INSTANTIATE(float)
 

@@ -10,8 +10,7 @@
 #include <vector>
 
 #include "../neighbors.h"
-#include "../network.h"
-#include "../ops.h"
+#include "../network_ops.h"
 #include "scratch.h"
 
 namespace rlekf {
@@ -79,26 +78,9 @@ void step(const Tensor& weights, const Tensor& tiles, const Tensor& pending, con
   cpu::correct(w, p, m, projection, parallel);
 }
 
-template <typename Number>
-Number* data_of(const Tensor& tensor) {
-  return static_cast<Number*>(tensor.mutable_data_ptr());
-}
-
-template <typename Number>
-constexpr ScalarType kType = std::is_same_v<Number, double>  ? ScalarType::Double
-                             : std::is_same_v<Number, float> ? ScalarType::Float
-                                                             : ScalarType::Long;
-
-/// The numbers of a tensor that is as it should be.
-template <typename Number>
-Number* checked(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
-  check(tensor, name, shape, kType<Number>, -1);
-  return data_of<Number>(tensor);
-}
-
 /// Indices below `limit`.
 int64_t* checked_indices(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, int64_t limit) {
-  int64_t* indices = checked<int64_t>(tensor, name, shape);
+  int64_t* indices = checked<int64_t>(tensor, name, shape, -1);
   for (int64_t i = 0; i < tensor.numel(); ++i) {
     STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < limit, "rlekf: ", name, " should lie in 0 ... ", limit - 1,
                     " but one is ", indices[i], ".");
@@ -106,82 +88,10 @@ int64_t* checked_indices(const Tensor& tensor, const char* name, std::initialize
   return indices;
 }
 
-/// Calls function with a value of the type of the tensor's numbers.
-template <typename Function>
-auto with_scalar(const Tensor& tensor, const Function& function) {
-  const bool single = tensor.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(single || tensor.scalar_type() == ScalarType::Double, "rlekf: edges should be float64 or float32.");
-  return single ? function(float{}) : function(double{});
-}
-
-using Tensors = std::vector<Tensor>;
-using Sizes = std::vector<int64_t>;
-
-enum Part { kOrder, kFirstAtom, kFirstEdge, kEdges, kNeighbor, kFirstIncoming, kIncoming, kCoefficients, kStructure };
-
-/// Without a number of structures those of the atoms are not read.
-template <typename Scalar>
-Geometry<Scalar> geometry_of(const Tensors& parts, int64_t num_structures) {
-  const Tensor& coefficients = parts[kCoefficients];
-  return {coefficients.size(0),
-          coefficients.size(2),
-          coefficients.size(3),
-          parts[kEdges].size(0),
-          num_structures,
-          data_of<int64_t>(parts[kOrder]),
-          data_of<int64_t>(parts[kFirstAtom]),
-          data_of<int64_t>(parts[kFirstEdge]),
-          data_of<Edge<Scalar>>(parts[kEdges]),
-          data_of<int64_t>(parts[kNeighbor]),
-          data_of<int64_t>(parts[kFirstIncoming]),
-          data_of<int64_t>(parts[kIncoming]),
-          data_of<Scalar>(coefficients),
-          num_structures > 0 ? checked_indices(parts[kStructure], "structure", {coefficients.size(0)}, num_structures)
-                             : nullptr};
-}
-
-template <typename Scalar>
-Normalization<Scalar> normalization_of(const Tensors& normal, const Sizes& sel, double last) {
-  const auto num_types = static_cast<int64_t>(sel.size());
-  return {checked<Scalar>(normal[0], "davg", {num_types, 4}), checked<Scalar>(normal[1], "dstd", {num_types, 4}), sel,
-          last};
-}
-
-/// The layers of a net, whose parameters start at `next`; both it and `first` move on to those of the net after it.
-template <typename Scalar>
-Net<Scalar> net_of(const Tensors& parameters, int64_t num_layers, bool timesteps, bool output, size_t& next,
-                   int64_t& first) {
-  Net<Scalar> net;
-  for (int64_t l = 0; l < num_layers; ++l) {
-    STD_TORCH_CHECK(next + 2 <= parameters.size(), "rlekf: the network has more parameters than the ",
-                    parameters.size(), " given.");
-    const Tensor &weight = parameters[next], &bias = parameters[next + 1];
-    check(weight, "weight", {kAny, kAny}, kType<Scalar>, -1);
-    const int64_t inputs = weight.size(0), outputs = weight.size(1);
-    const bool hidden = !output || l + 1 < num_layers;
-    const int64_t copies = hidden && (outputs == inputs || outputs == 2 * inputs) ? outputs / inputs : 0;
-    const bool timestep = timesteps && copies > 0;
-    STD_TORCH_CHECK(!timestep || next + 3 <= parameters.size(), "rlekf: a time step is missing.");
-    net.push_back({inputs, outputs, hidden, copies, data_of<Scalar>(weight), checked<Scalar>(bias, "bias", {outputs}),
-                   timestep ? checked<Scalar>(parameters[next + 2], "time step", {outputs}) : nullptr, first});
-    next += timestep ? 3 : 2;
-    first += (inputs + (timestep ? 2 : 1)) * outputs;
-  }
-  return net;
-}
-
-template <typename Scalar>
-Network<Scalar> network_of(const Tensors& parameters, const Normalization<Scalar>& normalization, const Sizes& sizes,
-                           const std::vector<bool>& timesteps) {
-  Network<Scalar> network{normalization, {}, {}, sizes[3], 0};
-  size_t next = 0;
-  for (int64_t i = 0; i < sizes[0]; ++i) {
-    network.embeddings.push_back(net_of<Scalar>(parameters, sizes[1], timesteps[0], false, next, network.num_weights));
-  }
-  for (size_t t = 0; t < normalization.sel.size(); ++t) {
-    network.fittings.push_back(net_of<Scalar>(parameters, sizes[2], timesteps[1], true, next, network.num_weights));
-  }
-  return network;
+/// Without virials, structures are not read.
+void check_structures(const Tensors& geometry, int64_t num_structures) {
+  if (num_structures == 0) return;
+  checked_indices(geometry[kStructure], "structure", {geometry[kCoefficients].size(0)}, num_structures);
 }
 
 Tensors tabulate(const Tensor& edges, const Tensor& neighbors, const Tensor& types, Sizes slots, Tensors normal,
@@ -200,7 +110,7 @@ Tensors tabulate(const Tensor& edges, const Tensor& neighbors, const Tensor& typ
   return with_scalar(edges, [&](auto zero) {
     using Scalar = decltype(zero);
     const FrameInputs<Scalar> inputs{num_atoms,
-                                     checked<Scalar>(edges, "edges", {num_atoms, num_slots, 3}),
+                                     checked<Scalar>(edges, "edges", {num_atoms, num_slots, 3}, -1),
                                      checked_indices(neighbors, "neighbors", {num_atoms, num_slots}, num_atoms),
                                      checked_indices(types, "types", {num_atoms}, num_types),
                                      near.data(),
@@ -219,7 +129,8 @@ Tensors tabulate(const Tensor& edges, const Tensor& neighbors, const Tensor& typ
       parts.push_back(torch::stable::new_empty(types, {size}));
     }
     parts.push_back(torch::stable::new_empty(edges, {num_atoms, 4, num_types, num_nodes}));
-    cpu::tabulate(inputs, normalization_of<Scalar>(normal, sel, last), geometry_of<Scalar>(parts, 0), torch_threads());
+    cpu::tabulate(inputs, normalization_of<Scalar>(normal, sel, last, -1), geometry_of<Scalar>(parts, 0),
+                  torch_threads());
     return parts;
   });
 }
@@ -235,7 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predict(Tensors parameters, Tensors g
   return with_scalar(like, [&](auto zero) {
     using Scalar = decltype(zero);
     const auto frame = geometry_of<Scalar>(geometry, num_structures);
-    const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last), sizes, timesteps);
+    check_structures(geometry, num_structures);
+    const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last, -1), sizes, timesteps, -1);
     const auto parallel = torch_threads();
     Tensor saved = torch::stable::new_empty(like, {cpu::saved_size(network, frame, forces)});
     cpu::predict(network, frame,
@@ -253,17 +165,18 @@ Tensor gradients(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel
     using Scalar = decltype(zero);
     const int64_t count = by_energies.size(0), num_structures = by_virials ? by_virials->size(1) : 0;
     const auto frame = geometry_of<Scalar>(geometry, num_structures);
-    const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last), sizes, timesteps);
+    check_structures(geometry, num_structures);
+    const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last, -1), sizes, timesteps, -1);
     const auto parallel = torch_threads();
     STD_TORCH_CHECK(by_forces.has_value() == by_virials.has_value(),
                     "rlekf: factors of forces and virials should be given both, or none.");
     STD_TORCH_CHECK(saved.size(0) == cpu::saved_size(network, frame, by_forces.has_value()),
                     "rlekf: gradients should be given what predict saved with the same kinds of results.");
     const int64_t n = frame.num_atoms;
-    const Scalar* energies = checked<Scalar>(by_energies, "factors of energies", {count, n});
-    const Scalar* forces = by_forces ? checked<Scalar>(*by_forces, "factors of forces", {count, n, 3}) : nullptr;
+    const Scalar* energies = checked<Scalar>(by_energies, "factors of energies", {count, n}, -1);
+    const Scalar* forces = by_forces ? checked<Scalar>(*by_forces, "factors of forces", {count, n, 3}, -1) : nullptr;
     const Scalar* virials =
-        by_virials ? checked<Scalar>(*by_virials, "factors of virials", {count, num_structures, 3, 3}) : nullptr;
+        by_virials ? checked<Scalar>(*by_virials, "factors of virials", {count, num_structures, 3, 3}, -1) : nullptr;
     Tensor result = torch::stable::new_empty(saved, {count, network.num_weights});
     for (int64_t i = 0; i < count; ++i) {
       const Factors<Scalar> factors{energies + i * n, forces ? forces + 3 * i * n : nullptr,
@@ -304,22 +217,12 @@ std::tuple<Tensor, Tensor> measure(Tensors parameters, Tensors geometry, Tensors
   return with_scalar(like, [&](auto zero) {
     using Scalar = decltype(zero);
     const auto frame = geometry_of<Scalar>(geometry, num_atoms.size(0));
-    const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last), sizes, timesteps);
-    const int64_t n = frame.num_atoms, count = num_atoms.size(0), num_types = static_cast<int64_t>(sel.size());
-    const Labels<Scalar> labels{checked<double>(bias, "energy bias", {num_types}),
-                                checked_indices(types, "types", {n}, num_types),
-                                checked<Scalar>(num_atoms, "num_atoms", {count}),
-                                energy ? checked<double>(*energy, "energy", {count}) : nullptr,
-                                forces ? checked<Scalar>(*forces, "forces", {n, 3}) : nullptr,
-                                virial ? checked<Scalar>(*virial, "virial", {count, 3, 3}) : nullptr};
-    const bool given[] = {energy.has_value(), forces.has_value(), virial.has_value()};
-    std::vector<Update> updates;
-    for (size_t i = 0; i < kinds.size(); ++i) {
-      STD_TORCH_CHECK(kinds[i] >= 0 && kinds[i] < 3 && given[kinds[i]], "rlekf: update ", i, " needs labels of kind ",
-                      kinds[i], ", which are not given.");
-      updates.push_back(
-          {static_cast<Kind>(kinds[i]), checked_indices(atoms[i], "atoms of a group", {kAny}, n), atoms[i].size(0)});
-    }
+    const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last, -1), sizes, timesteps, -1);
+    check_structures(geometry, num_atoms.size(0));
+    checked_indices(types, "types", {frame.num_atoms}, static_cast<int64_t>(sel.size()));
+    for (const Tensor& group : atoms) checked_indices(group, "atoms of a group", {kAny}, frame.num_atoms);
+    const auto labels = labels_of(frame, -1, bias, types, num_atoms, energy, forces, virial);
+    const auto updates = updates_of(labels, -1, kinds, atoms);
     const auto num_updates = static_cast<int64_t>(updates.size());
     Tensor errors = torch::stable::new_empty(bias, {num_updates});
     Tensor jacobians = torch::stable::new_empty(bias, {num_updates, network.num_weights});

@@ -9,6 +9,7 @@
 
 #define RLEKF_DEVICE __device__ __forceinline__
 #define RLEKF_PHASE __device__ __forceinline__
+#define RLEKF_CONSTANT __device__
 #define RLEKF_UNROLL _Pragma("unroll")
 #define RLEKF_UNROLL_BY_4 _Pragma("unroll 4")
 #define RLEKF_NO_UNROLL _Pragma("unroll 1")

@@ -4,9 +4,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <optional>
 #include <tuple>
+#include <vector>
 
-#include "../ops.h"
+#include "../network_ops.h"
 
 // Defined only in libtorch_cuda. A CPU-only torch lacks it, but then there are no CUDA tensors to call the ops with.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -15,13 +18,17 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace rlekf {
 namespace {
 
+void* current_stream(int device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "rlekf: this torch has no CUDA streams; install one for GPUs.");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
 void* current_stream(const Covariance& p) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.tiles) % 16 == 0,
                   "rlekf: tiles should begin at a multiple of 16 bytes but do not; call .clone() on them.");
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "rlekf: this torch has no CUDA streams; install one for GPUs.");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(p.device, &stream));
-  return stream;
+  return current_stream(p.device);
 }
 
 Tensor scratch(const Covariance& p, const Measurements& m, const Tensor& like) {
@@ -79,6 +86,120 @@ Tensor finish_projection(const Tensor& z, const Tensor& pending, const Tensor& s
   return gram;
 }
 
+/// The network of an op, and the frame, on its GPU.
+template <typename Scalar>
+struct NetworkCall {
+  int device;
+  Geometry<Scalar> frame;
+  Network<Scalar> network;
+
+  NetworkCall(const Tensors& parameters, const Tensors& geometry, const Tensors& normal, const Sizes& sel, double last,
+              const Sizes& sizes, const std::vector<bool>& timesteps, int64_t num_structures)
+      : device(device_of(geometry[kCoefficients])),
+        frame(geometry_of<Scalar>(geometry, num_structures)),
+        network(network_of(parameters, normalization_of<Scalar>(normal, sel, last, device), sizes, timesteps, device)) {
+  }
+
+  cuda::Stream stream() const { return {device, current_stream(device)}; }
+
+  Tensor scratch(const Tensor& like, int64_t num_updates) const {
+    return torch::stable::new_empty(like, {cuda::scratch_size(network, frame, num_updates)}, ScalarType::Double);
+  }
+};
+
+/// As many as their scratch memory may have.
+template <typename Scalar>
+int64_t updates_at_once(const Geometry<Scalar>& frame) {
+  constexpr int64_t kBytes = int64_t{1} << 28;
+  const int64_t each = 4 * frame.num_atoms * frame.num_types * frame.num_nodes * static_cast<int64_t>(sizeof(Scalar));
+  return std::clamp(kBytes / std::max<int64_t>(each, 1), int64_t{1}, int64_t{cuda::kUpdatesAtOnce});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> predict(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel,
+                                                   double last, Sizes sizes, std::vector<bool> timesteps,
+                                                   int64_t num_structures, bool forces, bool virials) {
+  const Tensor& like = geometry[kCoefficients];
+  const int64_t n = like.size(0);
+  Tensor energies = torch::stable::new_empty(like, {n});
+  Tensor force = torch::stable::new_empty(like, {forces ? n : 0, 3});
+  Tensor virial = torch::stable::new_empty(like, {forces && virials ? num_structures : 0, 3, 3});
+  return with_scalar(like, [&](auto zero) {
+    using Scalar = decltype(zero);
+    const NetworkCall<Scalar> call(parameters, geometry, normal, sel, last, sizes, timesteps, num_structures);
+    Tensor saved = torch::stable::new_empty(like, {cuda::saved_size(call.network, call.frame, forces)});
+    const Tensor memory = call.scratch(like, 0);
+    cuda::predict(call.network, call.frame,
+                  {data_of<Scalar>(energies), forces ? data_of<Scalar>(force) : nullptr,
+                   forces && virials ? data_of<Scalar>(virial) : nullptr, data_of<Scalar>(saved)},
+                  numbers(memory), call.stream());
+    return std::make_tuple(energies, force, virial, saved);
+  });
+}
+
+Tensor gradients(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel, double last, Sizes sizes,
+                 std::vector<bool> timesteps, const Tensor& saved, const Tensor& by_energies,
+                 std::optional<Tensor> by_forces, std::optional<Tensor> by_virials) {
+  return with_scalar(saved, [&](auto zero) {
+    using Scalar = decltype(zero);
+    const int64_t count = by_energies.size(0), num_structures = by_virials ? by_virials->size(1) : 0;
+    const NetworkCall<Scalar> call(parameters, geometry, normal, sel, last, sizes, timesteps, num_structures);
+    STD_TORCH_CHECK(by_forces.has_value() == by_virials.has_value(),
+                    "rlekf: factors of forces and virials should be given both, or none.");
+    const int64_t n = call.frame.num_atoms, wanted = cuda::saved_size(call.network, call.frame, by_forces.has_value());
+    const Factors<Scalar> all{
+        checked<Scalar>(by_energies, "factors of energies", {count, n}, call.device),
+        by_forces ? checked<Scalar>(*by_forces, "factors of forces", {count, n, 3}, call.device) : nullptr,
+        by_virials ? checked<Scalar>(*by_virials, "factors of virials", {count, num_structures, 3, 3}, call.device)
+                   : nullptr};
+    const Scalar* kept =
+        checked<Scalar>(saved, "what predict saved with the same kinds of results", {wanted}, call.device);
+    Tensor result = torch::stable::new_empty(saved, {count, call.network.num_weights});
+    const int64_t at_once = updates_at_once(call.frame);
+    const Tensor memory = call.scratch(saved, std::min(at_once, count));
+    for (int64_t i = 0; i < count; i += at_once) {
+      const Factors<Scalar> factors{all.energies + i * n, all.forces ? all.forces + 3 * i * n : nullptr,
+                                    all.virials ? all.virials + 9 * i * num_structures : nullptr};
+      cuda::gradients(call.network, call.frame, kept, factors, std::min(at_once, count - i),
+                      data_of<Scalar>(result) + i * call.network.num_weights, numbers(memory), call.stream());
+    }
+    return result;
+  });
+}
+
+std::tuple<Tensor, Tensor> measure(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel, double last,
+                                   Sizes sizes, std::vector<bool> timesteps, const Tensor& bias, const Tensor& types,
+                                   const Tensor& num_atoms, std::optional<Tensor> energy, std::optional<Tensor> forces,
+                                   std::optional<Tensor> virial, Sizes kinds, Tensors atoms) {
+  const Tensor& like = geometry[kCoefficients];
+  return with_scalar(like, [&](auto zero) {
+    using Scalar = decltype(zero);
+    const int64_t num_structures = num_atoms.size(0);
+    const NetworkCall<Scalar> call(parameters, geometry, normal, sel, last, sizes, timesteps, num_structures);
+    const auto labels = labels_of(call.frame, call.device, bias, types, num_atoms, energy, forces, virial);
+    const auto updates = updates_of(labels, call.device, kinds, atoms);
+    const auto count = static_cast<int64_t>(updates.size());
+    const int64_t n = call.frame.num_atoms, at_once = std::min(updates_at_once(call.frame), count);
+    const auto of_kind = [&](auto wanted) { return std::any_of(updates.begin(), updates.end(), wanted); };
+    const bool moving = of_kind([](const FrameUpdate& update) { return update.kind != Kind::kEnergy; });
+    const bool virials = of_kind([](const FrameUpdate& update) { return update.kind == Kind::kVirial; });
+    const auto empty = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(like, shape); };
+    Tensor errors = torch::stable::new_empty(bias, {count});
+    Tensor jacobians = torch::stable::new_empty(bias, {count, call.network.num_weights});
+    const Tensor results = empty({4 * n + 9 * num_structures}), factors = empty({at_once, 4 * n + 9 * num_structures});
+    const Tensor saved = empty({cuda::saved_size(call.network, call.frame, moving)});
+    const Tensor memory = call.scratch(like, at_once);
+    Scalar *found = data_of<Scalar>(results), *by = data_of<Scalar>(factors);
+    for (int64_t i = 0; i < count; i += at_once) {
+      cuda::measure<Scalar>(
+          call.network, call.frame, labels, updates.data() + i, std::min(at_once, count - i),
+          {found, moving ? found + n : nullptr, virials ? found + 4 * n : nullptr, data_of<Scalar>(saved)},
+          {by, by + at_once * n, by + at_once * 4 * n}, numbers(errors) + i,
+          numbers(jacobians) + i * call.network.num_weights, numbers(memory), call.stream());
+    }
+    return std::make_tuple(errors, jacobians);
+  });
+}
+
 }  // namespace
 }  // namespace rlekf
 
@@ -88,4 +209,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlekf, CUDA, m) {
   m.impl("step", TORCH_BOX(&rlekf::step));
   m.impl("multiply_tiles", TORCH_BOX(&rlekf::multiply_tiles));
   m.impl("finish_projection", TORCH_BOX(&rlekf::finish_projection));
+  m.impl("predict", TORCH_BOX(&rlekf::predict));
+  m.impl("gradients", TORCH_BOX(&rlekf::gradients));
+  m.impl("measure", TORCH_BOX(&rlekf::measure));
 }

@@ -22,6 +22,7 @@
 
 #define RLEKF_DEVICE inline
 #define RLEKF_PHASE inline
+#define RLEKF_CONSTANT
 #define RLEKF_UNROLL
 #define RLEKF_UNROLL_BY_4
 #define RLEKF_NO_UNROLL

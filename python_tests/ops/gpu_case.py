@@ -1,8 +1,10 @@
-"""A few steps on a GPU and nothing else, for compute-sanitizer and ncu: small blocks, or with --paper the paper's."""
+"""A few steps on a GPU and nothing else, for compute-sanitizer and ncu: small blocks, or with --paper the paper's.
+Then a few measurements of the network."""
 
 import sys
 
 import torch
+from gpu_smoke import frame_of, model_on
 
 from rlekf_ext import BlockPlan, KalmanFilter
 
@@ -18,4 +20,10 @@ for dtype in (torch.float64, torch.float32):
             h = torch.randn(count, plan.num_weights, dtype=torch.float64, device="cuda")
             weights += kalman.update(h, torch.ones(count, dtype=torch.float64, device="cuda"))
         assert weights.isfinite().all()
+frame = frame_of(0)
+on_table = model_on(torch.device("cuda"), [frame]).prepared(frame)
+for _ in range(3):
+    for group in (None, torch.arange(16, device="cuda")):
+        _, jacobian = on_table.measure([("energy" if group is None else "force", group)])
+        assert jacobian.isfinite().all()
 torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 import faulthandler
 import itertools
+import os
 import sys
 import time
 
@@ -77,15 +78,25 @@ def model_on(device: torch.device, frames: list[Frame]) -> DeepPotential:
 
 
 def check_network(device: torch.device) -> None:
+    """By the kernels, the same bits twice, and in torch operations."""
     frame, found = frame_of(0), []
-    for where in (torch.device("cpu"), device):
-        model = model_on(where, [frame])
-        started = time.perf_counter()
+    for where, kernels in ((torch.device("cpu"), "1"), (device, "1"), (device, "1"), (device, "0")):
+        os.environ["RLEKF_NETWORK_KERNELS"] = kernels
+        model, started = model_on(where, [frame]), time.perf_counter()
         groups = torch.arange(12, device=where)
-        found.append(
-            torch.cat([part.flatten() for part in model.prepared(frame).measure([("energy", None), ("force", groups)])])
+        on_table = model.prepared(frame)
+        measured = on_table.measure([("energy", None), ("force", groups)])
+        prediction = model(frame)
+        by_weight = torch.autograd.grad(
+            prediction.energy.sum() + (prediction.forces**3).sum(), list(model.parameters())
         )
-    say("errors and gradients of the network on its table", apart(found[1], found[0]), 1e-9, started)
+        found.append([*measured, *(value.detach() for value in prediction[:3]), *by_weight])
+        if len(found) > 1:
+            what = f"the network {'by kernels' if kernels == '1' else 'in torch operations'}"
+            say(what, max(apart(a, b) for a, b in zip(found[-1], found[0], strict=True)), 1e-9, started)
+    os.environ.pop("RLEKF_NETWORK_KERNELS")
+    same = all(torch.equal(a, b) for a, b in zip(found[1], found[2], strict=True))
+    say("the network by kernels, the same bits again", 0.0 if same else 1.0, 0.0, time.perf_counter())
 
 
 def check_training(device: torch.device) -> None:

@@ -41,9 +41,13 @@ def on_meta(monkeypatch):
     monkeypatch.setattr("rlekf_ext.optim._check", lambda parameters: None)
 
 
+# Of what the kernels' `predict` keeps for Adam, nothing but the kernels knows the size.
+@pytest.mark.parametrize(
+    ("steps", "kernels"), [*((name, False) for name in STEPS), *((name, True) for name in STEPS if name != "Adam")]
+)
 @pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("steps", STEPS)
-def test_a_step_does_not_wait_for_the_device(on_meta, steps, precision):
+def test_a_step_does_not_wait_for_the_device(on_meta, monkeypatch, steps, precision, kernels):
+    monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda *_: kernels)
     model = make_model(rcut=4.0, precision=precision)
     frames = [labelled(make_model(rcut=4.0), seed).to(model.dtype) for seed in range(2)]
     virials = {"start_pref_v": 1.0, "limit_pref_v": 1.0}
@@ -68,7 +72,7 @@ def test_the_steps_are_those_of_a_cpu(monkeypatch, steps):
     ended = []
     for gpu in (False, True):
         if gpu:
-            monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda device: False)
+            monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda *_: False)
             monkeypatch.setattr("rlekf_ext.updates._numbers_of", lambda _: lambda x: torch.as_tensor(x).double())
         model = make_model(rcut=4.0)
         frames = [labelled(make_model(rcut=4.0), seed) for seed in range(4)]
@@ -113,7 +117,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.soak) for name in ("in one pass", "
 @pytest.mark.parametrize("steps", ["RLEKF", "a mean over the batch", *SLOW])
 def test_replayed_batches_are_those_that_are_launched(monkeypatch, steps):
     graphs, ended, all_errors = [], [], []
-    monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda device: False)
+    monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda *_: False)
     monkeypatch.setattr("rlekf_ext.updates._numbers_of", lambda _: lambda x: torch.as_tensor(x).double())
     monkeypatch.setattr("rlekf_ext.graphs.capture", lambda body, device: graphs.append(body) or traced(body))
     for replayed in (False, True):

@@ -16,7 +16,7 @@ from rlekf_ext.ops import network_torch
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import collate, make_frame
-from rlekf_ext.potential.table import Nodes, Table, geometry_of, largest_scalar
+from rlekf_ext.potential.table import EDGES, Nodes, Table, geometry_of, largest_scalar
 from rlekf_ext.potential.train import train
 from rlekf_ext.updates import ERRORS
 
@@ -188,17 +188,22 @@ def test_interpolation_is_exact_for_polynomials():
         assert float(values) == pytest.approx(s * s**power, rel=1e-12)  # R_0 = s, nnei = 1
 
 
-FORMS = {"kernels": torch.ops.rlekf, "torch": network_torch}
+# Kernels of the CPU; the same with edges that no atom has, as on a GPU; and as on a device without kernels.
+FORMS = {"kernels": torch.ops.rlekf, "kernels, with room": torch.ops.rlekf, "torch": network_torch}
+ROOM = 37  # edges
 
 
 def in_form(model, frame, form):
-    """The frame on the model's table, computed by the kernels of the CPU or as on a device without kernels."""
     on_table = model.table.with_frame(model, frame)
     on_table._ops = FORMS[form]
+    descriptor, nodes = model.descriptor, model.table.nodes
+    geometry = geometry_of(model, frame, nodes)
+    many = len(geometry[EDGES]) + ROOM
+    if form == "kernels, with room":
+        on_table._geometry = geometry.on(torch.device("cpu"), many)
     if form == "torch":
-        descriptor, nodes = model.descriptor, model.table.nodes
-        geometry, normal = geometry_of(model, frame, nodes), [descriptor.davg, descriptor.dstd]
-        on_table._geometry = network_torch.placed(geometry, normal, descriptor.architecture.sel, nodes.last)
+        normal = [descriptor.davg, descriptor.dstd]
+        on_table._geometry = network_torch.placed(geometry, normal, descriptor.architecture.sel, nodes.last, many)
     return on_table
 
 
@@ -236,17 +241,36 @@ def test_measurements_are_the_same_in_both_forms(shape, dtype, updates):
         ]
     )
     model = with_table(model_of([frame], str(dtype).removeprefix("torch."), **SHAPES[shape]), frame, 16)
-    kernels, in_torch = (in_form(model, frame, form).measure(UPDATES[updates]) for form in FORMS)
+    kernels, with_room, in_torch = (in_form(model, frame, form).measure(UPDATES[updates]) for form in FORMS)
+    assert all(torch.equal(a, b) for a, b in zip(kernels, with_room, strict=True))
     for found in (kernels, in_torch):
         assert found[0].dtype == found[1].dtype == torch.float64
     assert_close(in_torch, kernels, 1e-11 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kernels", ["1", "0"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_measurements_on_a_gpu(monkeypatch, shape, dtype, kernels):
+    monkeypatch.setenv("RLEKF_NETWORK_KERNELS", kernels)
+    labels = {"energy": -1.0, "forces": np.ones((27, 3)), "virial": np.ones((3, 3))}
+    frame = collate([labelled(seed, 27, dtype=dtype, **labels) for seed in range(2)])
+    found = []
+    for device in ("cpu", "cuda"):
+        model = with_table(model_of([frame], str(dtype).removeprefix("torch."), **SHAPES[shape]).to(device), frame, 32)
+        updates = [(kind, None if atoms is None else atoms.to(device)) for kind, atoms in UPDATES["all"]]
+        measured = model.prepared(frame).measure(updates * 6)  # more than are computed at once
+        found.append([part.cpu() for part in measured])
+    assert_close(found[1], found[0], 1e-11 if dtype == torch.float64 else 1e-3)
 
 
 def test_elements_and_neighbours_that_a_frame_does_not_have_in_both_forms():
     lone = make_frame([[0, 0, 0], [1.9, 0, 0], [9, 9, 9]], None, [0, 0, 0], RCUT, 2, energy=1.0, forces=np.ones((3, 3)))
     model = with_table(model_of([lone]), lone)
     updates = [("energy", None), ("force", None)]
-    kernels, in_torch = (in_form(model, lone, form).measure(updates) for form in FORMS)
+    kernels, _, in_torch = (in_form(model, lone, form).measure(updates) for form in FORMS)
     assert_close(in_torch, kernels, 1e-11)
 
 

@@ -19,7 +19,6 @@ from rlekf_ext.environment import moved
 from rlekf_ext.options import KINDS
 
 STENCIL = 8  # nodes per interpolation
-EDGES_AT_ONCE = 512  # the number of edges is a multiple of it, so that frames of a system have the same shapes
 MIDDLE = (STENCIL - 1) / 2  # of a stencil, in units of the distance of two nodes
 
 
@@ -99,10 +98,10 @@ class Saved(NamedTuple):
 
 @torch.no_grad()
 def placed(
-    geometry: Sequence[Tensor], normal: Sequence[Tensor], sel: Sequence[int], last: float, num_edges: int = 0
+    geometry: Sequence[Tensor], normal: Sequence[Tensor], sel: Sequence[int], last: float, num_edges: int
 ) -> Placed:
     """A frame on the CPU, as torch.ops.rlekf.tabulate returns it, followed by the structures of its atoms, is moved to
-    the device of `normal`. It gets edges of zeros if there are fewer than `num_edges`."""
+    the device of `normal`. It gets edges of zeros, so that there are `num_edges`."""
     device = normal[0].device
     bounds = tuple(geometry[1].tolist())
     order, first_edge, records, neighbor, coefficients, structure = (
@@ -110,7 +109,7 @@ def placed(
     )
     num_types, num_nodes = coefficients.shape[2:]
     count = len(records)
-    missing = max(num_edges, -(-count // EDGES_AT_ONCE) * EDGES_AT_ONCE) - count
+    missing = num_edges - count
 
     def padded(of_edges: Tensor) -> Tensor:
         return torch.cat([of_edges, of_edges.new_zeros(missing, *of_edges.shape[1:])])

@@ -11,13 +11,15 @@ it is linear in its values at the nodes. So the sum over the neighbours of an at
 D = Tᵀ T_< and the fitting net follow as in the exact network. A gradient by the weights needs no second derivative of
 an embedding net either: as the atoms move along a direction, dC/dτ is geometry again, and dT/dτ = dC/dτ N. Everything
 is the exact derivative of the interpolated energy, which is off by the interpolation alone. csrc/cpu/network.cpp
-computes it on CPUs, ops/network_torch.py elsewhere. Frames are tabulated on the CPU, then moved to the model.
+computes it on CPUs, csrc/cuda/network.cuh on GPUs, ops/network_torch.py elsewhere. Frames are tabulated on the CPU,
+then moved to the model.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from rlekf_ext.environment import moved
 from rlekf_ext.errors import DataError
 from rlekf_ext.ops import network_torch
-from rlekf_ext.ops.native import OPS
+from rlekf_ext.ops.native import OPS, why_absent
 from rlekf_ext.ops.network_torch import STENCIL
 from rlekf_ext.options import KINDS
 from rlekf_ext.potential.architecture import DescriptorArchitecture
@@ -40,11 +42,13 @@ from rlekf_ext.potential.neighbors import Frame
 if TYPE_CHECKING:
     from rlekf_ext.potential.model import DeepPotential
 
-# csrc/network.h: the number of nodes is a multiple of NODES_AT_ONCE; of the parts of a geometry, the edges, and of the
-# numbers of an edge, its place within its stencil.
-NODES_AT_ONCE, FIRST_ATOM, EDGES, WHERE = 16, 1, 3, 6
+# csrc/network.h: the number of nodes is a multiple of NODES_AT_ONCE; of the parts of a geometry, the first atoms of
+# each element, the edges, and all that are as long as these; of the numbers of an edge, its place within its stencil.
+# csrc/cuda/network_plan.h: on a GPU a net has at most MOST_LAYERS.
+NODES_AT_ONCE, FIRST_ATOM, EDGES, OF_EDGES, WHERE, MOST_LAYERS = 16, 1, 3, (3, 4, 6), 6, 8
 ROUNDING = 1e-3  # of the distance of two nodes
 KEPT = 4  # frames: some MB each
+EDGES_AT_ONCE = 512  # on a GPU, the number of edges is a multiple of it
 TABULATING = threading.Lock()  # a thread may make the next frames ready
 LEAST_FORCE = 1e-3  # eV/Å: smaller forces, as in a perfect lattice, are not what the table is judged by
 
@@ -121,6 +125,28 @@ class Table:
         return next((kept for kept in self._kept if kept.made_of == key), None)
 
 
+class Parts(list[Tensor]):
+    """A frame on its table as the compiled ops take it: what `tabulate` returns, then the structures of the atoms."""
+
+    bounds = None  # first atoms of the elements: nothing on the host depends on them
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return list(self)
+
+    def around(self, tensors: Sequence[Tensor]) -> Parts:
+        """The same with other tensors."""
+        return Parts(tensors)
+
+    def on(self, device: torch.device, num_edges: int) -> Parts:
+        """Moved, with edges that no atom has, so that there are `num_edges`."""
+        padded = list(self)
+        for i in OF_EDGES:
+            missing = num_edges - len(padded[i])
+            padded[i] = torch.cat([padded[i], padded[i].new_zeros(missing, *padded[i].shape[1:])])
+        return Parts(moved(part, device) for part in padded)
+
+
 class TabulatedFrame:
     """A frame on the table of a model."""
 
@@ -142,12 +168,17 @@ class TabulatedFrame:
         self._parameters = list(model.parameters())
         self._ops: Any = OPS
         self._geometry: Any = geometry
-        if not has_kernels(device):
-            self._ops = network_torch
-            atoms, normal = tuple(geometry[FIRST_ATOM].tolist()), [descriptor.davg, descriptor.dstd]
-            most = table.most_edges.get(atoms, 0)
-            self._geometry = network_torch.placed(geometry, normal, architecture.sel, nodes.last, most)
-            table.most_edges[atoms] = len(self._geometry.center)
+        num_layers = max(len(architecture.neuron), len(fitting.neuron) + 1)
+        if device.type != "cpu" or not has_kernels(device, num_layers):
+            # As many edges as a frame of these atoms has had so far: frames of a system have the same shapes.
+            atoms, count = tuple(geometry[FIRST_ATOM].tolist()), len(geometry[EDGES])
+            most = max(table.most_edges.get(atoms, 0), -(-count // EDGES_AT_ONCE) * EDGES_AT_ONCE)
+            table.most_edges[atoms] = most
+            if has_kernels(device, num_layers):
+                self._geometry = geometry.on(device, most)
+            else:
+                self._ops, normal = network_torch, [descriptor.davg, descriptor.dstd]
+                self._geometry = network_torch.placed(geometry, normal, architecture.sel, nodes.last, most)
         own = frame.types, frame.num_atoms, frame.energy, frame.forces, frame.virial, torch.arange(len(frame.types))
         *labels, self._all_atoms = (None if t is None else moved(t, device) for t in own)
         self._labels, self.types, self.structure = labels, labels[0], moved(frame.structure, device)
@@ -167,7 +198,7 @@ class TabulatedFrame:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is different from frame to frame, on a device without kernels."""
+        """All that is different from frame to frame."""
         return [*self._geometry.tensors, *(label for label in self._labels if label is not None)]
 
     @property
@@ -212,9 +243,11 @@ class TabulatedFrame:
         return self._ops.measure(*network, self.model.energy_bias, *self._labels, kinds, atoms)
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether the compiled ops compute the network there."""
-    return device.type == "cpu"
+def has_kernels(device: torch.device, num_layers: int) -> bool:
+    """Whether the compiled ops compute there a network whose nets have at most so many layers."""
+    if device.type == "cpu":
+        return True
+    return num_layers <= MOST_LAYERS and os.environ.get("RLEKF_NETWORK_KERNELS") != "0" and not why_absent(device.type)
 
 
 class TabulatedResults(torch.autograd.Function):
@@ -238,7 +271,7 @@ class TabulatedResults(torch.autograd.Function):
 
 
 @torch.no_grad()
-def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> list[Tensor]:
+def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> Parts:
     """The frame on the table, as csrc/network.h has it, on the CPU. Raises DataError if it is of another dtype than the
     network."""
     descriptor = model.descriptor
@@ -258,7 +291,7 @@ def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> list[Tensor
         architecture.rcut_smth,
         nodes.last,
     )
-    return [*parts, frame.structure]
+    return Parts([*parts, frame.structure])
 
 
 def largest_scalar(architecture: DescriptorArchitecture, frame: Frame) -> float:
