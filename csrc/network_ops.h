@@ -113,6 +113,21 @@ Network<Scalar> network_of(const Tensors& parameters, const Normalization<Scalar
   return network;
 }
 
+/// What all ops of the network begin with.
+template <typename Scalar>
+struct NetworkCall {
+  int device;
+  Geometry<Scalar> frame;
+  Network<Scalar> network;
+
+  NetworkCall(const Tensors& parameters, const Tensors& geometry, const Tensors& normal, const Sizes& sel, double last,
+              const Sizes& sizes, const std::vector<bool>& timesteps, int64_t num_structures)
+      : device(device_of(geometry[kCoefficients])),
+        frame(geometry_of<Scalar>(geometry, num_structures)),
+        network(network_of(parameters, normalization_of<Scalar>(normal, sel, last, device), sizes, timesteps, device)) {
+  }
+};
+
 /// What an op is told of a frame's labels; those of kinds that are not given are null.
 template <typename Scalar>
 Labels<Scalar> labels_of(const Geometry<Scalar>& frame, int device, const Tensor& bias, const Tensor& types,

@@ -145,9 +145,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predict(Tensors parameters, Tensors g
   Tensor virial = torch::stable::new_empty(like, {forces && virials ? num_structures : 0, 3, 3});
   return with_scalar(like, [&](auto zero) {
     using Scalar = decltype(zero);
-    const auto frame = geometry_of<Scalar>(geometry, num_structures);
+    const NetworkCall<Scalar> call(parameters, geometry, normal, sel, last, sizes, timesteps, num_structures);
+    const auto& [device, frame, network] = call;
     check_structures(geometry, num_structures);
-    const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last, -1), sizes, timesteps, -1);
     const auto parallel = torch_threads();
     Tensor saved = torch::stable::new_empty(like, {cpu::saved_size(network, frame, forces)});
     cpu::predict(network, frame,
@@ -164,19 +164,21 @@ Tensor gradients(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel
   return with_scalar(saved, [&](auto zero) {
     using Scalar = decltype(zero);
     const int64_t count = by_energies.size(0), num_structures = by_virials ? by_virials->size(1) : 0;
-    const auto frame = geometry_of<Scalar>(geometry, num_structures);
+    const NetworkCall<Scalar> call(parameters, geometry, normal, sel, last, sizes, timesteps, num_structures);
+    const auto& [device, frame, network] = call;
     check_structures(geometry, num_structures);
-    const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last, -1), sizes, timesteps, -1);
     const auto parallel = torch_threads();
     STD_TORCH_CHECK(by_forces.has_value() == by_virials.has_value(),
                     "rlekf: factors of forces and virials should be given both, or none.");
     STD_TORCH_CHECK(saved.size(0) == cpu::saved_size(network, frame, by_forces.has_value()),
                     "rlekf: gradients should be given what predict saved with the same kinds of results.");
     const int64_t n = frame.num_atoms;
-    const Scalar* energies = checked<Scalar>(by_energies, "factors of energies", {count, n}, -1);
-    const Scalar* forces = by_forces ? checked<Scalar>(*by_forces, "factors of forces", {count, n, 3}, -1) : nullptr;
+    const Scalar* energies = checked<Scalar>(by_energies, "factors of energies", {count, n}, device);
+    const Scalar* forces =
+        by_forces ? checked<Scalar>(*by_forces, "factors of forces", {count, n, 3}, device) : nullptr;
     const Scalar* virials =
-        by_virials ? checked<Scalar>(*by_virials, "factors of virials", {count, num_structures, 3, 3}, -1) : nullptr;
+        by_virials ? checked<Scalar>(*by_virials, "factors of virials", {count, num_structures, 3, 3}, device)
+                   : nullptr;
     Tensor result = torch::stable::new_empty(saved, {count, network.num_weights});
     for (int64_t i = 0; i < count; ++i) {
       const Factors<Scalar> factors{energies + i * n, forces ? forces + 3 * i * n : nullptr,
@@ -216,13 +218,13 @@ std::tuple<Tensor, Tensor> measure(Tensors parameters, Tensors geometry, Tensors
   const Tensor& like = geometry[kCoefficients];
   return with_scalar(like, [&](auto zero) {
     using Scalar = decltype(zero);
-    const auto frame = geometry_of<Scalar>(geometry, num_atoms.size(0));
-    const auto network = network_of(parameters, normalization_of<Scalar>(normal, sel, last, -1), sizes, timesteps, -1);
+    const NetworkCall<Scalar> call(parameters, geometry, normal, sel, last, sizes, timesteps, num_atoms.size(0));
+    const auto& [device, frame, network] = call;
     check_structures(geometry, num_atoms.size(0));
     checked_indices(types, "types", {frame.num_atoms}, static_cast<int64_t>(sel.size()));
     for (const Tensor& group : atoms) checked_indices(group, "atoms of a group", {kAny}, frame.num_atoms);
-    const auto labels = labels_of(frame, -1, bias, types, num_atoms, energy, forces, virial);
-    const auto updates = updates_of(labels, -1, kinds, atoms);
+    const auto labels = labels_of(frame, device, bias, types, num_atoms, energy, forces, virial);
+    const auto updates = updates_of(labels, device, kinds, atoms);
     const auto num_updates = static_cast<int64_t>(updates.size());
     Tensor errors = torch::stable::new_empty(bias, {num_updates});
     Tensor jacobians = torch::stable::new_empty(bias, {num_updates, network.num_weights});

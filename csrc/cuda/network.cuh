@@ -401,8 +401,7 @@ RLEKF_DEVICE void predict_atom(const NetworkTask<Scalar>& task, int64_t atom) {
   forward<1>(task, plan, element, passed, task.energies + task.frame.order[atom], 0);
   if (!task.forces) return;
   Scalar* back = task.back + atom * plan.bars_size;
-  if (thread() == 0) back[plan.layers[plan.num_layers - 1].y_bar] = 1;
-  sync_threads();
+  if (thread() == 0) back[plan.layers[plan.num_layers - 1].y_bar] = 1;  // which the same thread reads
   backward<1>(task, plan, element, passed, back, 0, static_cast<const Scalar*>(nullptr), true);
   Scalar* t_bar = task.by_moments + 4 * atom * size;
   for (int at = thread(); at < 4 * size; at += kThreads) {
@@ -525,10 +524,9 @@ RLEKF_DEVICE void atom_back(const NetworkTask<Scalar>& task, int64_t index) {
     describe<Scalar>(task, t, t_dot, bar + plan.layers[0].x_dot);
     forward_along(task, plan, element, passed, bar);
   }
-  if (thread() == 0) {
+  if (thread() == 0) {  // which the same thread reads
     bar[plan.layers[plan.num_layers - 1].y_bar] = task.by_energies[n * number + task.frame.order[atom]];
   }
-  sync_threads();
   backward<1>(task, plan, element, passed, bar, 0, back, true);
   Scalar* t_bar = task.moments_bar + 4 * index * size;
   for (int at = thread(); at < 4 * size; at += kThreads) {

@@ -86,26 +86,16 @@ Tensor finish_projection(const Tensor& z, const Tensor& pending, const Tensor& s
   return gram;
 }
 
-/// The network of an op, and the frame, on its GPU.
 template <typename Scalar>
-struct NetworkCall {
-  int device;
-  Geometry<Scalar> frame;
-  Network<Scalar> network;
+cuda::Stream stream_of(const NetworkCall<Scalar>& call) {
+  return {call.device, current_stream(call.device)};
+}
 
-  NetworkCall(const Tensors& parameters, const Tensors& geometry, const Tensors& normal, const Sizes& sel, double last,
-              const Sizes& sizes, const std::vector<bool>& timesteps, int64_t num_structures)
-      : device(device_of(geometry[kCoefficients])),
-        frame(geometry_of<Scalar>(geometry, num_structures)),
-        network(network_of(parameters, normalization_of<Scalar>(normal, sel, last, device), sizes, timesteps, device)) {
-  }
-
-  cuda::Stream stream() const { return {device, current_stream(device)}; }
-
-  Tensor scratch(const Tensor& like, int64_t num_updates) const {
-    return torch::stable::new_empty(like, {cuda::scratch_size(network, frame, num_updates)}, ScalarType::Double);
-  }
-};
+template <typename Scalar>
+Tensor scratch(const NetworkCall<Scalar>& call, const Tensor& like, int64_t num_updates) {
+  const int64_t size = cuda::scratch_size(call.network, call.frame, num_updates);
+  return torch::stable::new_empty(like, {size}, ScalarType::Double);
+}
 
 /// As many as their scratch memory may have.
 template <typename Scalar>
@@ -127,11 +117,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predict(Tensors parameters, Tensors g
     using Scalar = decltype(zero);
     const NetworkCall<Scalar> call(parameters, geometry, normal, sel, last, sizes, timesteps, num_structures);
     Tensor saved = torch::stable::new_empty(like, {cuda::saved_size(call.network, call.frame, forces)});
-    const Tensor memory = call.scratch(like, 0);
+    const Tensor memory = scratch(call, like, 0);
     cuda::predict(call.network, call.frame,
                   {data_of<Scalar>(energies), forces ? data_of<Scalar>(force) : nullptr,
                    forces && virials ? data_of<Scalar>(virial) : nullptr, data_of<Scalar>(saved)},
-                  numbers(memory), call.stream());
+                  numbers(memory), stream_of(call));
     return std::make_tuple(energies, force, virial, saved);
   });
 }
@@ -155,12 +145,12 @@ Tensor gradients(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel
         checked<Scalar>(saved, "what predict saved with the same kinds of results", {wanted}, call.device);
     Tensor result = torch::stable::new_empty(saved, {count, call.network.num_weights});
     const int64_t at_once = updates_at_once(call.frame);
-    const Tensor memory = call.scratch(saved, std::min(at_once, count));
+    const Tensor memory = scratch(call, saved, std::min(at_once, count));
     for (int64_t i = 0; i < count; i += at_once) {
       const Factors<Scalar> factors{all.energies + i * n, all.forces ? all.forces + 3 * i * n : nullptr,
                                     all.virials ? all.virials + 9 * i * num_structures : nullptr};
       cuda::gradients(call.network, call.frame, kept, factors, std::min(at_once, count - i),
-                      data_of<Scalar>(result) + i * call.network.num_weights, numbers(memory), call.stream());
+                      data_of<Scalar>(result) + i * call.network.num_weights, numbers(memory), stream_of(call));
     }
     return result;
   });
@@ -187,14 +177,14 @@ std::tuple<Tensor, Tensor> measure(Tensors parameters, Tensors geometry, Tensors
     Tensor jacobians = torch::stable::new_empty(bias, {count, call.network.num_weights});
     const Tensor results = empty({4 * n + 9 * num_structures}), factors = empty({at_once, 4 * n + 9 * num_structures});
     const Tensor saved = empty({cuda::saved_size(call.network, call.frame, moving)});
-    const Tensor memory = call.scratch(like, at_once);
+    const Tensor memory = scratch(call, like, at_once);
     Scalar *found = data_of<Scalar>(results), *by = data_of<Scalar>(factors);
     for (int64_t i = 0; i < count; i += at_once) {
       cuda::measure<Scalar>(
           call.network, call.frame, labels, updates.data() + i, std::min(at_once, count - i),
           {found, moving ? found + n : nullptr, virials ? found + 4 * n : nullptr, data_of<Scalar>(saved)},
           {by, by + at_once * n, by + at_once * 4 * n}, numbers(errors) + i,
-          numbers(jacobians) + i * call.network.num_weights, numbers(memory), call.stream());
+          numbers(jacobians) + i * call.network.num_weights, numbers(memory), stream_of(call));
     }
     return std::make_tuple(errors, jacobians);
   });

@@ -18,6 +18,7 @@ from rlekf_ext.ops import find_device, native
 from rlekf_ext.potential.batches import Feed
 from rlekf_ext.potential.optimizers import build_optimizer
 from rlekf_ext.potential.table import Table, largest_scalar
+from rlekf_ext.updates import FrameUpdater
 
 META = torch.device("meta")
 FEW = {"type": "RLEKF", "num_groups": 1}  # updates: an operation on meta tensors, or traced, takes 100 µs
@@ -137,6 +138,29 @@ def test_replayed_batches_are_those_that_are_launched(monkeypatch, steps):
     assert 1 <= len(graphs) <= 3
     assert relative(ended[1], ended[0]) < 1e-7
     assert relative(all_errors[1], all_errors[0]) < 1e-7
+
+
+def test_without_graphs_if_they_cannot_be_made(monkeypatch):
+    def fails(body, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda *_: False)
+    monkeypatch.setattr("rlekf_ext.updates._numbers_of", lambda _: lambda x: torch.as_tensor(x).double())
+    monkeypatch.setattr("rlekf_ext.graphs.capture", fails)
+    ended, said = [], []
+    for graphs in (False, True):
+        monkeypatch.setattr("rlekf_ext.updates._uses_graphs", lambda _, graphs=graphs: graphs)
+        model = make_model(rcut=4.0)
+        frame = labelled(make_model(rcut=4.0), 0)
+        model.table = Table(largest_scalar(model.descriptor.architecture, frame), 32)
+        update = FrameUpdater(model, num_groups=1, transpose=True, say=said.append)
+        update.warm_start([frame])
+        for _ in range(4):
+            update(frame)
+        ended.append(torch.cat([p.detach().flatten() for p in update.result.parameters()]))
+    assert len(said) == 1
+    assert said[0].startswith("From now on without CUDA graphs, which is slower: operation not permitted")
+    assert relative(ended[1], ended[0]) < 1e-12
 
 
 def test_shapes_and_graphs_beyond_the_most_are_launched_piece_by_piece(monkeypatch):
