@@ -4,7 +4,7 @@ A model is called as model(frame, forces=...) and returns an object with `energy
 asked for, `forces` in eV/Å and, for virial updates, `virial` (B, 3, 3) in eV. batch_parts.py says what a frame is. A
 model may have a method prepared(frame), as DeepPotential has; what that returns has measure(updates), which makes ε and
 H without autograd, and `tensors`, `form` and `around(tensors)`, with which a CUDA graph measures one frame after
-another.
+another. A frame may also have such a measure(updates) itself.
 """
 
 from __future__ import annotations
@@ -296,7 +296,8 @@ class FrameUpdater:
 
     def _of_frame(self, frame: Any, updates: Sequence[tuple[str, Tensor | None]]) -> tuple[Tensor, Tensor]:
         """ε (U,) and H = -dε/dw (U, N) of updates at the current weights, each a kind and the atoms of its group."""
-        own = frame if hasattr(frame, "around") else self._prepared(frame) if self._prepared else None
+        measures = getattr(frame, "measure", None) is not None
+        own = frame if measures else self._prepared(frame) if self._prepared else None
         if own is not None:
             return own.measure(updates)
         with torch.enable_grad():

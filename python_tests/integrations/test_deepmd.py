@@ -224,7 +224,7 @@ def on_two_ranks(rank, folder):
         deepmd.log.setLevel(logging.INFO)
         patch.setattr(deepmd.log, "callHandlers", said.append)
         for options, weights_of_one in zip(AS_ONE, wanted, strict=True):
-            trainer = dp.trainer({"type": "RLEKF", "block_size": 40, **options}, mine)
+            trainer = dp.trainer({"type": "RLEKF", "block_size": 40, "network": "dp", **options}, mine)
             trainer.run()
             assert (weights(trainer) - weights_of_one).abs().max() < 1e-12
             assert_same_on_all_ranks(bits(trainer))
@@ -354,7 +354,8 @@ def test_options_arrive(dp):
 
 def test_every_option_is_an_argument_with_help(dp):
     made = plugin.arguments(dp.modules["deepmd.utils.argcheck"].Argument)
-    assert [one.name for one in made] == [name for name in Options.__dataclass_fields__ if name != "average_frames"]
+    options = [name for name in Options.__dataclass_fields__ if name != "average_frames"]
+    assert [one.name for one in made] == ["network", *options]
     assert "`robust`: 0.998" in help_text("memory_factor")
 
 

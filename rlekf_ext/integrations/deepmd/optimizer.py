@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
+from rlekf_ext.errors import DataError, RlekfError
 from rlekf_ext.integrations.lkf import from_lkf
 from rlekf_ext.optim import RLEKF
 from rlekf_ext.options import KINDS, OptimizerOptions, Options, order_of, part, resolve
 from rlekf_ext.processes import Processes
 from rlekf_ext.updates import FrameUpdater
+
+if TYPE_CHECKING:
+    from rlekf_ext.integrations.deepmd.network import OwnNetwork
+
+NETWORKS = "auto", "dp"  # what makes ε and H: the network here if it can, or DeePMD-kit's
+CHECK_EVERY = 1000  # batches
 
 log = logging.getLogger("deepmd.rlekf_ext")
 log.addFilter(lambda _: Processes(group()).rank == 0)
@@ -31,6 +36,7 @@ class Settings:
     options: Options
     seed: int
     prefactors: dict[str, float]  # kf_start_pref_e, ..., of type LKF
+    network: str  # one of NETWORKS
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Settings | None:
@@ -43,10 +49,12 @@ class Settings:
             given = {"preset": "lkf", "block_size": given.get("kf_blocksize", Options.block_size)}
         elif kind != "RLEKF":
             return None
+        # Preset lkf is compared with LKF, bit by bit.
+        network = given.pop("network", "dp" if given.get("preset") == "lkf" else NETWORKS[0])
         options = resolve(given, "optimizer")
         if "order" not in given:  # virials, too, in batches that have them
             options = resolve({**given, "order": order_of(options.order, KINDS)}, "optimizer")
-        return cls(options, config["training"].get("seed") or 0, prefactors)
+        return cls(options, config["training"].get("seed") or 0, prefactors, network)
 
     def as_lkf(self) -> dict[str, Any]:
         """The section `optimizer` that makes DeePMD-kit's trainer treat the optimizer as its LKF."""
@@ -74,8 +82,37 @@ class DeepmdRLEKF(RLEKF):
             **chosen,
         )
         self._said = ""
+        self._network: OwnNetwork | None = None
+        self._batches = 0
+        self.make_network: Callable[[], OwnNetwork] | None = None  # None: DeePMD-kit's network is used
         dense = sum(8 * size**2 for size in self.filter.plan.sizes)
         log.info("%r; dense in float64, as in LKF, P would take %.1f MB.", self, dense / 1e6)
+
+    def on_own_network(self, frame: Any, inputs: dict[str, Any]) -> None:
+        """Lets the frame measure itself by the network here, if that can be."""
+        if self.make_network is None:
+            return
+        try:
+            if self._network is None:
+                self._network = self.make_network()
+            network = self._network
+            if bool((inputs["atype"] < 0).any()):
+                raise DataError("batches of structures of different sizes are for dp's network.")
+            own = network.frame(inputs, frame)
+            frame.measure = network.measured(own)
+            if self._batches % CHECK_EVERY == 0:
+                apart = network.check(own, frame.predict(), log.info)
+                if self._batches == 0:
+                    log.info(
+                        "RLEKF makes its updates with a network of its own on dp's weights, which is off dp's by "
+                        '%.1e; dp evaluates and saves. "network": "dp" switches it off.',
+                        apart,
+                    )
+            self._batches += 1
+            frame.shown = network.predict(own)
+        except (RlekfError, ImportError) as error:
+            self.make_network = frame.measure = None
+            log.info("RLEKF makes its updates with dp's own network: %s", error)
 
     def update_on(self, frame: Any, factors: dict[str, float]) -> None:
         """All updates of a batch, with this process's part of it; `factors` multiply the scales of the kinds of update.
@@ -109,24 +146,25 @@ class DeepmdRLEKF(RLEKF):
 class Updates:
     """KFOptimizerWrapper's two calls per batch. All updates are made in the second, which has all labels."""
 
-    def __init__(self, wrapper: torch.nn.Module, optimizer: DeepmdRLEKF, *_: Any):
-        # Gradients are taken without DDP's sums over the processes.
-        self._wrapper = wrapper.module if isinstance(wrapper, DistributedDataParallel) else wrapper
+    def __init__(self, predict: Callable[[dict[str, Any]], dict[str, Tensor]], optimizer: DeepmdRLEKF):
+        """predict(inputs) gives `energy`, `force` and perhaps `virial`, for autograd."""
+        self._predict_batch = predict
         self._optimizer = optimizer
         self._energy_factor = 1.0
 
-    def update_energy(self, inputs: dict[str, Any], label: Tensor, update_prefactor: float = 1.0) -> None:
+    def update_energy(self, inputs: dict[str, Any], label: Tensor | None = None, update_prefactor: float = 1.0) -> None:
         self._energy_factor = update_prefactor
 
     def update_force(
-        self, inputs: dict[str, Any], label: Tensor, update_prefactor: float = 1.0
+        self, inputs: dict[str, Any], label: Tensor | None = None, update_prefactor: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """All updates of the batch. Returns energy (B, 1) and forces (B, n, 3) as last predicted."""
+        """All updates of the batch. Returns energy (B, 1) and forces (B, n, 3) as predicted before them."""
         frame = self.frame(inputs)
+        self._optimizer.on_own_network(frame, inputs)
         self._optimizer.update_on(frame, {"energy": self._energy_factor, "force": update_prefactor})
-        if frame.last is None:  # all force groups were drawn from the atoms of other processes
+        if frame.shown is None:  # all force groups were drawn from the atoms of other processes
             frame.predict()
-        return frame.last["energy"], frame.last["force"]
+        return frame.shown["energy"], frame.shown["force"]
 
     def frame(self, inputs: dict[str, Any]) -> Any:
         """The batch whose labels the optimizer has, in the form of batch_parts.py: a force group is the same atoms of
@@ -144,14 +182,15 @@ class Updates:
             forces=found["force"].transpose(0, 1) if "force" in found else None,
             virial=found.get("virial"),
             num_atoms=num_atoms,
-            last=None,
+            shown=None,
+            measure=None,
         )
         frame.predict = lambda: self._predict(frame, inputs)
         return frame
 
     def _predict(self, frame: Any, inputs: dict[str, Any]) -> Any:
-        predicted, _, _ = self._wrapper(**inputs, skip_loss=True)
-        frame.last = {name: predicted[name].detach() for name in ("energy", "force")}
+        predicted = self._predict_batch(inputs)
+        frame.shown = frame.shown or {name: predicted[name].detach() for name in ("energy", "force")}
         return SimpleNamespace(
             energy=predicted["energy"].reshape(-1),
             forces=predicted["force"].transpose(0, 1),
