@@ -63,10 +63,12 @@ def split(source: Path, folder: Path) -> None:
             np.save(folder / name / "set.000" / file.name, np.load(file)[part])
 
 
-def dp_train(config: dict, clock: str, folder: Path, *options: str) -> tuple[Any, list[dict[str, str]]]:
+def dp_train(
+    config: dict, clock: str, folder: Path, *options: str, trainer: str = "pt"
+) -> tuple[Any, list[dict[str, str]]]:
     """Runs `dp --pt train` by code that prints CLOCK and JSON; returns that, and the rows of lcurve.out."""
     (folder / "input.json").write_text(json.dumps(config))
-    command = [sys.executable, "-c", clock, "--pt", "train", "input.json", *options]
+    command = [sys.executable, "-c", clock, f"--{trainer}", "train", "input.json", *options]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     printed = [line for line in done.stdout.splitlines() if line.startswith("CLOCK")]
     if not printed:

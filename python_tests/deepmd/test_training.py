@@ -1,12 +1,7 @@
-"""The real `dp --pt train` with type RLEKF: `make test-deepmd`, which sets up the environment."""
+"""The real `dp --pt` and `dp --pt-expt train` with type RLEKF: `make test-deepmd`, which sets up the environment."""
 
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import helpers
 import numpy as np
@@ -19,9 +14,6 @@ from rlekf_ext.potential.load import load_systems
 
 pytestmark = pytest.mark.deepmd
 
-ROOT = Path(__file__).parents[2]
-WATER = ROOT.parent / "shared" / "data" / "H2O" / "deepmd_water_192"
-SALT = ROOT / "examples" / "nacl" / "gpaw_pbe_8"
 # Runs dp in a Python where LKF draws the atoms that RLEKF draws.
 SAME_ATOMS = """
 import sys, torch
@@ -79,81 +71,6 @@ main()
 """
 
 
-@pytest.fixture
-def dp(tmp_path):
-    """Run dp on an input in a separate folder; returns what it printed."""
-    pytest.importorskip("deepmd", reason="runs in the environment of make test-deepmd")
-
-    def run(
-        optimizer,
-        *options,
-        steps=4,
-        batch_size=1,
-        program=("-m", "deepmd"),
-        fails=False,
-        system=None,
-        prefactors=None,
-        neuron=(5, 10),
-        **environment,
-    ):
-        system = Path(system or (WATER if WATER.is_dir() else SALT))
-        types = (system / "type_map.raw").read_text().split()
-        sel = [46, 92] if types == ["O", "H"] else [60, 60]
-        network = {"resnet_dt": False, "seed": 1, "precision": "float64"}
-        config = {
-            "model": {
-                "type_map": types,
-                "descriptor": {
-                    "type": "se_e2_a",
-                    "sel": sel,
-                    "rcut": 4.5,
-                    "rcut_smth": 0.5,
-                    "neuron": neuron,
-                    "axis_neuron": 3,
-                    **network,
-                },
-                "fitting_net": {"neuron": [10, 10], **network},
-            },
-            "learning_rate": {"type": "exp", "start_lr": 1e-3, "stop_lr": 1e-8},
-            "loss": {
-                "type": "ener",
-                "start_pref_e": 0.02,
-                "limit_pref_e": 1,
-                "start_pref_f": 1000,
-                "limit_pref_f": 1,
-                **(prefactors or {}),
-            },
-            "optimizer": optimizer,
-            "training": {
-                "training_data": {"systems": [str(system)], "batch_size": batch_size},
-                "numb_steps": steps,
-                "seed": 1,
-                "disp_freq": 1,
-                "save_freq": 1000,
-            },
-        }
-        (tmp_path / "input.json").write_text(json.dumps(config))
-        threads = {
-            "OMP_NUM_THREADS": "1",
-            "DP_INTRA_OP_PARALLELISM_THREADS": "1",
-            "DP_INTER_OP_PARALLELISM_THREADS": "1",
-            "NUM_WORKERS": "0",  # threads of dp's data loader, which in Python 3.11 sometimes fail
-        }
-        done = subprocess.run(
-            [sys.executable, *program, "--pt", "train", "input.json", "--skip-neighbor-stat", *options],
-            cwd=tmp_path,
-            env={**os.environ, **threads, **environment},
-            capture_output=True,
-            text=True,
-        )
-        text = done.stdout + done.stderr
-        assert (done.returncode != 0) == fails, text
-        return text
-
-    run.folder = tmp_path
-    return run
-
-
 def checkpoint(dp, step):
     return torch.load(dp.folder / f"model.ckpt-{step}.pt", weights_only=True)
 
@@ -163,7 +80,8 @@ def weights(dp, step):
 
 
 def trained(model):
-    return {name: value for name, value in model.items() if name.endswith(("matrix", "bias")) and "net" in name}
+    """Weights by their names, those of pt_expt included."""
+    return {name: value for name, value in model.items() if re.search(r"net.*\.(matrix|bias|w|b|idt)$", name)}
 
 
 def difference(ours, theirs):
@@ -178,18 +96,21 @@ def learned(dp, column):
     return [float(row.split()[place]) for row in rows if not row.startswith("#")]
 
 
-def test_trains_and_restarts(dp):
+@pytest.mark.parametrize(("trainer", "network"), [("pt", "auto"), ("pt", "dp"), ("pt-expt", "auto")])
+def test_trains_and_restarts(dp, trainer, network):
     """Water, which leaves its first plateau after about fifty batches."""
-    asked = {"type": "RLEKF", "block_size": 1024, "force_scale": 3}
-    text = dp(asked, steps=160, neuron=[8, 16])
+    asked = {"type": "RLEKF", "block_size": 1024, "force_scale": 3, "network": network}
+    text = dp(asked, steps=160, neuron=[8, 16], trainer=trainer)
+    assert ("a network of its own on dp's weights" in text) == (network == "auto")
     errors = learned(dp, "rmse_f_trn")
     print(f"\nRMSE of forces, eV/Å: {sum(errors[:10]) / 10:.3f} at first, {sum(errors[-10:]) / 10:.3f} at last")
     assert sum(errors[-10:]) < 0.3 * sum(errors[:10])
     assert "in torch.float64" in text
     before = checkpoint(dp, 160)["optimizer"]
-    # dp goes on from the step that it saved, which it does again; so the filter makes one more batch of updates.
-    dp(asked, "--restart", "model.ckpt-160.pt", steps=160, neuron=[8, 16])
-    after = checkpoint(dp, 160)["optimizer"]
+    # pt goes on from the step that it saved, which it does again, pt_expt from the next one.
+    last = 160 if trainer == "pt" else 161
+    dp(asked, "--restart", "model.ckpt-160.pt", steps=last, neuron=[8, 16], trainer=trainer)
+    after = checkpoint(dp, last)["optimizer"]
     memory, rate = 1 - float(before["state"][0]["state"][STATE["forgetting"]]), 0.9987
     for _ in range(8):
         memory = rate * memory + 1 - rate
@@ -197,12 +118,85 @@ def test_trains_and_restarts(dp):
     assert not torch.equal(before["updater"]["generator"], after["updater"]["generator"])
 
 
+@pytest.mark.parametrize("trainer", ["pt", "pt-expt"])
+def test_both_networks_make_the_same_updates(dp, trainer):
+    """As far as the table is exact: two batches of two frames, with virials, ten updates."""
+    found = []
+    for network in ("auto", "dp"):
+        asked = {"type": "RLEKF", "block_size": 256, "network": network}
+        dp(
+            asked,
+            steps=2,
+            batch_size=2,
+            system=dp.salt,
+            prefactors={"start_pref_v": 1, "limit_pref_v": 1},
+            trainer=trainer,
+        )
+        found.append(weights(dp, 2))
+    dp({"type": "RLEKF", "block_size": 256}, steps=1, batch_size=2, system=dp.salt, trainer=trainer)
+    moved = difference(weights(dp, 1), found[1])
+    apart = difference(*found)
+    print(f"\n{trainer}: weights move by up to {moved:.1e}, and differ by {apart:.1e} with dp's own network")
+    assert apart < 1e-4 * moved
+
+
+def test_a_model_that_the_networks_here_are_not(dp):
+    radial = {"type": "se_e2_r", "sel": [46, 92], "rcut": 4.5, "rcut_smth": 0.5, "neuron": [5, 10], "seed": 1}
+    text = dp({"type": "RLEKF", "block_size": 256}, steps=2, model={"descriptor": radial})
+    assert "RLEKF makes its updates with dp's own network: model/" in text
+
+
+def test_pt_expt_runs_its_own_types_as_without_us(dp):
+    text = dp({"type": "Adam"}, steps=2, trainer="pt-expt")
+    assert "RLEKF" not in text
+    text = dp({"type": "RLEKF"}, steps=1, fails=True, trainer="pt-expt", RLEKF_DEEPMD="0")
+    assert "invalid choice" in text
+
+
+def test_two_processes_of_pt_expt(dp):
+    """The same bits on both ranks, with the network here."""
+    (dp.folder / "two.py").write_text(TWO)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "two.py")
+    asked = {"type": "RLEKF", "block_size": 256}
+    dp(asked, steps=3, batch_size=2, system=dp.salt, trainer="pt-expt", program=torchrun)
+    one, other = (torch.load(dp.folder / f"end.{rank}.pt", weights_only=False) for rank in range(2))
+    assert one[2] != other[2]  # their frames
+    assert one[1][0].pop("names") == other[1][0].pop("names")
+    torch.testing.assert_close(one[:2], other[:2], rtol=0, atol=0, equal_nan=True)
+    text = dp(asked, "--restart", "model.ckpt-3.pt", steps=4, system=dp.salt, trainer="pt-expt")
+    assert "Batch       4" in text
+
+
+# dp asks for NCCL unless the processes have already met.
+TWO = """
+import os, torch, torch.distributed as dist
+if not torch.cuda.is_available():
+    dist.init_process_group("gloo")
+import deepmd.pt_expt.train.training as training
+class Trainer(training.Trainer):
+    def run(self):
+        super().run()
+        filter = self.optimizer.state_dict()["state"]
+        energies = self.optimizer.labels["energy"].flatten().tolist()
+        torch.save([self.model.state_dict(), filter, energies], f"end.{os.environ['RANK']}.pt")
+training.Trainer = Trainer
+from deepmd.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("trainer", ["pt", "pt-expt"])
+def test_averaged_weights(dp, trainer):
+    dp({"type": "RLEKF", "block_size": 256}, steps=3, trainer=trainer, training={"enable_ema": True, "ema_decay": 0.5})
+    assert any("ema" in name for name in checkpoint(dp, 3)) or list(dp.folder.glob("*ema*"))
+
+
 def test_virials_are_learned(dp, tmp_path):
     """From nothing else: NaCl with the energies, forces and virials of a network of ours instead of its labels."""
     from deepmd.infer import DeepPot
 
     system = tmp_path / "salt"
-    shutil.copytree(SALT, system)
+    shutil.copytree(dp.salt, system)
     salt = frames(load_systems(system, ["Na", "Cl"]), 4.5, 2)
     settings = {"neuron": (5, 10), "axis_neuron": 3, "fitting_neuron": (10, 10), "seed": 7}
     teacher = helpers.make_model(["Na", "Cl"], [60, 60], 4.5, frames=salt, **settings)
@@ -296,7 +290,7 @@ def test_two_processes(dp):
     """
     (dp.folder / "recorded.py").write_text(RECORDED)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "recorded.py")
-    asked = {"type": "RLEKF", "block_size": 256, "batch": "mean", "num_groups": 1, "prior": "identity"}
+    asked = {"type": "RLEKF", "block_size": 256, "batch": "mean", "num_groups": 1, "prior": "identity", "network": "dp"}
 
     def same_on_both(moment):
         one, other = (torch.load(dp.folder / f"{moment}.{rank}.pt") for rank in range(2))
@@ -323,5 +317,5 @@ def test_two_processes(dp):
     _, filtered, _ = same_on_both("end")
     assert filtered[0]["state"][STATE["forgetting"]] < before
 
-    dp({**asked, "batch": "joint", "prior": "layers"}, steps=2, program=torchrun)
+    dp({**asked, "batch": "joint", "prior": "layers", "network": "auto"}, steps=2, program=torchrun)
     same_on_both("end")
