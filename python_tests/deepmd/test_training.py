@@ -100,16 +100,16 @@ def learned(dp, column):
 def test_trains_and_restarts(dp, trainer, network):
     """Water, which leaves its first plateau after about fifty batches."""
     asked = {"type": "RLEKF", "block_size": 1024, "force_scale": 3, "network": network}
-    text = dp(asked, steps=160, neuron=[8, 16], trainer=trainer)
+    text = dp(asked, steps=220, neuron=[8, 16], trainer=trainer)
     assert ("a network of its own on dp's weights" in text) == (network == "auto")
     errors = learned(dp, "rmse_f_trn")
     print(f"\nRMSE of forces, eV/Å: {sum(errors[:10]) / 10:.3f} at first, {sum(errors[-10:]) / 10:.3f} at last")
     assert sum(errors[-10:]) < 0.3 * sum(errors[:10])
     assert "in torch.float64" in text
-    before = checkpoint(dp, 160)["optimizer"]
+    before = checkpoint(dp, 220)["optimizer"]
     # pt goes on from the step that it saved, which it does again, pt_expt from the next one.
-    last = 160 if trainer == "pt" else 161
-    dp(asked, "--restart", "model.ckpt-160.pt", steps=last, neuron=[8, 16], trainer=trainer)
+    last = 220 if trainer == "pt" else 221
+    dp(asked, "--restart", "model.ckpt-220.pt", steps=last, neuron=[8, 16], trainer=trainer)
     after = checkpoint(dp, last)["optimizer"]
     memory, rate = 1 - float(before["state"][0]["state"][STATE["forgetting"]]), 0.9987
     for _ in range(8):
