@@ -198,7 +198,15 @@ def _expt_trainer(training: Any) -> type:
             loss = next(iter(self.losses.values()))
             _check_loss(loss, training.EnergyLoss)
             self._batch: tuple[dict[str, Any], dict[str, Any]] = {}, {}
-            self.optimizer._opt_called = True  # torch's schedulers ask whether step() is
+            # The rate is displayed, but multiplies no update: it falls in the group of a stand-in.
+            for own in self.optimizer.param_groups:
+                own["lr"] = 1.0
+                del own["initial_lr"]
+            shown = torch.optim.SGD([torch.zeros(1)], lr=self.lr_schedule.start_lr)
+            shown.param_groups[0]["initial_lr"] = self.lr_schedule.start_lr
+            shown._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask whether step() is
+            rates, last = self.scheduler.lr_lambdas, self.start_step - 1  # type: ignore[has-type]
+            self.scheduler = torch.optim.lr_scheduler.LambdaLR(shown, rates, last_epoch=last)
             _start(
                 settings,
                 self.model,
