@@ -204,6 +204,21 @@ def against_lkf() -> str:
     return table(["", *(f"N_b = {n}, {t} thread{'s' * (t > 1)}" for n, t in runs)], rows)
 
 
+def dp_trainers() -> str:
+    """Milliseconds per batch in both trainers of dp, by optimizer."""
+    key_of = ("system", "threads", "trainer", "optimizer", "network")
+    found = {tuple(r[name] for name in key_of): r for r in read("deepmd_trainers.csv")}
+    columns = sorted(dict.fromkeys(key[:3] for key in found), key=lambda c: (c[0] != "Cu", c[1], c[2]))
+    kinds = dict.fromkeys(key[3:] for key in found)
+    header = ["ms per batch", *(f"{s}, {t} thread{'s' * (t != '1')}, `{trainer}`" for s, t, trainer in columns)]
+    rows = []
+    for optimizer, network in kinds:
+        which = {"dp": ", network of dp", "ours": ", network of rlekf_ext"}[network] if optimizer == "RLEKF" else ""
+        cells = (found.get((*column, optimizer, network)) for column in columns)
+        rows.append([f"type {optimizer}{which}", *(short(float(r["ms_batch"])) if r else "–" for r in cells)])
+    return table(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": lambda: summary(Steps()),
     "providers": lambda: providers(Steps()),
@@ -212,6 +227,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "drift": drift,
     "memory": memory,
     "against LKF": against_lkf,
+    "dp's trainers": dp_trainers,
 }
 PAGES = ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/deepmd.md"
 

@@ -81,8 +81,12 @@ class OwnNetwork:
     @torch.no_grad()
     def predict(self, frame: Frame) -> dict[str, Tensor]:
         """Energies (B, 1) and forces (B, n, 3), on the table."""
-        found = self.model(frame)
-        return {"energy": found.energy[:, None], "force": found.forces.view(len(found.energy), -1, 3)}
+        on_table = self.model.prepared(frame)
+        assert on_table is not None  # for mypy: there is a table
+        (atomic, forces, _), _ = on_table.predict(True, False)
+        atomic = atomic + self.model.energy_bias[on_table.types].to(atomic)
+        count = len(frame.num_atoms)
+        return {"energy": atomic.view(count, -1).sum(1, keepdim=True), "force": forces.view(count, -1, 3)}
 
     def check(self, frame: Frame, theirs: Any, say: Callable[[str], Any]) -> float:
         """The largest difference of the exact network here from what DeePMD-kit predicts for the same frame, in eV/atom
