@@ -99,7 +99,9 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--threads", nargs="+", default=["1", "2"])
     parser.add_argument("--batches", type=int, default=24)
-    parser.add_argument("--only", default="", help="only optimizers whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="only optimizers whose name, or the name of their network, contains this"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     where = machine(given.output)
@@ -108,7 +110,7 @@ def main() -> None:
         for system in given.systems:
             for name, optimizer in OPTIMIZERS.items():
                 for trainer in TRAINERS:
-                    if (name[0] == "LKF" and trainer != "pt") or given.only not in name[0]:
+                    if (name[0] == "LKF" and trainer != "pt") or given.only not in " ".join(name):
                         continue
                     batches = 10 if name[0] == "LKF" else given.batches
                     found = times(system, trainer, optimizer, batches, given.data.resolve())[3:]

@@ -84,7 +84,7 @@ class OwnNetwork:
         on_table = self.model.prepared(frame)
         assert on_table is not None  # for mypy: there is a table
         (atomic, forces, _), _ = on_table.predict(True, False)
-        atomic = atomic + self.model.energy_bias[on_table.types].to(atomic)
+        atomic = atomic.double() + self.model.energy_bias[on_table.types]
         count = len(frame.num_atoms)
         return {"energy": atomic.view(count, -1).sum(1, keepdim=True), "force": forces.view(count, -1, 3)}
 
