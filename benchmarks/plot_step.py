@@ -219,6 +219,16 @@ def dp_trainers() -> str:
     return table(header, rows)
 
 
+def dp_models() -> str:
+    """P of the models that dp offers."""
+    found: dict[str, dict[str, str]] = {}
+    for row in read("deepmd_models.csv"):
+        found.setdefault(row["model"], {"weights": row["weights"]})[row["block_size"]] = row["bytes"]
+    sizes = ("1024", "5120")
+    rows = [[m, own["weights"], *(f"{float(own[n]) / 1e9:.2f} GB" for n in sizes)] for m, own in found.items()]
+    return table(["descriptor", "weights", *(f"P, N_b = {n}" for n in sizes)], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": lambda: summary(Steps()),
     "providers": lambda: providers(Steps()),
@@ -228,6 +238,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "against LKF": against_lkf,
     "dp's trainers": dp_trainers,
+    "dp's models": dp_models,
 }
 PAGES = ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/deepmd.md"
 

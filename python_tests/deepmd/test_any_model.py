@@ -13,9 +13,9 @@ pytestmark = pytest.mark.deepmd
 NEAR = {"rcut": 3.5, "rcut_smth": 0.5}
 NET = {"seed": 1, "precision": "float64"}
 FITTING = {"fitting_net": {"neuron": [8, 8], **NET}}
-ANGULAR = {"type": "se_e2_a", "sel": "auto", "neuron": [4, 8], "axis_neuron": 3, **NEAR, **NET}
-RADIAL = {"type": "se_e2_r", "sel": "auto", "neuron": [4, 8], **NEAR, **NET}
-ATTENTION = {"type": "dpa1", "sel": "auto", "neuron": [4, 8], "axis_neuron": 3, "attn": 8, "tebd_dim": 4, **NEAR, **NET}
+ANGULAR = {"type": "se_e2_a", "sel": [30, 30], "neuron": [4, 8], "axis_neuron": 3, **NEAR, **NET}
+RADIAL = {"type": "se_e2_r", "sel": [30, 30], "neuron": [4, 8], **NEAR, **NET}
+ATTENTION = {"type": "dpa1", "sel": 60, "neuron": [4, 8], "axis_neuron": 3, "attn": 8, "tebd_dim": 4, **NEAR, **NET}
 REPINIT = {"nsel": 60, "neuron": [4, 8], "axis_neuron": 3, "tebd_dim": 4, **NEAR}
 REPFORMER = {
     "rcut": 3.0,
