@@ -27,6 +27,7 @@ CUTOFF = {"rcut": 6.0, "rcut_smth": 0.5}
 ANGULAR = {"type": "se_e2_a", "sel": [46, 92], "neuron": [25, 50, 100], "axis_neuron": 16, **CUTOFF}
 RADIAL = {"type": "se_e2_r", "sel": [46, 92], "neuron": [25, 50, 100], **CUTOFF}
 ATTENTION = {"type": "dpa1", "sel": 120, **CUTOFF}
+REPFLOW = {"e_sel": 120, "e_rcut": 6.0, "e_rcut_smth": 5.3, "a_sel": 40, "a_rcut": 4.0, "a_rcut_smth": 3.5}
 DESCRIPTORS: dict[str, dict[str, Any]] = {
     "se_e2_a": ANGULAR,
     "se_e2_r": RADIAL,
@@ -34,8 +35,12 @@ DESCRIPTORS: dict[str, dict[str, Any]] = {
     "hybrid of se_e2_a and se_e2_r": {"type": "hybrid", "list": [ANGULAR, RADIAL]},
     "dpa1, attn_layer 0": {**ATTENTION, "attn_layer": 0},
     "dpa1, attn_layer 2": {**ATTENTION, "attn_layer": 2},
-    "dpa2": {"type": "dpa2", "repinit": {"nsel": 120, **CUTOFF}, "repformer": {"nsel": 40, "rcut": 4.0}},
-    "dpa3": {"type": "dpa3", "repflow": {"e_sel": 120, "a_sel": 40}},
+    "dpa2": {
+        "type": "dpa2",
+        "repinit": {"nsel": 120, **CUTOFF},
+        "repformer": {"nsel": 40, "rcut": 4.0, "rcut_smth": 0.5},
+    },
+    "dpa3": {"type": "dpa3", "repflow": REPFLOW},
 }
 
 
