@@ -1,6 +1,8 @@
 """What DeePMD-kit makes of an input, all defaults filled in, is read here, and means the same."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +46,20 @@ def test_normalized_inputs_are_read(name):
     assert theirs.model.descriptor.sel == ours.model.descriptor.sel
     assert theirs.model.fitting_net.resnet_dt  # DeePMD-kit's default; the paper's network, ours, has none
     assert theirs.optimizer.type == (name if name == "LKF" else "Adam")
+
+
+def test_the_input_that_dpgen_writes():
+    """From examples/dpgen: systems, batch sizes and seeds are what DP-GEN fills in."""
+    import deepmd.pt  # noqa: F401  with its plugins
+    from deepmd.utils.argcheck import normalize
+    from deepmd.utils.compat import update_deepmd_input
+
+    folder = Path(__file__).resolve().parents[2] / "examples/dpgen"
+    given = json.loads((folder / "param.json").read_text())["default_training_param"]
+    given["training"]["training_data"] |= {"systems": ["../data.init/gpaw_pbe_8"], "batch_size": [1]}
+    given["model"]["descriptor"]["seed"] = given["model"]["fitting_net"]["seed"] = given["training"]["seed"] = (
+        3069278058
+    )
+    theirs = normalize(update_deepmd_input(copy.deepcopy(given), warning=False))
+    assert theirs["optimizer"]["type"] == read_input(given).optimizer.type == "RLEKF"
+    assert read_input(theirs).optimizer.type == "RLEKF"
