@@ -45,13 +45,13 @@ dist:  ## the packages to release, in dist/: an sdist, and a manylinux wheel tha
 check-floors:  ## the tests with the oldest Python and the oldest packages that pyproject.toml admits
 	.ci/check_floors $(PYTHON)
 
-test-deepmd: .venv-deepmd/.built  ## the plugin in the real dp: train, restart, LKF parity (makes .venv-deepmd: 6 GB of disk; 10 minutes)
+test-deepmd: .venv-deepmd/.built  ## the plugin in the real dp: train, restart, LKF parity, LAMMPS (makes .venv-deepmd: 6 GB of disk; 20 minutes)
 	.venv-deepmd/bin/pytest -m deepmd python_tests/deepmd
 
 .venv-deepmd/.installed:
 	@echo "test-deepmd: .venv-deepmd will take about 6 GB of disk and a download of 3 GB (deepmd-kit 3.2.0, torch 2.11.0)."
 	$(PYTHON) -m venv .venv-deepmd
-	.venv-deepmd/bin/python -m pip install --quiet --disable-pip-version-check 'deepmd-kit[torch]==3.2.0' torch==2.11.0 pytest \
+	.venv-deepmd/bin/python -m pip install --quiet --disable-pip-version-check 'deepmd-kit[torch,lmp]==3.2.0' torch==2.11.0 nvidia-cuda-runtime-cu12 pytest \
 	    $$(grep -E '^(cmake|ninja|pybind11|vesin|tqdm|h5py)==' requirements-dev.txt) 'setuptools>=77,<82'
 	@touch $@
 
