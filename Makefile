@@ -55,7 +55,7 @@ test-deepmd: .venv-deepmd/.built  ## the plugin in the real dp: train, restart, 
 	    $$(grep -E '^(cmake|ninja|pybind11|vesin|tqdm|h5py)==' requirements-dev.txt) 'setuptools>=77,<82'
 	@touch $@
 
-.venv-deepmd/.built: .venv-deepmd/.installed pyproject.toml setup.py CMakeLists.txt rlekf_ext_deepmd.py $(CSRC) $(wildcard rlekf_ext/*.py rlekf_ext/*/*.py)
+.venv-deepmd/.built: .venv-deepmd/.installed pyproject.toml setup.py CMakeLists.txt rlekf_ext_deepmd.py $(CSRC) $(wildcard rlekf_ext/*.py rlekf_ext/*/*.py rlekf_ext/*/*/*.py)
 	PATH=$(CURDIR)/.venv-deepmd/bin:$$PATH .venv-deepmd/bin/python -m pip install --quiet --disable-pip-version-check \
 	    --no-build-isolation --no-deps .
 	@touch $@
