@@ -295,6 +295,7 @@ CHECKS = {
     "python": check_python,
     "python3": check_python,
     ".venv/bin/python": check_python,
+    ".venv-deepmd/bin/python": check_python,
     "pip": check_pip,
 }
 

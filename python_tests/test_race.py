@@ -29,10 +29,7 @@ def test_later_runs_follow_from_the_earlier_ones():
     for i, (key, _) in enumerate(short):  # the last rate of each rival is the best, and the last rival
         rows[race.name_of(key)] = [row(key, 0.1, 1), row(key, 100 - i, 2)]
     long = list(race.jobs("NaCl", "small", rows, full=False))[len(ours) + len(short) :]
-    assert [(key[2:], seconds) for key, seconds in long] == [
-        (("SOAP", 8e-3, 1, race.LONG), 20),
-        (("Muon", 3.2e-2, 1, race.LONG), 20),
-    ]
+    assert [(key[2:], seconds) for key, seconds in long] == [(("SOAP", 8e-3, 1, race.LONG), 20)]
     full = list(race.jobs("NaCl", "small", rows, full=True))[len(ours) + len(short) :]
     assert len(full) == len(race.RIVALS) * len(race.SEEDS)
 
@@ -58,8 +55,8 @@ def test_the_time_of_a_frame_of_each_method(monkeypatch, tmp_path):
     monkeypatch.setattr(race, "ROUNDS", 1)
     monkeypatch.setattr(race, "FRAMES_IN_ROUND", 4)
     monkeypatch.delitem(race.RIVALS, "SOAP")  # its package is one of the benchmarks'
+    assert race.read_paces(tmp_path / "pace.csv", "small") == {}
     for nodes in race.NODES:
-        assert race.read_paces(tmp_path / "pace.csv", "small") == {}
         rows = race.measure_paces("NaCl", "small", nodes, race.ROOT / "examples")
         race.append(tmp_path / "pace.csv", race.PACE_COLUMNS, rows)
     paces = race.read_paces(tmp_path / "pace.csv", "small")

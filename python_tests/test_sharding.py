@@ -70,6 +70,7 @@ def triton_too(rank):
                 assert distance(mine, theirs) < 1e-13 * coarse
 
 
+@pytest.mark.soak
 def test_triton_kernels_take_parts_of_blocks():
     spawn(triton_too, 3)
 

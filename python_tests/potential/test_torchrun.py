@@ -113,6 +113,7 @@ def wait_for(path):
     raise TimeoutError(path)
 
 
+@pytest.mark.soak
 def test_torchrun_restarts_after_a_kill(tmp_path):
     """A worker is killed after the first checkpoint: torchrun starts all again, and they end where an undisturbed run
     does, bit for bit."""
