@@ -128,7 +128,9 @@ def test_trains(dp):
     before = error()
     trainer.run()
     assert error() < 0.5 * before
-    assert trainer.optimizer.health()["num_updates"] == 25 * 8  # robust: four groups, an energy update after each
+    assert (
+        trainer.optimizer.health()["num_updates"] == 25 * 8 * 2
+    )  # robust: four groups, energies after each, two frames
     assert [tuple(t.shape) for t in trainer.shown] == [(2, 1), (2, 30, 3)]
 
 
@@ -286,7 +288,20 @@ def test_updates_follow_the_labels(dp, monkeypatch, given, changed, kinds):
     dp.load()
     options = {name: value for name, value in changed.items() if "find" not in name}
     labels = {name: value for name, value in changed.items() if "find" in name}
-    trainer = dp.trainer({"type": "RLEKF", **options}, batches(1, 2, **given, **labels), steps=1)
+    frames = 2 if options.get("preset") == "paper" else 1
+    assert updates_of(dp, monkeypatch, options, batches(1, frames, **given, **labels)) == kinds
+
+
+def test_jointly_each_structure_is_a_measurement(dp, monkeypatch):
+    dp.load()
+    kinds = [kind for kind in ["force", "energy"] * 4 for _ in range(3)]
+    assert updates_of(dp, monkeypatch, {}, batches(1, 3)) == kinds
+    assert updates_of(dp, monkeypatch, {"batch": "mean"}, batches(1, 3)) == ["force", "energy"] * 4
+
+
+def updates_of(dp, monkeypatch, options, data):
+    """The kinds of the measurements of one batch."""
+    trainer = dp.trainer({"type": "RLEKF", **options}, data, steps=1)
     found, call = [], FrameUpdater.__call__
 
     def recording(self, *given):
@@ -294,9 +309,10 @@ def test_updates_follow_the_labels(dp, monkeypatch, given, changed, kinds):
         found.extend(done)
         return done
 
-    monkeypatch.setattr(FrameUpdater, "__call__", recording)
-    trainer.run()
-    assert [kind for kind, _ in found] == kinds
+    with monkeypatch.context() as patch:
+        patch.setattr(FrameUpdater, "__call__", recording)
+        trainer.run()
+    return [kind for kind, _ in found]
 
 
 def test_nan_labels_are_skipped_and_then_stop(dp, caplog):

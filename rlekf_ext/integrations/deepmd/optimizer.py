@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -114,12 +115,12 @@ class DeepmdRLEKF(RLEKF):
             self.make_network = frame.measure = None
             log.info("RLEKF makes its updates with dp's own network: %s", error)
 
-    def update_on(self, frame: Any, factors: dict[str, float]) -> None:
+    def update_on(self, frames: list[Any], factors: dict[str, float]) -> None:
         """All updates of a batch, with this process's part of it; `factors` multiply the scales of the kinds of update.
 
         Raises StoppedError if `max_skipped` measurements in a row were skipped.
         """
-        self.updater(frame, factors)
+        self.updater(frames, factors)
         if (skipped := self.updater.skipped()) != self._said:
             self._said = skipped
             log.warning("RLEKF has skipped measurements so far: %s.", skipped)
@@ -159,21 +160,36 @@ class Updates:
         self, inputs: dict[str, Any], label: Tensor | None = None, update_prefactor: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """All updates of the batch. Returns energy (B, 1) and forces (B, n, 3) as predicted before them."""
-        frame = self.frame(inputs)
-        self._optimizer.on_own_network(frame, inputs)
-        self._optimizer.update_on(frame, {"energy": self._energy_factor, "force": update_prefactor})
-        if frame.shown is None:  # all force groups were drawn from the atoms of other processes
-            frame.predict()
-        return frame.shown["energy"], frame.shown["force"]
+        frames = []
+        for own, structures in self._measured_apart(inputs):
+            frames.append(self.frame(own, structures))
+            self._optimizer.on_own_network(frames[-1], own)
+        self._optimizer.update_on(frames, {"energy": self._energy_factor, "force": update_prefactor})
+        for frame in frames:
+            if frame.shown is None:  # all force groups were drawn from the atoms of other processes
+                frame.predict()
+        energy, force = (torch.cat([frame.shown[name] for frame in frames]) for name in ("energy", "force"))
+        return energy, force
 
-    def frame(self, inputs: dict[str, Any]) -> Any:
-        """The batch whose labels the optimizer has, in the form of batch_parts.py: a force group is the same atoms of
-        every frame."""
+    def _measured_apart(self, inputs: dict[str, Any]) -> Iterator[tuple[dict[str, Any], slice]]:
+        """What the batch's measurements are made of, and which of its structures: with "joint", one each."""
+        count = len(inputs["atype"])
+        if self._optimizer.updater.options.batch != "joint" or count == 1:
+            yield inputs, slice(None)
+            return
+        for b in range(count):
+            own = slice(b, b + 1)
+            of_structures = {name: torch.is_tensor(x) and x.dim() > 0 and len(x) == count for name, x in inputs.items()}
+            yield {name: x[own] if of_structures[name] else x for name, x in inputs.items()}, own
+
+    def frame(self, inputs: dict[str, Any], structures: slice = slice(None)) -> Any:
+        """These structures of the batch whose labels the optimizer has, in the form of batch_parts.py: a force group is
+        the same atoms of each of them."""
         labels = self._optimizer.labels
         num_atoms = (inputs["atype"] >= 0).sum(-1)  # -1 pads batches of mixed systems
         shapes = dict(zip(KINDS, ((), (-1, 3), (3, 3)), strict=True))
         found = {
-            kind: labels[kind].reshape(len(num_atoms), *shape)
+            kind: labels[kind][structures].reshape(len(num_atoms), *shape)
             for kind, shape in shapes.items()
             if kind in labels and float(labels.get(f"find_{kind}", 1.0)) > 0
         }
