@@ -8,6 +8,7 @@ from helpers import make_model
 
 from rlekf_ext.errors import DataError, InputError
 from rlekf_ext.integrations.deepmd.network import OwnNetwork
+from rlekf_ext.integrations.deepmd.optimizer import DeepmdRLEKF, Settings
 from rlekf_ext.potential.deepmd_format import export_model
 from rlekf_ext.potential.neighbors import make_frame
 from rlekf_ext.updates import ERRORS
@@ -128,3 +129,20 @@ def test_more_neighbours_than_sel():
     own, (inputs, labels) = own_of(model), batch()
     with pytest.raises(DataError, match="sel"):
         own.measured(own.frame(inputs, labels))
+
+
+def test_a_model_that_cannot_be_read_is_for_dp(caplog):
+    def make():
+        raise NotImplementedError("serialize")
+
+    options = Settings.of({"optimizer": {"type": "RLEKF", "prior": "identity"}, "training": {}})
+    optimizer = DeepmdRLEKF(dp_model().named_parameters(), options)
+    optimizer.make_network, (inputs, labels) = make, batch()
+    with caplog.at_level("INFO", "deepmd.rlekf_ext"):
+        for _ in range(2):
+            optimizer.on_own_network(labels, inputs)
+    assert labels.measure is None
+    said = [record.getMessage() for record in caplog.records if "own network" in record.getMessage()]
+    assert said == [
+        "RLEKF makes its updates with dp's own network: dp's model cannot be read (NotImplementedError('serialize'))."
+    ]

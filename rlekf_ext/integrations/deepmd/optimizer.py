@@ -94,9 +94,7 @@ class DeepmdRLEKF(RLEKF):
         if self.make_network is None:
             return
         try:
-            if self._network is None:
-                self._network = self.make_network()
-            network = self._network
+            network = self._network = self._network or _made(self.make_network)
             if bool((inputs["atype"] < 0).any()):
                 raise DataError("batches of structures of different sizes are for dp's network.")
             own = network.frame(inputs, frame)
@@ -142,6 +140,15 @@ class DeepmdRLEKF(RLEKF):
             )
         super().load_state_dict(state_dict)
         self.updater.load_state_dict(state_dict["updater"])
+
+
+def _made(make: Callable[[], OwnNetwork]) -> OwnNetwork:
+    try:
+        return make()
+    except (RlekfError, ImportError):
+        raise
+    except Exception as error:  # of DeePMD-kit: some models cannot be serialized
+        raise DataError(f"dp's model cannot be read ({error!r}).") from error
 
 
 class Updates:
