@@ -85,15 +85,16 @@ def set_threads(number: str) -> None:
     os.environ.setdefault("NUM_WORKERS", "0")  # of dp's data loader, whose threads sometimes fail in Python 3.11
 
 
-def run(optimizer: dict, batches: int, folder: Path) -> dict[str, object]:
+def dp_input(type_map: list[str], sel: list[int], rcut: float, optimizer: dict, **training: Any) -> dict[str, Any]:
+    """The input of a network [25, 25, 25] / [50, 50, 50]."""
     network = {"resnet_dt": False, "seed": 1, "precision": "float64"}
-    config = {
+    return {
         "model": {
-            "type_map": ["O", "H"],
+            "type_map": type_map,
             "descriptor": {
                 "type": "se_e2_a",
-                "sel": [46, 92],
-                "rcut": 4.5,
+                "sel": sel,
+                "rcut": rcut,
                 "rcut_smth": 0.5,
                 "neuron": [25, 25, 25],
                 "axis_neuron": 16,
@@ -104,15 +105,21 @@ def run(optimizer: dict, batches: int, folder: Path) -> dict[str, object]:
         "learning_rate": {"type": "exp", "start_lr": 1e-3, "stop_lr": 1e-8},
         "loss": {"type": "ener", "start_pref_e": 0.02, "limit_pref_e": 1, "start_pref_f": 1000, "limit_pref_f": 1},
         "optimizer": optimizer,
-        "training": {
-            "training_data": {"systems": ["train"], "batch_size": 1},
-            "validation_data": {"systems": ["validate"], "batch_size": 1, "numb_btch": 10},
-            "numb_steps": batches,
-            "seed": 1,
-            "disp_freq": batches,
-            "save_freq": 10**6,
-        },
+        "training": {"seed": 1, "save_freq": 10**6, **training},
     }
+
+
+def run(optimizer: dict, batches: int, folder: Path) -> dict[str, object]:
+    config = dp_input(
+        ["O", "H"],
+        [46, 92],
+        4.5,
+        optimizer,
+        training_data={"systems": ["train"], "batch_size": 1},
+        validation_data={"systems": ["validate"], "batch_size": 1, "numb_btch": 10},
+        numb_steps=batches,
+        disp_freq=batches,
+    )
     (seconds, share, updates), curve = dp_train(config, CLOCK, folder, "--skip-neighbor-stat")
     found = curve[-1]
     return {

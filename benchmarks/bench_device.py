@@ -27,9 +27,10 @@ from rlekf_ext.potential.evaluate import compare
 from rlekf_ext.potential.input import JOINT_FRAMES
 
 RESULTS = ROOT / "benchmarks/results/training_device.csv"
+IN_TORCH = "RLEKF, network in torch"  # without its kernels: only of interest on a GPU
 METHODS: dict[str, dict[str, Any]] = {
     "RLEKF": {"optimizer": {"type": "RLEKF"}, "batch_size": JOINT_FRAMES},
-    "RLEKF, network in torch": {"optimizer": {"type": "RLEKF"}, "batch_size": JOINT_FRAMES},
+    IN_TORCH: {"optimizer": {"type": "RLEKF"}, "batch_size": JOINT_FRAMES},
     "Adam": {"optimizer": {"type": "Adam"}, "learning_rate": {"start_lr": 2e-3, "stop_lr": 2e-6}},
 }
 EPOCHS, ADAM_EPOCHS = 40.0, 400.0  # at most; the learning rate of Adam falls over as many
@@ -41,7 +42,7 @@ def rows_of(system: str, network: str, method: str, device: torch.device, data: 
     where: dict[str, Any] = {**machine(), **(Gpu().facts() if device.type == "cuda" else {})}
     parts = load(system, data, None)
     config = config_of(system, network, {**METHODS[method], "table": True}, 1)
-    os.environ["RLEKF_NETWORK_KERNELS"] = "0" if method.endswith("in torch") else "1"
+    os.environ["RLEKF_NETWORK_KERNELS"] = "0" if method == IN_TORCH else "1"
     epochs = ADAM_EPOCHS if method == "Adam" else EPOCHS
     run = Run(config, parts["train"], epochs, device=device)
     run.step()  # what is made only once
@@ -88,7 +89,7 @@ def main() -> None:
             print(f"{system}: not in {data}")
             continue
         for method in METHODS:
-            if method.endswith("in torch") and device.type == "cpu":
+            if method == IN_TORCH and device.type == "cpu":
                 continue
             try:
                 found = rows_of(system, given.network, method, device, data, given.seconds)

@@ -4,7 +4,7 @@ Runs in the environment of `make test-deepmd`, on a quiet machine, a quarter of 
 
     .venv-deepmd/bin/python benchmarks/bench_trainers.py --data DIR
 
-Copper (72 atoms, the paper's network) and water (192 atoms, r_c 6 Å, [25, 25, 25] / [50, 50, 50]), one frame a batch,
+Copper (72 atoms, the paper's network) and water (192 atoms, r_c 6 Å, [25, 25, 25] / [50, 50, 50]), one frame per batch,
 N_b = 1024. RLEKF makes 8 updates per batch (4 of energies, 4 of forces), once with DeePMD-kit's own network and once
 with ours. Rows go to results/deepmd_trainers.csv: the median time of a batch, without the first three.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_deepmd import dp_train, set_threads
+from bench_deepmd import dp_input, dp_train, set_threads
 from bench_training import ROOT
 from rows import MACHINE, append, machine
 
@@ -58,32 +58,16 @@ print("CLOCK", json.dumps([b - a for a, b in zip(started, started[1:])]))
 
 
 def times(system: str, trainer: str, optimizer: dict[str, Any], batches: int, data: Path) -> list[float]:
-    own, net = SYSTEMS[system], {"resnet_dt": False, "seed": 1}
-    config = {
-        "model": {
-            "type_map": own["type_map"],
-            "descriptor": {
-                "type": "se_e2_a",
-                "sel": own["sel"],
-                "rcut": own["rcut"],
-                "rcut_smth": 0.5,
-                "neuron": [25, 25, 25],
-                "axis_neuron": 16,
-                **net,
-            },
-            "fitting_net": {"neuron": [50, 50, 50], **net},
-        },
-        "learning_rate": {"type": "exp", "start_lr": 1e-3, "stop_lr": 1e-8},
-        "loss": {"type": "ener", "start_pref_e": 0.02, "limit_pref_e": 1, "start_pref_f": 1000, "limit_pref_f": 1},
-        "optimizer": optimizer,
-        "training": {
-            "training_data": {"systems": [str(data / own["folder"])], "batch_size": 1},
-            "numb_steps": batches,
-            "seed": 1,
-            "disp_freq": 10**6,
-            "save_freq": 10**6,
-        },
-    }
+    own = SYSTEMS[system]
+    config = dp_input(
+        own["type_map"],
+        own["sel"],
+        own["rcut"],
+        optimizer,
+        training_data={"systems": [str(data / own["folder"])], "batch_size": 1},
+        numb_steps=batches,
+        disp_freq=10**6,
+    )
     module = TRAINERS[trainer]
     draw = "get_data" if trainer == "pt-expt" else "_next_training_batch"
     clock = CLOCK.replace("{package}", module.split(".train.")[0])

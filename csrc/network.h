@@ -125,6 +125,13 @@ struct Labels {
   const Scalar *forces, *virial;  // (n, 3), (B, 3, 3)
 };
 
+/// Adds to the error a part |predicted - label| share. Returns its derivative by `predicted`, times -1.
+RLEKF_HOST_DEVICE inline double add_error(double predicted, double label, double share, double& error) {
+  const double difference = predicted - label;
+  error += (difference < 0 ? -difference : difference) * share;
+  return difference > 0 ? -share : difference < 0 ? share : difference;  // 0, or NaN
+}
+
 namespace cpu {
 
 /// Orders the atoms by element and finds their edges: order, first_atom, first_edge, and inputs.near.

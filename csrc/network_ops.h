@@ -128,6 +128,45 @@ struct NetworkCall {
   }
 };
 
+/// Memory for what predict() returns: of n atoms in B structures, forces and virials only if wanted.
+struct Outputs {
+  bool with_forces, with_virials;
+  Tensor energies, forces, virials;
+
+  Outputs(const Tensor& like, int64_t num_structures, bool forces_wanted, bool virials_wanted)
+      : with_forces(forces_wanted),
+        with_virials(forces_wanted && virials_wanted),
+        energies(torch::stable::new_empty(like, {like.size(0)})),
+        forces(torch::stable::new_empty(like, {with_forces ? like.size(0) : 0, 3})),
+        virials(torch::stable::new_empty(like, {with_virials ? num_structures : 0, 3, 3})) {}
+
+  template <typename Scalar>
+  Prediction<Scalar> pointers(const Tensor& saved) const {
+    return {data_of<Scalar>(energies), with_forces ? data_of<Scalar>(forces) : nullptr,
+            with_virials ? data_of<Scalar>(virials) : nullptr, data_of<Scalar>(saved)};
+  }
+};
+
+/// The factors of M sums.
+template <typename Scalar>
+Factors<Scalar> factors_of(const NetworkCall<Scalar>& call, const Tensor& by_energies,
+                           const std::optional<Tensor>& by_forces, const std::optional<Tensor>& by_virials) {
+  STD_TORCH_CHECK(by_forces.has_value() == by_virials.has_value(),
+                  "rlekf: factors of forces and virials should be given both, or none.");
+  const int64_t count = by_energies.size(0), n = call.frame.num_atoms, num_structures = call.frame.num_structures;
+  return {checked<Scalar>(by_energies, "factors of energies", {count, n}, call.device),
+          by_forces ? checked<Scalar>(*by_forces, "factors of forces", {count, n, 3}, call.device) : nullptr,
+          by_virials ? checked<Scalar>(*by_virials, "factors of virials", {count, num_structures, 3, 3}, call.device)
+                     : nullptr};
+}
+
+/// Those of sum i and the ones after it.
+template <typename Scalar>
+Factors<Scalar> factors_from(const Factors<Scalar>& all, const Geometry<Scalar>& frame, int64_t i) {
+  return {all.energies + i * frame.num_atoms, all.forces ? all.forces + 3 * i * frame.num_atoms : nullptr,
+          all.virials ? all.virials + 9 * i * frame.num_structures : nullptr};
+}
+
 /// What an op is told of a frame's labels; those of kinds that are not given are null.
 template <typename Scalar>
 Labels<Scalar> labels_of(const Geometry<Scalar>& frame, int device, const Tensor& bias, const Tensor& types,

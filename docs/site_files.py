@@ -5,25 +5,16 @@ from pathlib import Path
 
 from mkdocs.structure.files import File, Files
 
-FILES = (
-    "*.md",
-    "docs/*.md",
-    "docs/*.png",
-    "examples/*/README.md",
-    # what the pages link to
-    "CITATION.cff",
-    "examples/*.py",
-    "examples/nacl/*.json",
-    "benchmarks/study.toml",
-    "benchmarks/results/*.csv",
-    "csrc/cuda/kernels.cuh",
-)
+PAGES = ("*.md", "docs/*.md", "examples/*/README.md")
+LINK = re.compile(r"\]\(([^)#\s]+)")
 NAME = re.compile(r"^\| `([\w.]+)`", re.MULTILINE)  # in the table of docs/api.md
 
 
 def on_files(files, config):
     root = Path(config.config_file_path).parent
-    own = [path for pattern in FILES for path in sorted(root.glob(pattern))]
+    pages = [path for pattern in PAGES for path in sorted(root.glob(pattern))]
+    linked = {(page.parent / link).resolve() for page in pages for link in LINK.findall(page.read_text())}
+    own = pages + sorted(path for path in linked.difference(pages) if path.is_file())
     theme = [file for file in files if file.src_dir != config.docs_dir]
     return Files(theme + [File.generated(config, str(path.relative_to(root)), abs_src_path=str(path)) for path in own])
 

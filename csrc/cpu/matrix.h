@@ -4,16 +4,9 @@
 
 #include <cstdint>
 
+#include "../arena.h"
+
 namespace rlekf::cpu {
-
-/// Numbers of type Scalar in a vector.
-template <typename Scalar>
-constexpr int64_t kWidth = 64 / static_cast<int64_t>(sizeof(Scalar));
-
-template <typename Scalar>
-constexpr int64_t padded(int64_t size) {
-  return (size + kWidth<Scalar> - 1) / kWidth<Scalar> * kWidth<Scalar>;
-}
 
 /// out(r, v) = initial(r) + sum_k a(r, k) b(k, v) for vectors v, plus what is there already if `accumulate`.
 template <typename Scalar>

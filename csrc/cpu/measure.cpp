@@ -1,23 +1,11 @@
 // Errors of a frame and their derivatives by the weights, on a CPU.
 
 #include <algorithm>
-#include <cmath>
 
 #include "../network.h"
 #include "scratch.h"
 
 namespace rlekf::cpu {
-namespace {
-
-/// Adds to the error a part |predicted - label| share. Returns its derivative by `predicted`, times -1.
-double add(double predicted, double label, double share, double& error) {
-  const double difference = predicted - label;
-  error += std::abs(difference) * share;
-  return std::isnan(difference) ? difference : difference > 0 ? -share : difference < 0 ? share : 0;
-}
-
-}  // namespace
-
 template <typename Scalar>
 void measure(const Network<Scalar>& network, const Geometry<Scalar>& geometry, const Labels<Scalar>& labels,
              const std::vector<FrameUpdate>& updates, double* errors, double* jacobians, const Parallel& parallel) {
@@ -55,7 +43,7 @@ void measure(const Network<Scalar>& network, const Geometry<Scalar>& geometry, c
       for (int64_t b = 0; b < num_structures; ++b) {
         double& predicted = energy[static_cast<size_t>(b)];
         const double share = 1 / (static_cast<double>(labels.num_atoms[b]) * static_cast<double>(num_structures));
-        predicted = add(predicted, labels.energy[b], share, error);
+        predicted = add_error(predicted, labels.energy[b], share, error);
       }
       for (int64_t a = 0; a < n; ++a) {
         by_energies[a] = static_cast<Scalar>(energy[static_cast<size_t>(geometry.structure[a])]);
@@ -65,14 +53,14 @@ void measure(const Network<Scalar>& network, const Geometry<Scalar>& geometry, c
       for (int64_t k = 0; k < 3 * update.num_atoms; ++k) {
         const int64_t at = 3 * update.atoms[k / 3] + k % 3;
         by_forces[at] += static_cast<Scalar>(
-            add(static_cast<double>(found.forces[at]), static_cast<double>(labels.forces[at]), share, error));
+            add_error(static_cast<double>(found.forces[at]), static_cast<double>(labels.forces[at]), share, error));
       }
     } else {
       for (int64_t k = 0; k < 9 * num_structures; ++k) {
         const double share =
             1 / (static_cast<double>(labels.num_atoms[k / 9]) * static_cast<double>(9 * num_structures));
         by_virials[k] = static_cast<Scalar>(
-            add(static_cast<double>(found.virials[k]), static_cast<double>(labels.virial[k]), share, error));
+            add_error(static_cast<double>(found.virials[k]), static_cast<double>(labels.virial[k]), share, error));
       }
     }
     errors[i] = error;

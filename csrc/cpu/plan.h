@@ -24,18 +24,6 @@ constexpr int64_t kRowsAtOnce = 32;  // of a block
 template <typename Scalar>
 constexpr int64_t kUnitsAtOnce = kRowsAtOnce / kWidth<Scalar>;
 
-/// Hands out memory from a start, or only counts if there is none.
-template <typename Scalar>
-struct Arena {
-  Scalar* start;
-  int64_t used = 0;
-  Scalar* take(int64_t size) {
-    Scalar* taken = start ? start + used : nullptr;
-    used += padded<Scalar>(size);
-    return taken;
-  }
-};
-
 /// The places, in the record of a unit, of what is saved of a net.
 struct Places {
   std::vector<int64_t> x, h, y_bar, z_bar;

@@ -139,22 +139,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predict(Tensors parameters, Tensors g
                                                    double last, Sizes sizes, std::vector<bool> timesteps,
                                                    int64_t num_structures, bool forces, bool virials) {
   const Tensor& like = geometry[kCoefficients];
-  const int64_t num_atoms = like.size(0);
-  Tensor energies = torch::stable::new_empty(like, {num_atoms});
-  Tensor force = torch::stable::new_empty(like, {forces ? num_atoms : 0, 3});
-  Tensor virial = torch::stable::new_empty(like, {forces && virials ? num_structures : 0, 3, 3});
+  const Outputs found(like, num_structures, forces, virials);
   return with_scalar(like, [&](auto zero) {
     using Scalar = decltype(zero);
     const NetworkCall<Scalar> call(parameters, geometry, normal, sel, last, sizes, timesteps, num_structures);
-    const auto& [device, frame, network] = call;
     check_structures(geometry, num_structures);
     const auto parallel = torch_threads();
-    Tensor saved = torch::stable::new_empty(like, {cpu::saved_size(network, frame, forces)});
-    cpu::predict(network, frame,
-                 {data_of<Scalar>(energies), forces ? data_of<Scalar>(force) : nullptr,
-                  forces && virials ? data_of<Scalar>(virial) : nullptr, data_of<Scalar>(saved)},
-                 cpu::Memory<Scalar>(cpu::scratch_size(network, frame, parallel.num_workers)).rest(), parallel);
-    return std::make_tuple(energies, force, virial, saved);
+    Tensor saved = torch::stable::new_empty(like, {cpu::saved_size(call.network, call.frame, forces)});
+    const cpu::Memory<Scalar> scratch(cpu::scratch_size(call.network, call.frame, parallel.num_workers));
+    cpu::predict(call.network, call.frame, found.pointers<Scalar>(saved), scratch.rest(), parallel);
+    return std::make_tuple(found.energies, found.forces, found.virials, saved);
   });
 }
 
@@ -168,22 +162,13 @@ Tensor gradients(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel
     const auto& [device, frame, network] = call;
     check_structures(geometry, num_structures);
     const auto parallel = torch_threads();
-    STD_TORCH_CHECK(by_forces.has_value() == by_virials.has_value(),
-                    "rlekf: factors of forces and virials should be given both, or none.");
+    const Factors<Scalar> factors = factors_of(call, by_energies, by_forces, by_virials);
     STD_TORCH_CHECK(saved.size(0) == cpu::saved_size(network, frame, by_forces.has_value()),
                     "rlekf: gradients should be given what predict saved with the same kinds of results.");
-    const int64_t n = frame.num_atoms;
-    const Scalar* energies = checked<Scalar>(by_energies, "factors of energies", {count, n}, device);
-    const Scalar* forces =
-        by_forces ? checked<Scalar>(*by_forces, "factors of forces", {count, n, 3}, device) : nullptr;
-    const Scalar* virials =
-        by_virials ? checked<Scalar>(*by_virials, "factors of virials", {count, num_structures, 3, 3}, device)
-                   : nullptr;
     Tensor result = torch::stable::new_empty(saved, {count, network.num_weights});
     for (int64_t i = 0; i < count; ++i) {
-      const Factors<Scalar> factors{energies + i * n, forces ? forces + 3 * i * n : nullptr,
-                                    virials ? virials + 9 * i * num_structures : nullptr};
-      cpu::gradients(network, frame, data_of<Scalar>(saved), factors, data_of<Scalar>(result) + i * network.num_weights,
+      cpu::gradients(network, frame, data_of<Scalar>(saved), factors_from(factors, call.frame, i),
+                     data_of<Scalar>(result) + i * network.num_weights,
                      cpu::Memory<Scalar>(cpu::scratch_size(network, frame, parallel.num_workers)).rest(), parallel);
     }
     return result;

@@ -21,42 +21,14 @@ __global__ void rlekf_store_pointers(const __grid_constant__ Pointers pointers, 
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) to[i] = pointers.at[i];
 }
 
-template <Phase kPhase, typename Scalar>
-void start(const NetworkTask<Scalar>& task, int64_t num_ctas, void* stream) {
-  rlekf_network<kPhase>
-      <<<static_cast<unsigned>(num_ctas), kThreads, 8 * kSharedNumbers, static_cast<cudaStream_t>(stream)>>>(task);
-}
-
 template <typename Scalar>
 auto launcher(const NetworkTask<Scalar>& task, void* stream) {
   return [&task, stream](Phase phase, int64_t num_ctas) {
     if (num_ctas == 0) return;
-    switch (phase) {
-      case Phase::kNodes:
-        start<Phase::kNodes>(task, num_ctas, stream);
-        break;
-      case Phase::kAtoms:
-        start<Phase::kAtoms>(task, num_ctas, stream);
-        break;
-      case Phase::kForces:
-        start<Phase::kForces>(task, num_ctas, stream);
-        break;
-      case Phase::kVirials:
-        start<Phase::kVirials>(task, num_ctas, stream);
-        break;
-      case Phase::kFactors:
-        start<Phase::kFactors>(task, num_ctas, stream);
-        break;
-      case Phase::kAtomsBack:
-        start<Phase::kAtomsBack>(task, num_ctas, stream);
-        break;
-      case Phase::kNodesBack:
-        start<Phase::kNodesBack>(task, num_ctas, stream);
-        break;
-      case Phase::kWeights:
-        start<Phase::kWeights>(task, num_ctas, stream);
-        break;
-    }
+    with_constant(phase, [&](auto constant) {
+      rlekf_network<decltype(constant)::value>
+          <<<static_cast<unsigned>(num_ctas), kThreads, 8 * kSharedNumbers, static_cast<cudaStream_t>(stream)>>>(task);
+    });
     check(cudaGetLastError(), "a launch of rlekf_network for " + std::to_string(task.frame.num_atoms) + " atoms and " +
                                   std::to_string(task.num_updates) + " updates");
   };
@@ -95,9 +67,7 @@ void predict(const Network<Scalar>& network, const Geometry<Scalar>& geometry, c
   NetworkTask<Scalar> task = task_of(network, geometry);
   place_saved(task, result.forces != nullptr, result.saved);
   place_scratch(task, 0, scratch);
-  task.energies = result.energies;
-  task.forces = result.forces;
-  task.virials = result.virials;
+  set_results(task, result);
   store_pointers(network, task, on.stream);
   predict_phases(task, launcher(task, on.stream));
 }
@@ -113,9 +83,7 @@ void gradients(const Network<Scalar>& network, const Geometry<Scalar>& geometry,
   place_scratch(task, num_updates, scratch);
   task.num_updates = static_cast<int>(num_updates);
   std::fill_n(task.updates, num_updates, UpdatePlan{Kind::kForce, along, nullptr, 0});
-  task.by_energies = const_cast<Scalar*>(factors.energies);
-  task.by_forces = const_cast<Scalar*>(factors.forces);
-  task.by_virials = const_cast<Scalar*>(factors.virials);
+  set_factors(task, factors);
   task.gradient = gradient;
   store_pointers(network, task, on.stream);
   gradient_phases(task, launcher(task, on.stream));
@@ -129,17 +97,13 @@ void measure(const Network<Scalar>& network, const Geometry<Scalar>& geometry, c
   NetworkTask<Scalar> task = task_of(network, geometry);
   place_saved(task, result.forces != nullptr, result.saved);
   place_scratch(task, num_updates, scratch);
-  task.energies = result.energies;
-  task.forces = result.forces;
-  task.virials = result.virials;
+  set_results(task, result);
   task.labels = labels;
   task.num_updates = static_cast<int>(num_updates);
   for (int64_t i = 0; i < num_updates; ++i) {
     task.updates[i] = {updates[i].kind, updates[i].kind != Kind::kEnergy, updates[i].atoms, updates[i].num_atoms};
   }
-  task.by_energies = const_cast<Scalar*>(factors.energies);
-  task.by_forces = const_cast<Scalar*>(factors.forces);
-  task.by_virials = const_cast<Scalar*>(factors.virials);
+  set_factors(task, factors);
   task.errors = errors;
   task.jacobians = jacobians;
   store_pointers(network, task, on.stream);

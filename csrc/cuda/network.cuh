@@ -453,13 +453,6 @@ RLEKF_DEVICE void sum_virials(const NetworkTask<Scalar>& task, int64_t structure
   }
 }
 
-/// Adds to the error a part |predicted - label| share. Returns its derivative by `predicted`, times -1.
-RLEKF_DEVICE double add_error(double predicted, double label, double share, double& error) {
-  const double difference = predicted - label;
-  error += (difference < 0 ? -difference : difference) * share;
-  return difference > 0 ? -share : difference < 0 ? share : difference;  // 0, or NaN
-}
-
 template <typename Scalar>
 RLEKF_DEVICE void find_factors(const NetworkTask<Scalar>& task, int64_t number) {
   const Geometry<Scalar>& frame = task.frame;

@@ -14,8 +14,10 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "../arena.h"
 #include "../network.h"
 #include "launch.h"
 
@@ -150,23 +152,6 @@ NetPlan plan_of(const std::vector<Net<Scalar>>& nets, int64_t first_pointer) {
   return plan;
 }
 
-/// Hands out memory from a start, or only counts if there is none; each piece begins at a multiple of 16 bytes.
-template <typename Scalar>
-class Pieces {
- public:
-  explicit Pieces(Scalar* start) : start_(start) {}
-  Scalar* take(int64_t size) {
-    Scalar* taken = start_ ? start_ + used_ : nullptr;
-    used_ += (size + 3) / 4 * 4;
-    return taken;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  Scalar* start_;
-  int64_t used_ = 0;
-};
-
 template <typename Scalar>
 NetworkTask<Scalar> task_of(const Network<Scalar>& network, const Geometry<Scalar>& geometry) {
   NetworkTask<Scalar> task{};
@@ -182,6 +167,21 @@ NetworkTask<Scalar> task_of(const Network<Scalar>& network, const Geometry<Scala
   task.edges_at_once = kEdgesAtOnce;
   task.one_sided = network.embeddings.size() == network.fittings.size();
   return task;
+}
+
+template <typename Scalar>
+void set_results(NetworkTask<Scalar>& task, const Prediction<Scalar>& result) {
+  task.energies = result.energies;
+  task.forces = result.forces;
+  task.virials = result.virials;
+}
+
+/// Of which the phases write those that find_factors() finds.
+template <typename Scalar>
+void set_factors(NetworkTask<Scalar>& task, const Factors<Scalar>& factors) {
+  task.by_energies = const_cast<Scalar*>(factors.energies);
+  task.by_forces = const_cast<Scalar*>(factors.forces);
+  task.by_virials = const_cast<Scalar*>(factors.virials);
 }
 
 /// All parameters, in the order of their pointers.
@@ -203,7 +203,7 @@ std::vector<const Scalar*> pointers_of(const Network<Scalar>& network) {
 /// What gradients() needs of predict(). Returns the size, in numbers of type Scalar.
 template <typename Scalar>
 int64_t place_saved(NetworkTask<Scalar>& task, bool forces, Scalar* memory) {
-  Pieces<Scalar> pieces(memory);
+  Arena<Scalar> pieces{memory};
   const int64_t n = task.frame.num_atoms, moments = 4 * n * task.num_values;
   task.nodes = pieces.take(task.num_rows() * task.embedding.passed_size);
   task.values = pieces.take(task.num_rows() * task.num_values);
@@ -211,19 +211,19 @@ int64_t place_saved(NetworkTask<Scalar>& task, bool forces, Scalar* memory) {
   task.moments = pieces.take(moments);
   task.back = pieces.take(forces ? n * task.fitting.bars_size : 0);
   task.by_moments = pieces.take(forces ? moments : 0);
-  return pieces.used();
+  return pieces.used;
 }
 
 /// Scratch memory of predict() with forces, and of gradients() for U updates, in doubles; contents do not matter.
 template <typename Scalar>
 int64_t place_scratch(NetworkTask<Scalar>& task, int64_t num_updates, double* memory) {
-  Pieces<double> doubles(memory);
+  Arena<double> doubles{memory};
   const int64_t n = task.frame.num_atoms, columns = 4 * n * task.num_columns(), moments = 4 * n * task.num_values;
   const int64_t num_pointers = int64_t{task.fitting.num_nets} * task.fitting.num_pointers + task.fitting.first_pointer;
   task.parameters = reinterpret_cast<const Scalar**>(doubles.take(num_pointers));
   task.virials_of_atoms = doubles.take(9 * n);
   Scalar* rest = reinterpret_cast<Scalar*>(doubles.take(0));
-  Pieces<Scalar> pieces(rest);
+  Arena<Scalar> pieces{rest};
   task.by_coefficients = pieces.take(columns);
   task.by_edges = pieces.take(3 * task.frame.num_edges);
   task.coefficients_dot = pieces.take(num_updates * columns);
@@ -231,11 +231,37 @@ int64_t place_scratch(NetworkTask<Scalar>& task, int64_t num_updates, double* me
   task.moments_bar = pieces.take(num_updates * moments);
   task.atoms_bar = pieces.take(num_updates * n * task.fitting.bar_size);
   task.nodes_bar = pieces.take(num_updates * task.num_rows() * task.embedding.bars_size);
-  return doubles.used() + (pieces.used() * static_cast<int64_t>(sizeof(Scalar)) + 7) / 8;
+  return doubles.used + (pieces.used * static_cast<int64_t>(sizeof(Scalar)) + 7) / 8;
 }
 
 /// The launches, in order.
 enum class Phase { kNodes, kAtoms, kForces, kVirials, kFactors, kAtomsBack, kNodesBack, kWeights };
+
+template <Phase kPhase>
+using PhaseConstant = std::integral_constant<Phase, kPhase>;
+
+/// function(PhaseConstant<phase>{}).
+template <typename Function>
+void with_constant(Phase phase, const Function& function) {
+  switch (phase) {
+    case Phase::kNodes:
+      return function(PhaseConstant<Phase::kNodes>{});
+    case Phase::kAtoms:
+      return function(PhaseConstant<Phase::kAtoms>{});
+    case Phase::kForces:
+      return function(PhaseConstant<Phase::kForces>{});
+    case Phase::kVirials:
+      return function(PhaseConstant<Phase::kVirials>{});
+    case Phase::kFactors:
+      return function(PhaseConstant<Phase::kFactors>{});
+    case Phase::kAtomsBack:
+      return function(PhaseConstant<Phase::kAtomsBack>{});
+    case Phase::kNodesBack:
+      return function(PhaseConstant<Phase::kNodesBack>{});
+    case Phase::kWeights:
+      return function(PhaseConstant<Phase::kWeights>{});
+  }
+}
 
 /// launch(phase, number of thread blocks) for the results, for the errors, and for the derivatives.
 template <typename Scalar, typename Launcher>

@@ -109,20 +109,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> predict(Tensors parameters, Tensors g
                                                    double last, Sizes sizes, std::vector<bool> timesteps,
                                                    int64_t num_structures, bool forces, bool virials) {
   const Tensor& like = geometry[kCoefficients];
-  const int64_t n = like.size(0);
-  Tensor energies = torch::stable::new_empty(like, {n});
-  Tensor force = torch::stable::new_empty(like, {forces ? n : 0, 3});
-  Tensor virial = torch::stable::new_empty(like, {forces && virials ? num_structures : 0, 3, 3});
+  const Outputs found(like, num_structures, forces, virials);
   return with_scalar(like, [&](auto zero) {
     using Scalar = decltype(zero);
     const NetworkCall<Scalar> call(parameters, geometry, normal, sel, last, sizes, timesteps, num_structures);
     Tensor saved = torch::stable::new_empty(like, {cuda::saved_size(call.network, call.frame, forces)});
     const Tensor memory = scratch(call, like, 0);
-    cuda::predict(call.network, call.frame,
-                  {data_of<Scalar>(energies), forces ? data_of<Scalar>(force) : nullptr,
-                   forces && virials ? data_of<Scalar>(virial) : nullptr, data_of<Scalar>(saved)},
-                  numbers(memory), stream_of(call));
-    return std::make_tuple(energies, force, virial, saved);
+    cuda::predict(call.network, call.frame, found.pointers<Scalar>(saved), numbers(memory), stream_of(call));
+    return std::make_tuple(found.energies, found.forces, found.virials, saved);
   });
 }
 
@@ -133,24 +127,17 @@ Tensor gradients(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel
     using Scalar = decltype(zero);
     const int64_t count = by_energies.size(0), num_structures = by_virials ? by_virials->size(1) : 0;
     const NetworkCall<Scalar> call(parameters, geometry, normal, sel, last, sizes, timesteps, num_structures);
-    STD_TORCH_CHECK(by_forces.has_value() == by_virials.has_value(),
-                    "rlekf: factors of forces and virials should be given both, or none.");
-    const int64_t n = call.frame.num_atoms, wanted = cuda::saved_size(call.network, call.frame, by_forces.has_value());
-    const Factors<Scalar> all{
-        checked<Scalar>(by_energies, "factors of energies", {count, n}, call.device),
-        by_forces ? checked<Scalar>(*by_forces, "factors of forces", {count, n, 3}, call.device) : nullptr,
-        by_virials ? checked<Scalar>(*by_virials, "factors of virials", {count, num_structures, 3, 3}, call.device)
-                   : nullptr};
+    const Factors<Scalar> factors = factors_of(call, by_energies, by_forces, by_virials);
+    const int64_t wanted = cuda::saved_size(call.network, call.frame, by_forces.has_value());
     const Scalar* kept =
         checked<Scalar>(saved, "what predict saved with the same kinds of results", {wanted}, call.device);
     Tensor result = torch::stable::new_empty(saved, {count, call.network.num_weights});
     const int64_t at_once = updates_at_once(call.frame);
     const Tensor memory = scratch(call, saved, std::min(at_once, count));
     for (int64_t i = 0; i < count; i += at_once) {
-      const Factors<Scalar> factors{all.energies + i * n, all.forces ? all.forces + 3 * i * n : nullptr,
-                                    all.virials ? all.virials + 9 * i * num_structures : nullptr};
-      cuda::gradients(call.network, call.frame, kept, factors, std::min(at_once, count - i),
-                      data_of<Scalar>(result) + i * call.network.num_weights, numbers(memory), stream_of(call));
+      cuda::gradients(call.network, call.frame, kept, factors_from(factors, call.frame, i),
+                      std::min(at_once, count - i), data_of<Scalar>(result) + i * call.network.num_weights,
+                      numbers(memory), stream_of(call));
     }
     return result;
   });

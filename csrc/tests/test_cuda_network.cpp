@@ -41,37 +41,16 @@ struct Device {
     place_saved(task, with_forces, saved.data());
     place_scratch(task, kUpdates, scratch.data());
     std::copy(pointers.begin(), pointers.end(), task.parameters);
-    task.energies = energies.data();
-    if (!with_forces) return;
-    task.forces = forces.data();
-    task.virials = virials.data();
+    set_results<Scalar>(task, {energies.data(), with_forces ? forces.data() : nullptr,
+                               with_forces ? virials.data() : nullptr, nullptr});
   }
 
   /// One thread block after another, from the last to the first: none may need another one of its launch.
   void operator()(Phase phase, int64_t num_ctas) {
     for (int64_t index = num_ctas - 1; index >= 0; --index) {
-      rlekf::cuda::Gpu::launch(1, kThreads, 8 * kSharedNumbers, seed, [&] { run(phase, index); });
-    }
-  }
-
-  void run(Phase phase, int64_t index) const {
-    switch (phase) {
-      case Phase::kNodes:
-        return run_phase<Phase::kNodes>(task, index);
-      case Phase::kAtoms:
-        return run_phase<Phase::kAtoms>(task, index);
-      case Phase::kForces:
-        return run_phase<Phase::kForces>(task, index);
-      case Phase::kVirials:
-        return run_phase<Phase::kVirials>(task, index);
-      case Phase::kFactors:
-        return run_phase<Phase::kFactors>(task, index);
-      case Phase::kAtomsBack:
-        return run_phase<Phase::kAtomsBack>(task, index);
-      case Phase::kNodesBack:
-        return run_phase<Phase::kNodesBack>(task, index);
-      case Phase::kWeights:
-        return run_phase<Phase::kWeights>(task, index);
+      rlekf::cuda::Gpu::launch(1, kThreads, 8 * kSharedNumbers, seed, [&] {
+        with_constant(phase, [&](auto constant) { run_phase<decltype(constant)::value>(task, index); });
+      });
     }
   }
 
@@ -88,9 +67,7 @@ struct Device {
     for (size_t i = 0; i < kinds.size(); ++i) {
       task.updates[i] = {kinds[i], with_forces && kinds[i] != Kind::kEnergy, nullptr, 0};
     }
-    task.by_energies = by_energies.data();
-    task.by_forces = by_forces.data();
-    task.by_virials = by_virials.data();
+    set_factors<Scalar>(task, {by_energies.data(), by_forces.data(), by_virials.data()});
   }
 };
 

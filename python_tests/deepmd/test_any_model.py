@@ -1,4 +1,4 @@
-"""Energy models of DeePMD-kit, most of which the networks here are not: each trains with RLEKF, and goes on."""
+"""Energy models of DeePMD-kit, most of which no network here can compute: each trains with RLEKF and restarts."""
 
 import shutil
 

@@ -42,7 +42,7 @@ def rlekf(folder, *words):
     return command(folder, sys.executable, "-m", "rlekf_ext", *words)
 
 
-def dp(folder, *words):
+def deepmd(folder, *words):
     return command(folder, sys.executable, "-m", "deepmd", *words)
 
 
@@ -60,7 +60,7 @@ def trained(folder, system, elements, rcut, steps=60):
     (folder / "input.json").write_text(json.dumps(config))
     rlekf(folder, "train", "input.json")
     rlekf(folder, "export", "model.ckpt.pt", "-o", "model.dp")
-    dp(folder, "convert-backend", "model.dp", "model.pth")
+    deepmd(folder, "convert-backend", "model.dp", "model.pth")
     return import_model(folder / "model.dp")
 
 
@@ -134,7 +134,7 @@ def test_dp_test_agrees_with_ours(tmp_path):
     trained(tmp_path, salt, ["Na", "Cl"], 4.5, 30)
     number = r"\s*:\s*([-+.\de]+)"
     ours = rlekf(tmp_path, "test", "-m", "model.ckpt.pt", "-s", "salt")
-    theirs = dp(tmp_path, "--pt", "test", "-m", "model.pth", "-s", "salt", "-n", "10000")
+    theirs = deepmd(tmp_path, "--pt", "test", "-m", "model.pth", "-s", "salt", "-n", "10000")
     print(ours, theirs)
     theirs = [errors_of(theirs, name + number)[-1] for name in (r"Energy RMSE/Natoms", r"Force\s+RMSE")]
     assert theirs == pytest.approx(rmse_of(ours), rel=2e-3)
@@ -145,32 +145,18 @@ def rmse_of(text):
     return [errors_of(text, pattern)[-1] / 1000 for pattern in (r"([-+.\de]+) meV/atom", r"([-+.\de]+) meV/Å")]
 
 
-def test_frozen_and_compressed_models_are_those_that_were_trained(tmp_path):
+def test_frozen_and_compressed_models_are_those_that_were_trained(dp):
     """Trained in dp with RLEKF, frozen, and compressed."""
     from deepmd.infer import DeepPot
 
-    salt = ROOT / "examples/nacl/gpaw_pbe_8"
-    net = {"seed": 1, "precision": "float64"}
-    descriptor = {"type": "se_e2_a", "sel": [60, 60], "rcut": 4.5, "rcut_smth": 0.5, "neuron": [4, 8], "axis_neuron": 3}
-    config = {
-        "model": {
-            "type_map": ["Na", "Cl"],
-            "descriptor": {**descriptor, **net},
-            "fitting_net": {"neuron": [8, 8], **net},
-        },
-        "learning_rate": {"type": "exp", "start_lr": 1e-3, "stop_lr": 1e-8},
-        "loss": {"type": "ener", "start_pref_e": 0.02, "limit_pref_e": 1, "start_pref_f": 1000, "limit_pref_f": 1},
-        "optimizer": {"type": "RLEKF", "block_size": 256},
-        "training": {"training_data": {"systems": [str(salt)], "batch_size": 1}, "numb_steps": 30, "seed": 1},
-    }
-    (tmp_path / "input.json").write_text(json.dumps(config))
-    dp(tmp_path, "--pt", "train", "input.json", "--skip-neighbor-stat")
-    dp(tmp_path, "--pt", "freeze", "-o", "frozen.pth")
-    dp(tmp_path, "--pt", "compress", "-i", "frozen.pth", "-o", "compressed.pth", "-t", "input.json")
+    salt = dp.salt
+    dp({"type": "RLEKF", "block_size": 256}, steps=30, system=salt)
+    deepmd(dp.folder, "--pt", "freeze", "-o", "frozen.pth")
+    deepmd(dp.folder, "--pt", "compress", "-i", "frozen.pth", "-o", "compressed.pth", "-t", "input.json")
     points, cells = np.load(salt / "set.000/coord.npy")[:5], np.load(salt / "set.000/box.npy")[:5]
     types = np.loadtxt(salt / "type.raw", dtype=int)
     found = [
-        DeepPot(str(tmp_path / name)).eval(points, cells, types, atomic=False)[:2]
+        DeepPot(str(dp.folder / name)).eval(points, cells, types, atomic=False)[:2]
         for name in ("model.ckpt-30.pt", "frozen.pth", "compressed.pth")
     ]
     for i, name, allowed in ((1, "frozen", 1e-10), (2, "compressed", 1e-5)):

@@ -107,7 +107,7 @@ def test_trains_and_restarts(dp, trainer, network):
     assert sum(errors[-10:]) < 0.3 * sum(errors[:10])
     assert "in torch.float64" in text
     before = checkpoint(dp, 220)["optimizer"]
-    # pt goes on from the step that it saved, which it does again, pt_expt from the next one.
+    # pt restarts with the step that it saved, and so repeats it; pt_expt restarts with the next one.
     last = 220 if trainer == "pt" else 221
     dp(asked, "--restart", "model.ckpt-220.pt", steps=last, neuron=[8, 16], trainer=trainer)
     after = checkpoint(dp, last)["optimizer"]

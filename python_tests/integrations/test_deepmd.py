@@ -128,9 +128,8 @@ def test_trains(dp):
     before = error()
     trainer.run()
     assert error() < 0.5 * before
-    assert (
-        trainer.optimizer.health()["num_updates"] == 25 * 8 * 2
-    )  # robust: four groups, energies after each, two frames
+    # robust: four groups, energies after each, two frames
+    assert trainer.optimizer.health()["num_updates"] == 25 * 8 * 2
     assert [tuple(t.shape) for t in trainer.shown] == [(2, 1), (2, 30, 3)]
 
 

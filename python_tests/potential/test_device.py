@@ -67,14 +67,19 @@ def test_a_step_does_not_wait_for_the_device(on_meta, monkeypatch, steps, precis
     assert all(p.device == META for p in optimize.result.parameters())
 
 
+def as_a_gpu_computes(monkeypatch):
+    """The network in torch operations, and no number on the host."""
+    monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda *_: False)
+    monkeypatch.setattr("rlekf_ext.updates._numbers_of", lambda _: lambda x: torch.as_tensor(x).double())
+
+
 @pytest.mark.parametrize("steps", [name for name in STEPS if name != "float32"])
 def test_the_steps_are_those_of_a_cpu(monkeypatch, steps):
-    """What a GPU computes, on the CPU: the network in torch operations, and no number on the host."""
+    """What a GPU computes, on the CPU."""
     ended = []
     for gpu in (False, True):
         if gpu:
-            monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda *_: False)
-            monkeypatch.setattr("rlekf_ext.updates._numbers_of", lambda _: lambda x: torch.as_tensor(x).double())
+            as_a_gpu_computes(monkeypatch)
         model = make_model(rcut=4.0)
         frames = [labelled(make_model(rcut=4.0), seed) for seed in range(4)]
         model.table = Table(max(largest_scalar(model.descriptor.architecture, frame) for frame in frames), 32)
@@ -118,8 +123,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.soak) for name in ("in one pass", "
 @pytest.mark.parametrize("steps", ["RLEKF", "a mean over the batch", *SLOW])
 def test_replayed_batches_are_those_that_are_launched(monkeypatch, steps):
     graphs, ended, all_errors = [], [], []
-    monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda *_: False)
-    monkeypatch.setattr("rlekf_ext.updates._numbers_of", lambda _: lambda x: torch.as_tensor(x).double())
+    as_a_gpu_computes(monkeypatch)
     monkeypatch.setattr("rlekf_ext.graphs.capture", lambda body, device: graphs.append(body) or traced(body))
     for replayed in (False, True):
         monkeypatch.setattr("rlekf_ext.updates._uses_graphs", lambda _, replayed=replayed: replayed)
@@ -144,8 +148,7 @@ def test_without_graphs_if_they_cannot_be_made(monkeypatch):
     def fails(body, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("rlekf_ext.potential.table.has_kernels", lambda *_: False)
-    monkeypatch.setattr("rlekf_ext.updates._numbers_of", lambda _: lambda x: torch.as_tensor(x).double())
+    as_a_gpu_computes(monkeypatch)
     monkeypatch.setattr("rlekf_ext.graphs.capture", fails)
     ended, said = [], []
     for graphs in (False, True):

@@ -109,10 +109,9 @@ def placed(
     )
     num_types, num_nodes = coefficients.shape[2:]
     count = len(records)
-    missing = num_edges - count
 
     def padded(of_edges: Tensor) -> Tensor:
-        return torch.cat([of_edges, of_edges.new_zeros(missing, *of_edges.shape[1:])])
+        return with_room(of_edges, num_edges)
 
     davg, dstd = normal
     scale = 1 / (dstd * sum(sel))
@@ -142,6 +141,11 @@ def placed(
         ratio=padded(records[:, 4:5]),
         slope=padded(records[:, 5:6]),
     )
+
+
+def with_room(of_edges: Tensor, num_edges: int) -> Tensor:
+    """Followed by zeros, so that it is of so many edges."""
+    return torch.cat([of_edges, of_edges.new_zeros(num_edges - len(of_edges), *of_edges.shape[1:])])
 
 
 @cache

@@ -33,7 +33,7 @@ from rlekf_ext.environment import moved
 from rlekf_ext.errors import DataError
 from rlekf_ext.ops import network_torch
 from rlekf_ext.ops.native import OPS, why_absent
-from rlekf_ext.ops.network_torch import STENCIL
+from rlekf_ext.ops.network_torch import STENCIL, with_room
 from rlekf_ext.options import KINDS
 from rlekf_ext.potential.architecture import DescriptorArchitecture
 from rlekf_ext.potential.descriptor import switched
@@ -140,10 +140,7 @@ class Parts(list[Tensor]):
 
     def on(self, device: torch.device, num_edges: int) -> Parts:
         """Moved, with edges that no atom has, so that there are `num_edges`."""
-        padded = list(self)
-        for i in OF_EDGES:
-            missing = num_edges - len(padded[i])
-            padded[i] = torch.cat([padded[i], padded[i].new_zeros(missing, *padded[i].shape[1:])])
+        padded = (with_room(part, num_edges) if i in OF_EDGES else part for i, part in enumerate(self))
         return Parts(moved(part, device) for part in padded)
 
 
@@ -168,13 +165,13 @@ class TabulatedFrame:
         self._parameters = list(model.parameters())
         self._ops: Any = OPS
         self._geometry: Any = geometry
-        num_layers = max(len(architecture.neuron), len(fitting.neuron) + 1)
-        if device.type != "cpu" or not has_kernels(device, num_layers):
+        kernels = has_kernels(device, max(len(architecture.neuron), len(fitting.neuron) + 1))
+        if not kernels or device.type != "cpu":
             # As many edges as a frame of these atoms has had so far: frames of a system have the same shapes.
             atoms, count = tuple(geometry[FIRST_ATOM].tolist()), len(geometry[EDGES])
             most = max(table.most_edges.get(atoms, 0), -(-count // EDGES_AT_ONCE) * EDGES_AT_ONCE)
             table.most_edges[atoms] = most
-            if has_kernels(device, num_layers):
+            if kernels:
                 self._geometry = geometry.on(device, most)
             else:
                 self._ops, normal = network_torch, [descriptor.davg, descriptor.dstd]
@@ -244,7 +241,7 @@ class TabulatedFrame:
 
 
 def has_kernels(device: torch.device, num_layers: int) -> bool:
-    """Whether the compiled ops compute there a network whose nets have at most so many layers."""
+    """Whether the compiled ops there can compute a network whose nets have at most this many layers."""
     if device.type == "cpu":
         return True
     return num_layers <= MOST_LAYERS and os.environ.get("RLEKF_NETWORK_KERNELS") != "0" and not why_absent(device.type)

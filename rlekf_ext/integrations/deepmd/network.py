@@ -1,4 +1,4 @@
-"""This package's network on its table in place of DeePMD-kit's, on the very memory of DeePMD-kit's parameters.
+"""This package's network on its table instead of DeePMD-kit's, on the very memory of DeePMD-kit's parameters.
 
 A model of DeePMD-kit that `rlekf import` reads has a twin here. Which parameter is which is found by numbering: every
 weight of DeePMD-kit's model becomes its own number for a moment, the model goes through a `.dp` file, and the twin's
@@ -46,7 +46,7 @@ class OwnNetwork:
         Raises DataError for structures that make no frame."""
         coordinates, types = inputs["coord"].detach().cpu().numpy(), inputs["atype"].cpu().numpy()
         boxes = None if inputs.get("box") is None else inputs["box"].detach().cpu().numpy()
-        architecture, frames = self.model.architecture.descriptor, []
+        architecture, num_types, frames = self.model.architecture.descriptor, len(self.model.type_map), []
         for b in range(len(types)):
             own: dict[str, Any] = {
                 "energy": None if labels.energy is None else labels.energy[b].cpu(),
@@ -55,7 +55,6 @@ class OwnNetwork:
             }
             box = None if boxes is None else boxes[b].reshape(3, 3)
             points = coordinates[b].reshape(-1, 3)
-            num_types = len(self.model.type_map)
             frames.append(
                 make_frame(points, box, types[b], architecture.rcut, num_types, dtype=self.model.dtype, **own)
             )
@@ -67,9 +66,9 @@ class OwnNetwork:
     def measured(self, frame: Frame) -> Callable[[Any], tuple[Tensor, Tensor]]:
         """What gives ε and H of updates of this frame, whose groups are of atoms that all structures have alike.
         Raises DataError for a frame that does not fit the network."""
-        on_table, first = self.model.prepared(frame), (len(frame.types) // len(frame.num_atoms))
+        on_table, count = self.model.prepared(frame), len(frame.num_atoms)
         assert on_table is not None  # for mypy: there is a table
-        starts = first * torch.arange(len(frame.num_atoms))[:, None]
+        starts = torch.arange(count)[:, None] * (len(frame.types) // count)
 
         def measure(updates: Sequence[tuple[str, Tensor | None]]) -> tuple[Tensor, Tensor]:
             own = [(kind, None if atoms is None else (starts.to(atoms) + atoms).flatten()) for kind, atoms in updates]
@@ -78,25 +77,18 @@ class OwnNetwork:
 
         return measure
 
-    @torch.no_grad()
     def predict(self, frame: Frame) -> dict[str, Tensor]:
         """Energies (B, 1) and forces (B, n, 3), on the table."""
-        on_table = self.model.prepared(frame)
-        assert on_table is not None  # for mypy: there is a table
-        (atomic, forces, _), _ = on_table.predict(True, False)
-        atomic = atomic.double() + self.model.energy_bias[on_table.types]
+        found = self.model(frame, create_graph=True)
+        assert found.forces is not None  # for mypy: asked for
         count = len(frame.num_atoms)
-        return {"energy": atomic.view(count, -1).sum(1, keepdim=True), "force": forces.view(count, -1, 3)}
+        return {"energy": found.energy.detach()[:, None], "force": found.forces.detach().view(count, -1, 3)}
 
     def check(self, frame: Frame, theirs: Any, say: Callable[[str], Any]) -> float:
         """The largest difference of the exact network here from what DeePMD-kit predicts for the same frame, in eV/atom
         and in eV/Å or, of larger forces, relative to the largest. Raises InputError beyond AGREEMENT. Refines the table
         if it is not exact enough."""
-        table, self.model.table = self.model.table, None
-        try:
-            ours = self.model(frame)
-        finally:
-            self.model.table = table
+        ours = self.model(frame, create_graph=False)
         num_atoms, largest = frame.num_atoms.to(ours.energy.device), 1 + float(theirs.forces.detach().abs().max())
         apart = [(ours.energy - theirs.energy) / num_atoms]
         apart.append((ours.forces.view(len(num_atoms), -1, 3).transpose(0, 1) - theirs.forces) / largest)

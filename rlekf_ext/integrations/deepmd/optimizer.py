@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rlekf_ext.integrations.deepmd.network import OwnNetwork
 
 NETWORKS = "auto", "dp"  # what makes ε and H: the network here if it can, or DeePMD-kit's
-CHECK_EVERY = 1000  # batches
+CHECK_EVERY = 1000  # frames
 
 log = logging.getLogger("deepmd.rlekf_ext")
 log.addFilter(lambda _: Processes(group()).rank == 0)
@@ -84,7 +84,7 @@ class DeepmdRLEKF(RLEKF):
         )
         self._said = ""
         self._network: OwnNetwork | None = None
-        self._batches = 0
+        self._frames = 0
         self.make_network: Callable[[], OwnNetwork] | None = None  # None: DeePMD-kit's network is used
         dense = sum(8 * size**2 for size in self.filter.plan.sizes)
         log.info("%r; dense in float64, as in LKF, P would take %.1f MB.", self, dense / 1e6)
@@ -99,15 +99,15 @@ class DeepmdRLEKF(RLEKF):
                 raise DataError("batches of structures of different sizes are for dp's network.")
             own = network.frame(inputs, frame)
             frame.measure = network.measured(own)
-            if self._batches % CHECK_EVERY == 0:
+            if self._frames % CHECK_EVERY == 0:
                 apart = network.check(own, frame.predict(), log.info)
-                if self._batches == 0:
+                if self._frames == 0:
                     log.info(
                         "RLEKF makes its updates with a network of its own on dp's weights, which is off dp's by "
                         '%.1e; dp evaluates and saves. "network": "dp" switches it off.',
                         apart,
                     )
-            self._batches += 1
+            self._frames += 1
             frame.shown = network.predict(own)
         except (RlekfError, ImportError) as error:
             self.make_network = frame.measure = None

@@ -33,6 +33,7 @@ from rlekf_ext.processes import Processes
 from rlekf_ext.schema import range_text, values
 from rlekf_ext.updates import PRIOR_FRAMES
 
+PT_NAMES = {"w": "matrix", "b": "bias"}  # of what pt_expt calls so
 KNOWN = ("3.2",)  # versions of DeePMD-kit that this was written for and is tested with: make test-deepmd
 
 
@@ -195,8 +196,7 @@ def _expt_trainer(training: Any) -> type:
                 raise ValueError("Optimizer type RLEKF keeps P whole on every process: leave out zero_stage.")
             adam = {"type": "Adam", "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.0}
             super().__init__({**config, "optimizer": adam}, *args, **kwargs)
-            loss = next(iter(self.losses.values()))
-            _check_loss(loss, training.EnergyLoss)
+            _check_loss(self.loss, training.EnergyLoss)
             self._batch: tuple[dict[str, Any], dict[str, Any]] = {}, {}
             # The rate is displayed, but multiplies no update: it falls in the group of a stand-in.
             for own in self.optimizer.param_groups:
@@ -261,9 +261,9 @@ def _expt_trainer(training: Any) -> type:
 
 
 def _pt_name(name: str) -> str:
-    """A parameter of pt_expt by its name in pt, where they say what they are."""
+    """A parameter of pt_expt by its name in pt, which says what it is."""
     stem, _, last = name.rpartition(".")
-    return f"{stem}.{ {'w': 'matrix', 'b': 'bias'}.get(last, last) }"
+    return f"{stem}.{PT_NAMES.get(last, last)}"
 
 
 # What each trainer's module must have, its Trainer, and the arguments of that.
