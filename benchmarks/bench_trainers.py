@@ -4,14 +4,16 @@ Runs in the environment of `make test-deepmd`, on a quiet machine, a quarter of 
 
     .venv-deepmd/bin/python benchmarks/bench_trainers.py --data DIR
 
-Copper (72 atoms, the paper's network) and water (192 atoms, r_c 6 Å, [25, 25, 25] / [50, 50, 50]), one frame per batch,
-N_b = 1024. RLEKF makes 8 updates per batch (4 of energies, 4 of forces), once with DeePMD-kit's own network and once
-with ours. Rows go to results/deepmd_trainers.csv: the median time of a batch, without the first three.
+Copper (72 atoms, the paper's network) and water (192 atoms, r_c 6 Å, [25, 25, 25] / [50, 50, 50]), N_b = 1024, one
+frame per batch, and four for Adam and RLEKF with our network. RLEKF makes 8 updates per frame (4 of energies, 4 of
+forces), with DeePMD-kit's own network and with ours. Rows go to results/deepmd_trainers.csv: the median time of a
+batch, without the first three.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -22,7 +24,7 @@ from bench_training import ROOT
 from rows import MACHINE, append, machine
 
 RESULTS = ROOT / "benchmarks/results/deepmd_trainers.csv"
-KEY = ("system", "trainer", "optimizer", "network")
+KEY = ("system", "trainer", "optimizer", "network", "frames")
 COLUMNS = (*KEY, "ms_batch", "batches", *MACHINE)
 SYSTEMS: dict[str, dict[str, Any]] = {
     "Cu": {"folder": "Cu/pwmlff_aimd_72", "type_map": ["Cu"], "sel": [100], "rcut": 6.0},
@@ -36,6 +38,7 @@ OPTIMIZERS: dict[tuple[str, str], dict[str, Any]] = {
     ("RLEKF", "dp"): {"type": "RLEKF", "block_size": 1024, "network": "dp"},
     ("RLEKF", "ours"): {"type": "RLEKF", "block_size": 1024},
 }
+WITH_FRAMES = {1: tuple(OPTIMIZERS), 4: (("Adam", "dp"), ("RLEKF", "ours"))}
 CLOCK = """
 import importlib, json, time
 importlib.import_module("{package}")
@@ -57,14 +60,14 @@ print("CLOCK", json.dumps([b - a for a, b in zip(started, started[1:])]))
 """
 
 
-def times(system: str, trainer: str, optimizer: dict[str, Any], batches: int, data: Path) -> list[float]:
+def times(system: str, trainer: str, optimizer: dict[str, Any], frames: int, batches: int, data: Path) -> list[float]:
     own = SYSTEMS[system]
     config = dp_input(
         own["type_map"],
         own["sel"],
         own["rcut"],
         optimizer,
-        training_data={"systems": [str(data / own["folder"])], "batch_size": 1},
+        training_data={"systems": [str(data / own["folder"])], "batch_size": frames},
         numb_steps=batches,
         disp_freq=10**6,
     )
@@ -82,6 +85,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the sets")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--threads", nargs="+", default=["1", "2"])
+    parser.add_argument("--frames", nargs="+", type=int, choices=list(WITH_FRAMES), default=list(WITH_FRAMES))
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument(
         "--only", default="", help="only optimizers whose name, or the name of their network, contains this"
@@ -89,19 +93,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     where = machine(given.output)
-    for threads in given.threads:
+    runs = itertools.product(given.threads, given.systems, given.frames, OPTIMIZERS, TRAINERS)
+    for threads, system, frames, name, trainer in runs:
+        if (name[0] == "LKF" and trainer != "pt") or name not in WITH_FRAMES[frames]:
+            continue
+        if given.only not in " ".join(name):
+            continue
         set_threads(threads)
-        for system in given.systems:
-            for name, optimizer in OPTIMIZERS.items():
-                for trainer in TRAINERS:
-                    if (name[0] == "LKF" and trainer != "pt") or given.only not in " ".join(name):
-                        continue
-                    batches = 10 if name[0] == "LKF" else given.batches
-                    found = times(system, trainer, optimizer, batches, given.data.resolve())[3:]
-                    row = dict(zip(KEY, (system, trainer, *name), strict=True))
-                    row |= {"ms_batch": f"{1e3 * median(found):.4g}", "batches": len(found)}
-                    append(given.output, COLUMNS, [{**row, **where, "threads": threads}])
-                    print(*row.values(), threads, sep="  ", flush=True)
+        batches = 10 if name[0] == "LKF" else given.batches
+        found = times(system, trainer, OPTIMIZERS[name], frames, batches, given.data.resolve())[3:]
+        row = dict(zip(KEY, (system, trainer, *name, frames), strict=True))
+        row |= {"ms_batch": f"{1e3 * median(found):.4g}", "batches": len(found)}
+        append(given.output, COLUMNS, [{**row, **where, "threads": threads}])
+        print(*row.values(), threads, sep="  ", flush=True)
 
 
 if __name__ == "__main__":

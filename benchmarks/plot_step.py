@@ -205,17 +205,19 @@ def against_lkf() -> str:
 
 
 def dp_trainers() -> str:
-    """Milliseconds per batch in both trainers of dp, by optimizer."""
-    key_of = ("system", "threads", "trainer", "optimizer", "network")
+    """Milliseconds per frame in both trainers of dp, by optimizer and frames per batch."""
+    key_of = ("system", "threads", "trainer", "optimizer", "network", "frames")
     found = {tuple(r[name] for name in key_of): r for r in read("deepmd_trainers.csv")}
     columns = sorted(dict.fromkeys(key[:3] for key in found), key=lambda c: (c[0] != "Cu", c[1], c[2]))
-    kinds = dict.fromkeys(key[3:] for key in found)
-    header = ["ms per batch", *(f"{s}, {t} thread{'s' * (t != '1')}, `{trainer}`" for s, t, trainer in columns)]
+    kinds = sorted(dict.fromkeys(key[3:] for key in found), key=lambda kind: int(kind[2]))
+    header = ["ms per frame", *(f"{s}, {t} thread{'s' * (t != '1')}, `{trainer}`" for s, t, trainer in columns)]
     rows = []
-    for optimizer, network in kinds:
-        which = {"dp": ", network of dp", "ours": ", network of rlekf_ext"}[network] if optimizer == "RLEKF" else ""
-        cells = (found.get((*column, optimizer, network)) for column in columns)
-        rows.append([f"type {optimizer}{which}", *(short(float(r["ms_batch"])) if r else "–" for r in cells)])
+    for optimizer, network, frames in kinds:
+        label = f"type {optimizer}"
+        label += {"dp": ", network of dp", "ours": ", network of rlekf_ext"}[network] if optimizer == "RLEKF" else ""
+        label += f", {frames} frames per batch" if frames != "1" else ""
+        cells = (found.get((*column, optimizer, network, frames)) for column in columns)
+        rows.append([label, *(short(float(r["ms_batch"]) / int(frames)) if r else "–" for r in cells)])
     return table(header, rows)
 
 
