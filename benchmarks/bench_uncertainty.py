@@ -37,7 +37,7 @@ from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.plot import plot_uncertainty
 from rlekf_ext.potential.train import train
-from rlekf_ext.potential.uncertainty import Uncertainty, filter_of, measured, spearman, uncertainty
+from rlekf_ext.potential.uncertainty import Uncertainty, filter_of, jacobian_of, spearman, uncertainty
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/uncertainty.csv"
@@ -154,10 +154,9 @@ class Predictors(NamedTuple):
 def predictors(optimizer: RLEKF, model: DeepPotential, test: list[Frame]) -> Predictors:
     identity, size = [], []
     for frame in test:
-        _, forces, jacobian = measured(optimizer, model, frame)
-        squares = jacobian.square().sum(1)
+        squares = jacobian_of(optimizer, model, frame).square().sum(1)
         identity.append((float(squares[0]), float(squares[1:].mean())))
-        size.append(float(forces.square().mean()))
+        size.append(float(model(frame, create_graph=False).forces.square().mean()))
     components = np.array([3 * len(frame.types) for frame in test])
     return Predictors(uncertainty(optimizer, model, test), np.array(identity), np.array(size), components)
 

@@ -132,7 +132,9 @@ def test_a_model_to_deepmd_and_back(in_trained, capsys):
     )
     assert main(["import", "out/trained.dp", "-o", "back/model.pt"]) == 0
     said = capsys.readouterr().out
-    assert re.fullmatch(r"wrote back/model.pt: \d+ weights for Na, Cl; no training state, so no --restart\n", said)
+    assert re.fullmatch(
+        r"wrote back/model.pt: \d+ weights for Na, Cl; no P, so --init-model starts a fresh one\n", said
+    )
     results = []
     for model in ("model.ckpt.pt", "back/model.pt"):
         assert main(["test", "-m", model, "-s", "data"]) == 0

@@ -17,6 +17,7 @@ import plot_study
 import pytest
 import torch.distributed as dist
 import torch.distributed.nn  # before a group is made: docs/scaling.md
+from ase.build import bulk
 from helpers import NACL, RCUT, make_model, write_data
 from rows import PLACE
 from torch.distributed.run import parse_args
@@ -155,6 +156,7 @@ NOT_COMMANDS = {
 READER_HAS = {
     ("docs/updates.md", 4): {"model", "frames"},
     ("docs/reliability.md", 1): {"optimizer"},
+    ("docs/online.md", 1): {"atoms"},
     ("docs/scaling.md", 1): {"model", "group"},
     ("docs/uncertainty.md", 1): {"optimizer", "jacobian"},
 }
@@ -214,13 +216,14 @@ def test_blocks_are_recognised(tmp_path):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """What a reader may have: a model of energies and forces, frames, an optimizer, H, a process group, and the
-    checkpoint of a network that is trained."""
+    """What a reader may have: a model of energies and forces, frames, an optimizer, H, a process group, atoms of ASE,
+    and the checkpoint of a network that is trained."""
     monkeypatch.chdir(tmp_path)
     systems = load_systems([write_data(tmp_path / "data", count=2)], ("Na", "Cl"))
     labelled = frames(systems, RCUT, 2, torch.float64)
     model = make_model(("Na", "Cl"), rcut=RCUT, frames=labelled)
-    save_checkpoint(tmp_path / "model.ckpt.pt", model)
+    trained = {"filter": RLEKF(model.named_parameters(), transpose=True).state_dict()}
+    save_checkpoint(tmp_path / "model.ckpt.pt", model, optimizer=trained)
     optimizer = RLEKF(model.parameters())
     jacobian = torch.ones(optimizer.filter.plan.num_weights)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -230,6 +233,7 @@ def reader(tmp_path, monkeypatch):
         "optimizer": optimizer,
         "jacobian": jacobian,
         "group": dist.group.WORLD,
+        "atoms": bulk("NaCl", "rocksalt", 5.6, cubic=True),
     }
     dist.destroy_process_group()
 

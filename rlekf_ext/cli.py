@@ -1,4 +1,4 @@
-"""The command `rlekf`: train | test | plot | export | import | info.
+"""The command `rlekf`: train | test | select | plot | export | import | info.
 
 Exit code 2: the input was wrong, and the message says where. A bug in this package shows its traceback.
 """
@@ -9,8 +9,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from rlekf_ext import _C
@@ -33,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     train = commands.add_parser("train", help="train from an input.json of DeePMD-kit")
     train.add_argument("input", help="the input file, as for `dp --pt train`")
-    train.add_argument("--restart", action="store_true", help="continue from the checkpoint of the same input file")
+    begin = train.add_mutually_exclusive_group()
+    begin.add_argument("--restart", action="store_true", help="continue from the checkpoint of the same input file")
+    begin.add_argument("--init-model", metavar="CHECKPOINT", help="begin with the model of an earlier run, and its P")
     train.add_argument("--threads", type=int, metavar="N", help="threads to train on (as many as there is work for)")
     train.add_argument("--device", metavar="cpu|cuda|cuda:N", help="what to train on (a GPU if there is one)")
     train.set_defaults(run=run_train)
@@ -62,6 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "relative: it ranks frames but is not an error bar. Writes PREFIX.uncertainty.out, PREFIX.uncertainty.png",
     )
     test.set_defaults(run=run_test)
+
+    select = commands.add_parser("select", help="choose the next frames to label from a pool")
+    select.add_argument("-m", "--model", default="model.ckpt.pt", help="checkpoint of `rlekf train` (%(default)s)")
+    select.add_argument(
+        "-s",
+        "--system",
+        required=True,
+        nargs="+",
+        action="extend",
+        help="the pool: folders or files, as in training_data/systems; labels are not needed",
+    )
+    select.add_argument("-n", "--number", type=int, default=50, help="how many frames (%(default)s)")
+    select.add_argument("-o", "--output", default="chosen", help="new folder for deepmd/npy and tables (%(default)s)")
+    select.set_defaults(run=run_select)
 
     plot = commands.add_parser("plot", help="draw lcurve.out")
     plot.add_argument("curve", nargs="?", default="lcurve.out", help="file to draw (%(default)s)")
@@ -106,6 +124,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     chooses = threads is None and not any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
     most = min(usable_cores(), torch.get_num_threads()) if chooses else None  # torch's number has no hyperthreads
     config, device = read_input(arguments.input), find_device(arguments.device)
+    if arguments.init_model:
+        config = replace(config, training=replace(config.training, init_model=arguments.init_model))
     if gpu := device.type == "cuda":
         torch.cuda.set_device(device)
     with torch_threads(1 if chooses else threads), torchrun_group(gpu) as group:
@@ -149,6 +169,34 @@ def run_test(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_select(arguments: argparse.Namespace) -> int:
+    from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
+    from rlekf_ext.potential.load import load_systems
+    from rlekf_ext.potential.select import check_empty, select
+
+    if arguments.number < 1:
+        raise OptionError(f"--number must be >= 1 but is: {arguments.number}.")
+    output = Path(arguments.output)
+    check_empty(output)
+    checkpoint = load_checkpoint(arguments.model)
+    model = restored_model(checkpoint)
+    systems = load_systems(arguments.system, model.type_map, labelled=False)
+    found = select(checkpoint, model, systems, arguments.number)
+    if found.left_out:
+        print(f"left out     {counted(len(found.left_out), 'frame')}; the first: {found.left_out[0]}")
+    print(f"chosen       {len(found.chosen)} of {counted(len(found.deviations), 'frame')}")
+    for kind, column, unit in (("energy", 0, "meV/atom"), ("force", 1, "meV/Å")):
+        pool, first, last = (
+            1e3 * x[column] for x in (np.nanmedian(found.deviations, 0), found.when_chosen[0], found.when_chosen[-1])
+        )
+        print(f"{kind:<13}predicted deviation, median {pool:.3g}; first choice {first:.3g}, last {last:.3g} {unit}")
+    table = found.save(output, model.type_map)
+    from rlekf_ext.potential.plot import plot_selection
+
+    print(f"wrote        {output}, {table}, {plot_selection(found, output / 'deviations.png')}")
+    return 0
+
+
 def run_plot(arguments: argparse.Namespace) -> int:
     from rlekf_ext.potential.plot import plot_lcurve
 
@@ -174,7 +222,7 @@ def run_import(arguments: argparse.Namespace) -> int:
     check_writable(output)
     save_checkpoint(output, model)
     number = sum(parameter.numel() for parameter in model.parameters())
-    print(f"wrote {output}: {number} weights for {', '.join(model.type_map)}; no training state, so no --restart")
+    print(f"wrote {output}: {number} weights for {', '.join(model.type_map)}; no P, so --init-model starts a fresh one")
     return 0
 
 

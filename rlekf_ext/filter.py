@@ -220,6 +220,15 @@ class KalmanFilter:
         own = slice(here.own_tiles.start, here.own_tiles.stop)
         self.covariance = replace(new, tiles=new.tiles[own].clone(), first_tile=own.start) if self._share else new
 
+    def inherit(self, saved: dict[str, Any]) -> None:
+        """P and λ of a saved filter of the same weights, whatever its blocks and storage, for other measurements: the
+        options stay this filter's own, and counts start anew. Raises ValueError for another number of weights."""
+        try:
+            self.load_state_dict(saved)
+        except ValueError:
+            self.take_over(Covariance.from_state_dict(saved))
+        self.covariance.set(**self._constants(), **dict.fromkeys(self.health(), 0.0))
+
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Copy a saved covariance into this filter's, with "auto" its dtype too. Raises ValueError as that does."""
         before, recent = self.covariance, saved.get("recent", self._recent)

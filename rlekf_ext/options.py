@@ -20,6 +20,7 @@ from rlekf_ext.schema import option, range_text, read, values
 KINDS = ("energy", "force", "virial")
 BATCHES = ("mean", "sum", "joint")
 PRIORS = ("identity", "layers")
+COVARIANCES = ("keep", "inflate", "fresh")
 PRESETS: dict[str, dict[str, Any]] = {
     # Hu et al. 2023: x = 6, y = 4, λ_1 = 0.98, energy first.
     "paper": {},
@@ -141,6 +142,13 @@ class UpdateOptions:
     warm_start: bool = option(
         False, "Whether, before training, the energy bias is fitted again, to the residuals of the untrained network."
     )
+    covariance: str = option(
+        "keep",
+        "P in a run that begins with the model of an earlier one (`--init-model`): `keep` that run's P, `inflate` it "
+        "by `inflation`, so that the new data count for more, or start with a `fresh` one.",
+        choices=COVARIANCES,
+    )
+    inflation: float = option(3.0, "What `inflate` multiplies P by.", above=0)
     average_frames: int = option(
         1, "The weights that are evaluated and saved are a running mean over about this many batches.", low=1
     )

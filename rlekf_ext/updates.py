@@ -25,7 +25,7 @@ from rlekf_ext.environment import moved
 from rlekf_ext.errors import DataError, OptionError, StoppedError
 from rlekf_ext.graphs import CaptureError, Graphs
 from rlekf_ext.optim import RLEKF
-from rlekf_ext.options import PRESETS, OptimizerOptions, Options, part, resolve, takes
+from rlekf_ext.options import KINDS, PRESETS, OptimizerOptions, Options, part, resolve, takes
 from rlekf_ext.processes import Processes
 
 EMA_DECAY = 0.95
@@ -108,13 +108,14 @@ class FrameUpdater:
         """The model to evaluate and save; with `average_frames` above 1, the running mean of the weights."""
         return self._average.module if self._average else self.model
 
-    def warm_start(self, frames: Iterable[Any]) -> None:
+    def warm_start(self, frames: Iterable[Any], *, trained: bool = False) -> None:
         """What the options ask for before training: `warm_start` fits the model's energy bias to the energy residuals
         of its untrained network on these frames, by model.fit_energy_bias(frames, with_network=True); `prior` gives
-        each layer its variance in P, from the gradients of the energies of some of them. Every process of a group must
-        call it. Raises OptionError for a model without fit_energy_bias or parameters without names."""
+        each layer its variance in P, from the gradients of the energies of some of them. A `trained` model keeps its
+        energy bias. Every process of a group must call it. Raises OptionError for a model without fit_energy_bias or
+        parameters without names."""
         frames = frames if isinstance(frames, Sequence) else list(frames)
-        if self.options.warm_start:
+        if self.options.warm_start and not trained:
             if not hasattr(self.model, "fit_energy_bias"):
                 raise OptionError(
                     "warm_start needs a model with a method fit_energy_bias(frames, with_network=True), which this one "
@@ -129,6 +130,17 @@ class FrameUpdater:
                     squares[i] += 0 if gradient is None else gradient.double().square().sum()
             self.optimizer.start_by_layers(self._processes.sum(squares))
         self._started = True
+
+    def inherit(self, optimizer: dict[str, Any], updater: dict[str, Any]) -> None:
+        """Instead of `warm_start`, for other data and a model with the weights of an earlier run: P and λ of that run,
+        from what its RLEKF and its FrameUpdater have saved; P is inflated if the option `covariance` says so. Running
+        means of errors start anew, and other options are those of this run. Raises ValueError for other weights."""
+        self.optimizer.filter.inherit(optimizer["state"][0])
+        p = self.optimizer.filter.covariance
+        if self.options.covariance == "inflate":
+            p.set(scale=p.scale * self.options.inflation)
+        self._load_average(updater["average"])
+        self._early, self._started = self._number(updater["early"]), True
 
     def __call__(self, batch: Any, factors: Mapping[str, float] | None = None) -> list[tuple[str, Tensor]]:
         """Update on one batch: a frame, or a list of frames, empty for a process without any. A frame may hold several
@@ -239,23 +251,30 @@ class FrameUpdater:
             "variances": {kind: torch.as_tensor(v, dtype=torch.float64) for kind, v in self._variances.items()},
             "unbalanced": self._unbalanced,
             "average": self._average.state_dict() if self._average else None,
+            # For those who read P: what H of each kind was multiplied by at the end.
+            "scales": {kind: torch.as_tensor(self._scale(kind), dtype=torch.float64) for kind in KINDS},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Continue exactly where the saved updater was."""
         self._generator.set_state(saved["generator"].cpu())
         self._graphs = self._graphs and Graphs()  # the old ones have the numbers of before in their places
-        first = self.optimizer.parameters()[0]
-        here = float if first.is_cpu else (lambda saved: saved.to(first.device))
-        self._means = {kind: here(mean) for kind, mean in saved["means"].items()}
-        self._variances = {kind: here(variance) for kind, variance in saved.get("variances", {}).items()}
-        self._early, self._unguarded, self._started = here(saved["early"]), saved["unguarded"], True
+        self._means = {kind: self._number(mean) for kind, mean in saved["means"].items()}
+        self._variances = {kind: self._number(variance) for kind, variance in saved.get("variances", {}).items()}
+        self._early, self._unguarded, self._started = self._number(saved["early"]), saved["unguarded"], True
         self._unbalanced = saved.get("unbalanced", 0)
-        if self._average:
-            if saved["average"]:
-                self._average.load_state_dict(saved["average"])
-            else:  # the saved run had no mean: it starts from the current weights
-                self._average.module.load_state_dict(self.model.state_dict())  # type: ignore[attr-defined]
+        self._load_average(saved["average"])
+
+    def _number(self, saved: Tensor) -> float | Tensor:
+        """A saved number, as it is kept here: a tensor only where a float would have to be waited for."""
+        device = self.optimizer.parameters()[0].device
+        return float(saved) if device.type == "cpu" else saved.to(device)
+
+    def _load_average(self, saved: dict[str, Any] | None) -> None:
+        if self._average and saved:
+            self._average.load_state_dict(saved)
+        elif self._average:  # the saved run had no mean: it starts from the current weights
+            self._average.module.load_state_dict(self.model.state_dict())  # type: ignore[attr-defined]
 
     def _passes(self, whole: Whole) -> list[list[tuple[str, int]]]:
         """The updates of a batch as (kind, force group), in passes: those of one pass are taken at the same weights."""
@@ -340,6 +359,12 @@ class FrameUpdater:
         if options.batch == "sum":
             return scale * whole.num_structures, scale * math.sqrt(whole.num_structures)
         return scale, scale
+
+    def _scale(self, kind: str) -> float | Tensor:
+        """The scale of a kind of update by options and its mean error alone."""
+        scale = getattr(self.options, f"{kind}_scale")
+        mean = self._means.get(kind) if self.options.adaptive_scale else None
+        return scale if mean is None else scale / _where(mean < LEAST_ERROR, LEAST_ERROR, mean)
 
     def _see_variance(self, kind: str, jacobian: Tensor) -> None:
         """Take HᵀPH of a measurement into the running geometric mean of its kind; H (N,) as scaled without balance."""

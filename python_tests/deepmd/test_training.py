@@ -118,6 +118,25 @@ def test_trains_and_restarts(dp, trainer, network):
     assert not torch.equal(before["updater"]["generator"], after["updater"]["generator"])
 
 
+@pytest.mark.parametrize("trainer", ["pt", "pt-expt"])
+@pytest.mark.parametrize("earlier", ["RLEKF", "LKF", "Adam"])
+def test_begins_with_an_earlier_model_and_its_p(dp, tmp_path, trainer, earlier):
+    """--init-model: λ goes on, P is inflated and in other blocks; without an earlier P it starts anew."""
+    if (trainer, earlier) == ("pt-expt", "LKF"):
+        pytest.skip("pt_expt has no LKF")
+    first = {"type": earlier, **{"RLEKF": {"block_size": 256}, "LKF": {"kf_blocksize": 256}, "Adam": {}}[earlier]}
+    dp(first, steps=3, system=dp.salt, trainer=trainer)
+    shutil.copy(dp.folder / "model.ckpt-3.pt", dp.folder / "old.pt")
+    asked = {"type": "RLEKF", "block_size": 300, "covariance": "inflate", "inflation": 2.0}
+    text = dp(asked, "--init-model", "old.pt", steps=1, system=dp.salt, trainer=trainer)
+    assert ("begins with the P of the initial model times 2" in text) == (earlier != "Adam")
+    state = checkpoint(dp, 1)["optimizer"]["state"][0]["state"]
+    updates = {"RLEKF": 4 * 8, "LKF": 3 * 5, "Adam": 8}[earlier] + (8 if earlier == "LKF" else 0)
+    start = {"RLEKF": 0.002, "LKF": 0.02, "Adam": 0.002}[earlier]
+    assert float(state[STATE["forgetting"]]) == pytest.approx(start * 0.9987**updates, rel=1e-6)
+    assert int(state[STATE["num_updates"]]) == 8
+
+
 @pytest.mark.parametrize(("trainer", "batch"), [("pt", "joint"), ("pt-expt", "mean")])
 def test_both_networks_make_the_same_updates(dp, tmp_path, trainer, batch):
     """As far as the table is exact: two batches of the same two frames, which pt_expt draws in any order."""

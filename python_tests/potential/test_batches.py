@@ -81,6 +81,7 @@ def test_batches_go_on_from_the_middle_of_an_epoch(how):
     [
         ({"auto_prob": "prob_uniform"}, 0.5),
         ({"auto_prob": "prob_sys_size;0:1:0.9;1:2:0.1"}, 0.9),
+        ({"auto_prob": "prob_sys_size; 0:1:0.9; 1:2:0.1"}, 0.9),  # as DP-GEN writes it
         ({"auto_prob": "prob_sys_size;0:2:1"}, 5 / 12),
         ({"auto_prob": "prob_sys_size;1:2:3"}, 0.0),
         ({"sys_probs": (0.2, 0.8)}, 0.2),

@@ -16,7 +16,7 @@ from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import make_frame
 from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.uncertainty import DRAWS, Uncertainty, filter_of, measured, spearman, uncertainty
+from rlekf_ext.potential.uncertainty import DRAWS, Uncertainty, filter_of, jacobian_of, spearman, uncertainty
 
 RCUT = 4.0
 
@@ -137,7 +137,7 @@ def test_the_variance_is_that_of_the_filter_that_trained(tmp_path, options):
     before, checkpoint = file.read_bytes(), load_checkpoint(file)
     model = restored_model(checkpoint)
     optimizer = filter_of(checkpoint, model)
-    _, _, jacobian = measured(optimizer, model, labelled(0))
+    jacobian = jacobian_of(optimizer, model, labelled(0))
     assert jacobian.shape == (1 + DRAWS, sum(p.numel() for p in model.parameters()))
     torch.testing.assert_close(optimizer.variance(jacobian), steps.optimizer.variance(jacobian), rtol=1e-12, atol=0)
     assert file.read_bytes() == before  # P is used where it lies in the file, which stays as it is

@@ -73,7 +73,7 @@ def split(systems: Iterable[System], fraction: float = 0.8) -> tuple[list[System
 
 def frames(systems: Iterable[System], cutoff: float, num_types: int, dtype: torch.dtype = torch.float64) -> list[Frame]:
     """Every frame with its neighbours within `cutoff` (Å) and its labels; DataError for atoms that nearly coincide."""
-    return [_frame(system, i, cutoff, num_types, dtype) for system in systems for i in range(len(system))]
+    return [frame_of(system, i, cutoff, num_types, dtype) for system in systems for i in range(len(system))]
 
 
 def auto_sel(frames: Iterable[Frame], factor: float = 1.1) -> tuple[int, ...]:
@@ -108,7 +108,8 @@ def check_neighbors(systems: Sequence[System], frames: Sequence[Frame]) -> str:
     return ""
 
 
-def _frame(system: System, i: int, cutoff: float, num_types: int, dtype: torch.dtype) -> Frame:
+def frame_of(system: System, i: int, cutoff: float, num_types: int, dtype: torch.dtype = torch.float64) -> Frame:
+    """Frame i of a system, as `frames` makes it."""
     name = system.frame_name(i)
     own = {label: getattr(system, label) for label in ("boxes", *LABELS)}
     box, energy, forces, virial = (None if array is None else array[i] for array in own.values())

@@ -19,6 +19,8 @@ from rlekf_ext.errors import DataError
 from rlekf_ext.potential.architecture import DescriptorArchitecture
 from rlekf_ext.potential.neighbors import Frame
 
+WITHOUT_ATOMS = 0.1  # dstd of an element without atoms
+
 
 class Layer(nn.Module):
     """One layer: tanh(x W + b), times idt if there is one, plus its shortcut; the output layer is x W + b.
@@ -163,9 +165,14 @@ class SeE2A(nn.Module):
         self._latest: tuple[Frame, tuple[int, ...], Environment] | None = None
         self._on_cpu: tuple[tuple[int, ...], list[Tensor]] | None = None
 
+    def without_statistics(self) -> list[int]:
+        """The elements of which no frame of `fit_statistics` had atoms."""
+        return ((self.dstd == WITHOUT_ATOMS).all(1) & (self.davg == 0).all(1)).nonzero().flatten().tolist()
+
     @torch.no_grad()
-    def fit_statistics(self, frames: Iterable[Frame]) -> None:
-        """Set davg and dstd from the environment matrices of the frames (DeePMD-kit's `EnvMatStatSe`).
+    def fit_statistics(self, frames: Iterable[Frame], elements: Sequence[int] | None = None) -> None:
+        """Set davg and dstd from the environment matrices of the frames (DeePMD-kit's `EnvMatStatSe`), of some elements
+        or of all.
 
         Over all sel slots of all atoms of a centre element, empty slots being zeros: mean and standard deviation of the
         radial column; mean 0 and one standard deviation for the three angular columns together. Standard deviations
@@ -187,9 +194,10 @@ class SeE2A(nn.Module):
         others = squares / (3 * number) - (angular / (3 * number)) ** 2
         variance = torch.stack([radial, others, others, others])
         std = variance.clamp(min=0).sqrt().clamp(min=1e-2)
-        self.dstd.copy_(torch.where(atoms > 0, std, 0.1).T)
-        self.davg.zero_()
-        self.davg[:, 0] = mean
+        some = list(range(self.num_types) if elements is None else elements)
+        self.dstd[some] = torch.where(atoms > 0, std, WITHOUT_ATOMS).T[some].to(self.dstd)
+        self.davg[some] = 0
+        self.davg[some, 0] = mean[some].to(self.davg)
 
     def forward(self, frame: Frame) -> Tensor:
         """Return the descriptors (n, neuron[-1] * axis_neuron). Raises DataError if the frame does not fit."""

@@ -144,7 +144,7 @@ class TrainingData:
     auto_prob: str = option(
         "prob_sys_size",
         "How often each system is drawn. `prob_sys_size`: every frame once per epoch.",
-        pattern=r"prob_uniform|prob_sys_size(;\d+:\d+:\d+(\.\d*)?(e-?\d+)?)*",
+        pattern=r"prob_uniform|prob_sys_size(; *\d+:\d+:\d+(\.\d*)?(e-?\d+)? *)*",
         form='"prob_uniform", "prob_sys_size" or "prob_sys_size;FIRST:END:WEIGHT;..."',
         also=("auto_prob_style",),
     )
@@ -180,6 +180,9 @@ class Training:
     )
     num_epochs: float | None = option(
         None, "Length in epochs.", above=0, also=("numb_epoch", "num_epoch", "numb_epochs")
+    )
+    init_model: str | None = option(
+        None, "A checkpoint of `rlekf train` to [begin with](online.md): weights, statistics and P; not a key of dp's."
     )
     seed: int | None = option(None, "Of the order of frames and of the atoms in force groups.")
     disp_file: str = option("lcurve.out", "The learning curve; a summary goes to the same name with `.json`.")
@@ -254,8 +257,8 @@ class Config:
 def read_input(source: str | Path | dict[str, Any]) -> Config:
     """Read an input file, or a dict of the same form.
 
-    Paths in `systems` that are not found from the current directory, DeePMD-kit's rule, are looked for from the folder
-    of the file. Raises InputError.
+    Paths in `systems`, and `init_model`, that are not found from the current directory, DeePMD-kit's rule, are looked
+    for from the folder of the file. Raises InputError.
     """
     if isinstance(source, dict):
         return _read_config(source, Path())
@@ -282,6 +285,8 @@ def _read_config(given: dict[str, Any], folder: Path) -> Config:
     config: Config = read(Config, given, other=_other_key)
     training = config.training
     training = replace(training, training_data=_found(training.training_data, folder))
+    if training.init_model and not os.path.exists(training.init_model) and (folder / training.init_model).exists():
+        training = replace(training, init_model=str(folder / training.init_model))
     if training.validation_data is not None:
         training = replace(training, validation_data=_found(training.validation_data, folder))
         if "validation_fraction" in given["training"]:

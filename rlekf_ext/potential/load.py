@@ -32,7 +32,11 @@ Part: TypeAlias = tuple[np.ndarray, dict[str, np.ndarray]]  # elements of its at
 
 
 def load_systems(
-    paths: str | Path | Iterable[str | Path], type_map: Sequence[str], patterns: Sequence[str] = ()
+    paths: str | Path | Iterable[str | Path],
+    type_map: Sequence[str],
+    patterns: Sequence[str] = (),
+    *,
+    labelled: bool = True,
 ) -> list[System]:
     """Read every system at the paths; elements are numbered as in `type_map`.
 
@@ -46,14 +50,14 @@ def load_systems(
 
     Wildcards are expanded: "run*/OUTCAR". Of folders and HDF5 files, `patterns` takes only the systems whose path from
     there one of the patterns matches, as in `Path.rglob`. Frames with other elements or other labels are systems of
-    their own. Raises DataError.
+    their own. Frames must have a label unless `labelled` is false. Raises DataError.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     systems: list[System] = []
     number = 0
     every = [(entry, path) for entry, given in enumerate(paths) for path in _expanded(str(given))]
     for entry, path in every:
-        for found in _load(path, list(type_map), patterns):
+        for found in _load(path, list(type_map), patterns, labelled):
             systems += [replace(system, entry=entry, number=number) for system in found]
             number += 1
     if not systems:
@@ -74,7 +78,7 @@ def _expanded(text: str) -> list[str]:
     return [f"{form}:{path}" if form else path for path in found] or [text]
 
 
-def _load(text: str, type_map: list[str], patterns: Sequence[str]) -> Iterator[list[System]]:
+def _load(text: str, type_map: list[str], patterns: Sequence[str], labelled: bool) -> Iterator[list[System]]:
     """One list for each folder, group or file."""
     form, name = split_format(text)
     front, _, inside = name.partition("#")
@@ -85,26 +89,26 @@ def _load(text: str, type_map: list[str], patterns: Sequence[str]) -> Iterator[l
         raise DataError(f"{path} does not exist (current directory: {Path.cwd()}).")
     try:
         if form in LMDB or (form is None and (path.suffix == ".lmdb" or (path / "data.mdb").exists())):
-            yield _load_blocks(path, read_lmdb(path), type_map)
+            yield _load_blocks(path, read_lmdb(path), type_map, labelled)
         elif path.is_dir() and form in (None, *LAYOUT):
-            yield from _load_stores(Folder(path), form, type_map, patterns)
+            yield from _load_stores(Folder(path), form, type_map, patterns, labelled)
         elif form in LAYOUT or inside or (form is None and (path.suffix in (".hdf5", ".h5") or is_hdf5(path))):
             with open_hdf5(path, inside) as group:
-                yield from _load_stores(group, form, type_map, patterns)
+                yield from _load_stores(group, form, type_map, patterns, labelled)
         else:
-            yield _load_blocks(path, read_dpdata(path, form), type_map)
+            yield _load_blocks(path, read_dpdata(path, form, None if labelled else type_map), type_map, labelled)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
 
 
-def _load_blocks(path: Path, blocks: list[dict[str, Any]], type_map: list[str]) -> list[System]:
+def _load_blocks(path: Path, blocks: list[dict[str, Any]], type_map: list[str], labelled: bool) -> list[System]:
     """The systems of a file, from all its blocks."""
     parts: list[Part] = []
     start = 0
     for block in blocks:
         if len(block["coord"]):
             types = _types(block["types"], block["names"] or type_map, type_map, str(path), str(path), start)
-            parts += _parts(block | {"types": types}, lambda label: f"{label} in {path}", start)
+            parts += _parts(block | {"types": types}, lambda label: f"{label} in {path}", labelled, start)
             start += len(block["coord"])
     if not parts:
         raise DataError(f"{path} holds no frames (frames that did not converge are left out).")
@@ -114,11 +118,13 @@ def _load_blocks(path: Path, blocks: list[dict[str, Any]], type_map: list[str]) 
 # DeePMD-kit's own layout
 
 
-def _load_stores(root: Store, form: str | None, type_map: list[str], patterns: Sequence[str]) -> Iterator[list[System]]:
+def _load_stores(
+    root: Store, form: str | None, type_map: list[str], patterns: Sequence[str], labelled: bool
+) -> Iterator[list[System]]:
     none = True
     for store in find_systems(root, patterns):
         none = False
-        yield _load_store(store, form, type_map)
+        yield _load_store(store, form, type_map, labelled)
     if none and patterns:
         raise DataError(f"{root} holds no system, a {root.kind} with a type.raw, that one of {list(patterns)} matches.")
     if none:
@@ -136,7 +142,7 @@ def _files_of_data(root: Store) -> list[str]:
     return [str(file) for file in islice(files, 3)]
 
 
-def _load_store(store: Store, form: str | None, type_map: list[str]) -> list[System]:
+def _load_store(store: Store, form: str | None, type_map: list[str], labelled: bool) -> list[System]:
     names = store.words("type_map.raw") if "type_map.raw" in store else type_map
     types = _types(store.array("type.raw").reshape(-1), names, type_map, str(store), store.file("type.raw"))
     sets = [child for name, child in store.folders().items() if name.startswith("set.")]
@@ -157,7 +163,7 @@ def _load_store(store: Store, form: str | None, type_map: list[str]) -> list[Sys
         block["types"] = types
         if any(mixed):
             block["types"] = _real_types(part, len(types), names, type_map)
-        new = _parts(block, lambda label, part=part: part.file(f"{label}{suffix}"))  # type: ignore[misc]
+        new = _parts(block, lambda label, part=part: part.file(f"{label}{suffix}"), labelled)  # type: ignore[misc]
         for _, arrays in new:
             arrays["places"] += before
         before += sum(len(arrays["places"]) for _, arrays in new)
@@ -215,7 +221,7 @@ def _types(
     return np.array([*table, -1], dtype=np.int64)[numbers]
 
 
-def _parts(block: dict[str, Any], place: Callable[[str], str], start: int = 0) -> list[Part]:
+def _parts(block: dict[str, Any], place: Callable[[str], str], labelled: bool, start: int = 0) -> list[Part]:
     """The frames of a block, checked, in one part for each list of elements.
 
     "types" is (n,), or (F, n) with -1 where there is no atom; then the atoms of a part are sorted by element. `place`
@@ -230,7 +236,7 @@ def _parts(block: dict[str, Any], place: Callable[[str], str], start: int = 0) -
         if label in block
     }
     arrays["places"] = np.arange(start, start + num_frames)
-    if not any(label in arrays for label in KINDS):
+    if labelled and not any(label in arrays for label in KINDS):
         energy, force, virial = map(place, KINDS)
         raise DataError(f"No label{f' at frame {start}' * (start > 0)}: neither {energy}, {force} nor {virial} exists.")
     if types.ndim == 1:

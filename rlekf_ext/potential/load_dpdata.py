@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ FILES = (*XYZ, "vasp/outcar", "outcar", "vasp/xml", "xml", "pwmat/movement", "mo
 KEYS = {"coord": "coords", "energy": "energies", "force": "forces", "box": "cells", "virial": "virials"}
 
 
-def read_dpdata(path: Path, form: str | None) -> list[dict[str, Any]]:
+def read_dpdata(path: Path, form: str | None, unlabelled: list[str] | None = None) -> list[dict[str, Any]]:
     """The arrays of each system or frame, with "names" and "types"; without a format the name of the file says it.
 
-    Repeats dpdata's warnings with the name of the file. Raises DataError.
+    With a type map in `unlabelled`, files without labels are read, too. Repeats dpdata's warnings with the name of the
+    file. Raises DataError.
     """
     try:
         from dpdata.format import Format
@@ -47,13 +49,24 @@ def read_dpdata(path: Path, form: str | None) -> list[dict[str, Any]]:
     if form in XYZ:
         _check_counts(path)
     with warnings.catch_warnings(record=True) as said:
-        found = _read(path, form)
+        found = _read(path, form, unlabelled)
     for warning in said:
         warnings.warn(f"{path}: {warning.message}", stacklevel=2)
     return found
 
 
-def _read(path: Path, form: str) -> list[dict[str, Any]]:
+def _read(path: Path, form: str, unlabelled: list[str] | None) -> list[dict[str, Any]]:
+    try:
+        return _read_labelled(path, form)
+    except DataError:
+        if unlabelled is None:
+            raise
+        with suppress(Exception):
+            return _read_structures(path, form, unlabelled)
+        raise  # what was wrong with the labels says more
+
+
+def _read_labelled(path: Path, form: str) -> list[dict[str, Any]]:
     import dpdata
     from dpdata.format import Format
 
@@ -71,6 +84,17 @@ def _read(path: Path, form: str) -> list[dict[str, Any]]:
     except Exception as error:  # its parsers raise whatever they stumble over
         raise DataError(f"{place} cannot be read by dpdata as {form}: {type(error).__name__}: {error}.") from error
     return found
+
+
+def _read_structures(path: Path, form: str, type_map: list[str]) -> list[dict[str, Any]]:
+    import dpdata
+    from dpdata.format import Format
+
+    if form not in SEVERAL:
+        return [_renamed(dpdata.System(str(path), fmt=form, type_map=type_map).data, several=False)]
+    reader = Format.get_formats()["ase/structure"]()
+    atoms = reader.from_multi_systems(str(path), **SEVERAL[form][1])
+    return [_renamed(reader.from_system(frame), several=True) for frame in atoms]
 
 
 def _check_counts(path: Path) -> None:

@@ -82,27 +82,32 @@ class DeepPotential(nn.Module):
         return self.architecture.dtype
 
     @torch.no_grad()
-    def fit_energy_bias(self, frames: Iterable[Frame], *, with_network: bool = False) -> None:
-        """Set the energy of each element by least squares of the energies on the element counts.
+    def fit_energy_bias(
+        self, frames: Iterable[Frame], *, with_network: bool = False, elements: Sequence[int] | None = None
+    ) -> None:
+        """Set the energy of each element, or of some, by least squares of the energies on the element counts.
 
         `with_network` fits what the network, as it is, leaves of the energies. If the counts do not determine the
         solution, the smallest is taken. Frames without an energy are left out; if none has one, nothing changes.
         """
         counts, energies = [], []
+        some = list(range(len(self.type_map)) if elements is None else elements)
+        others = self.energy_bias.cpu().clone()
+        others[some] = 0
         for frame in frames:
             if frame.energy is None:
                 continue
             count = torch.zeros(len(frame.num_atoms), len(self.type_map), dtype=torch.float64)
             one = torch.ones(len(frame.types), dtype=torch.float64)
             count.index_put_((frame.structure.cpu(), frame.types.cpu()), one, accumulate=True)
-            counts.append(count)
+            counts.append(count[:, some])
             network = self(frame, forces=False).energy.cpu() - count @ self.energy_bias.cpu() if with_network else 0.0
-            energies.append(frame.energy.double().cpu() - network)
+            energies.append(frame.energy.double().cpu() - network - count @ others)
         if not counts:
             return
         # gelsd, as numpy's lstsq: the minimum norm solution, whatever the rank.
         solution = torch.linalg.lstsq(torch.cat(counts), torch.cat(energies)[:, None], driver="gelsd").solution
-        self.energy_bias.copy_(solution[:, 0])
+        self.energy_bias[some] = solution[:, 0].to(self.energy_bias.device)
 
     def forward(self, frame: Frame, create_graph: bool | None = None, *, forces: bool = True) -> Prediction:
         """Predict the energies, forces and virials of a frame.

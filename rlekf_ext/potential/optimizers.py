@@ -36,6 +36,21 @@ class KalmanSteps:
         """Before the first batch of a new run."""
         self.updater.warm_start(training)
 
+    def inherit(self, saved: dict[str, Any], training: Sequence[Frame]) -> None:
+        """Before the first batch of a run that begins with the model of an earlier one, whose optimizer was `saved`."""
+        options = self.updater.options
+        if "filter" not in saved:
+            self._say("The earlier run has left no P: a fresh one.")
+        elif options.covariance != "fresh":
+            with torch.no_grad():  # the model's own weights are the mean of these over a few batches
+                for name, p in self._model.named_parameters():
+                    p.copy_(saved["weights"][name])
+            self.updater.inherit(saved["filter"], saved["updater"])
+            times = f" times {options.inflation:g}" if options.covariance == "inflate" else ""
+            self._say(f"P is that of the earlier run{times}; λ goes on from {self.optimizer.filter.memory_factor:.5g}.")
+            return
+        self.updater.warm_start(training, trained=True)
+
     def arranged(self, batch: Sequence[Frame]) -> list[Frame]:
         """What this process measures of a batch, as it is evaluated: one frame of several structures, or several."""
         own = own_part(batch, self._processes)
@@ -92,6 +107,9 @@ class AdamSteps:
 
     def start(self, training: Sequence[Frame]) -> None:
         """Nothing needs to be done before the first batch."""
+
+    def inherit(self, saved: dict[str, Any], training: Sequence[Frame]) -> None:
+        """Nothing is taken over of an earlier run but its model."""
 
     def arranged(self, batch: Sequence[Frame]) -> list[Frame]:
         """What this process evaluates of a batch: one frame of several structures, or none."""

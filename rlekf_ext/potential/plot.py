@@ -17,6 +17,7 @@ from rlekf_ext.errors import InputError
 from rlekf_ext.options import KINDS
 from rlekf_ext.potential.evaluate import UNITS, Comparison
 from rlekf_ext.potential.files import reading, write_atomically
+from rlekf_ext.potential.select import Selection
 from rlekf_ext.potential.uncertainty import Uncertainty
 
 PICTURES = ("png", "pdf", "svg", "eps", "jpg", "tif", "webp")
@@ -143,6 +144,22 @@ def plot_uncertainty(found: Mapping[str, Uncertainty], output: str | Path) -> Pa
         axes.set(xlabel=f"predicted {kind} deviation (relative)", ylabel=ylabel, xscale="log", yscale="log")
         axes.grid(True, which="both", alpha=0.25)
         axes.legend(title="Spearman", fontsize="small")
+    return _save(figure, output)
+
+
+def plot_selection(found: Selection, output: str | Path) -> Path:
+    """The predicted deviations of the frames of a pool, and which were chosen."""
+    figure, panels = plt.subplots(2, 1, figsize=(8, 5.4), constrained_layout=True, sharex=True)
+    frames = np.arange(len(found.deviations))
+    for axes, which, label in zip(panels, (0, 1), ("energy (meV/atom)", "force (meV/Å)"), strict=True):
+        axes.scatter(frames, 1e3 * found.deviations[:, which], s=8, color=COLORS[-1], alpha=0.5, label="pool")
+        rank = np.arange(1, len(found.chosen) + 1)
+        chosen = 1e3 * found.deviations[found.chosen, which]
+        marks = axes.scatter(found.chosen, chosen, s=26, c=rank, cmap="plasma", label="chosen")
+        axes.set(ylabel=f"predicted deviation of {label}", yscale="log")
+        axes.grid(True, which="both", alpha=0.25)
+    panels[-1].set_xlabel("frame")
+    figure.colorbar(marks, ax=panels, label="order of choice")
     return _save(figure, output)
 
 

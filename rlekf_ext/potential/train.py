@@ -47,9 +47,10 @@ def train(
 
     Writes DeePMD-kit's lcurve.out, a checkpoint, and in lcurve.out.json a summary with the held-out RMSE at the end of
     every epoch. Ctrl-C writes the checkpoint and ends after the batch at hand. `restart` continues from the
-    checkpoint, bit for bit. Several processes share the frames of each batch and P, and the first writes the files.
-    With `most_threads`, the numbers of threads follow from the work that there is, up to this many; see threads.py.
-    Frames stay on the CPU; those of a batch are moved to the `device`, where the model and P are, ahead of their use.
+    checkpoint, bit for bit; a new run begins with `init_model` of the input file if there is one. Several processes
+    share the frames of each batch and P, and the first writes the files. With `most_threads`, the numbers of threads
+    follow from the work that there is, up to this many; see threads.py. Frames stay on the CPU; those of a batch are
+    moved to the `device`, where the model and P are, ahead of their use.
 
     Raises InputError and DataError before anything is written, and StoppedError, with the checkpoint written, when the
     filter has skipped `max_skipped` measurements in a row.
@@ -60,13 +61,15 @@ def train(
     quiet = quiet or processes.rank > 0
     restart = restart or processes.any(torchrun_restarts() and run_of(checkpoint_file) == torchrun_name())
     checkpoint = load_checkpoint(checkpoint_file, processes) if restart else None
+    earlier = load_checkpoint(settings.init_model, processes) if settings.init_model and not restart else None
     say = (lambda *_: None) if quiet else tqdm.write
     training, validation = load_frames(config, quiet, say)
     everything, validating = training.all(), validation.all()
     held_out = validating or everything
 
     say(f"Device: {device_name(device)}")
-    model = build_model(config, everything, validating, checkpoint)
+    why = "--restart" if restart else "init_model"
+    model = build_model(config, everything, validating, checkpoint or earlier, why)
     model.to(device)
     for frame in [*everything, *held_out]:
         model.descriptor.check(frame)  # more neighbours than sel has slots for: an error now, not hours later
@@ -90,9 +93,15 @@ def train(
         batches.load_state_dict(checkpoint["batches"])
         progress = checkpoint["progress"]
         del checkpoint  # its tensors are parts of the file, which is about to be replaced
+    elif earlier:
+        say(f"Begins with the model of {settings.init_model}.")
+        add_elements(model, everything, say)
+        optimize.inherit(earlier.get("optimizer", {}), everything)
     else:
         optimize.start(everything)
-    model.table = build_table(model, [*everything, *held_out], settings.table, progress.get("nodes"))
+    nodes = progress.get("nodes") or (earlier or {}).get("progress", {}).get("nodes")
+    del earlier
+    model.table = build_table(model, [*everything, *held_out], settings.table, nodes)
     processes.agree(model.state_dict().values())  # the last bit may differ between kinds of CPU
     if processes.size > 1:
         say(f"{processes.size} processes share P and the frames of each batch.")
@@ -105,7 +114,7 @@ def train(
     if not validating:
         say("No frame is held out: the errors shown are those of the training frames.")
     say(labels_used(config, everything))
-    present = {element for frame in everything for element in frame.types.unique().tolist()}
+    present = elements_of(everything)
     if absent := [name for element, name in enumerate(model.type_map) if element not in present]:
         say(f"No training frame has {', '.join(absent)}: what the model says of it means nothing.")
     if not config.optimizer.given:
@@ -192,9 +201,10 @@ def build_model(
     training: Sequence[Frame],
     validating: Sequence[Frame] = (),
     checkpoint: dict[str, Any] | None = None,
+    why: str = "--restart",
 ) -> DeepPotential:
     """The network of the input file, with statistics of the training frames and room for the neighbours of all frames,
-    or that of the checkpoint."""
+    or that of the checkpoint, which is read because of `why`."""
     descriptor, fitting = config.model.descriptor, config.model.fitting_net
     factor = descriptor.sel_factor
     if checkpoint:
@@ -203,7 +213,7 @@ def build_model(
             if name != "model/descriptor/sel" or factor is None:
                 raise InputError(
                     f"The checkpoint has {name} = {shown(saved)} but the input file asks for {shown(wanted)}; start "
-                    "without --restart, or restore the input file."
+                    f"without {why}, or make the input file agree."
                 )
         return model
     architecture = config.model.architecture(None if factor is None else auto_sel([*training, *validating], factor))
@@ -215,6 +225,19 @@ def build_model(
     if "energy" in config.loss.kinds():
         model.fit_energy_bias(training)
     return model
+
+
+def add_elements(model: DeepPotential, frames: Sequence[Frame], say: Callable[[str], Any]) -> None:
+    """Statistics of the elements that these frames have and those of an earlier run did not."""
+    present = elements_of(frames)
+    if new := [element for element in model.descriptor.without_statistics() if element in present]:
+        model.descriptor.fit_statistics(frames, new)
+        model.fit_energy_bias(frames, with_network=True, elements=new)
+        say(f"New elements: {', '.join(model.type_map[element] for element in new)}.")
+
+
+def elements_of(frames: Sequence[Frame]) -> set[int]:
+    return {element for frame in frames for element in frame.types.unique().tolist()}
 
 
 def build_table(

@@ -19,6 +19,8 @@ from rlekf_ext.packing import TILE
 from rlekf_ext.potential.files import write_atomically
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
+from rlekf_ext.potential.table import Table
+from rlekf_ext.updates import beside
 
 DRAWS = 7  # of random signs; with the energy that is 8 measurements of a frame, and so one pass over P
 
@@ -57,7 +59,7 @@ class Uncertainty:
 
 
 def filter_of(checkpoint: dict[str, Any], model: DeepPotential) -> RLEKF:
-    """The filter of a checkpoint, around `model`, its restored model; P is not copied.
+    """The filter of a checkpoint, around `model`, its restored model, which gets its table back; P is not copied.
 
     P is that of the filter's own weights at the end of training. The saved model is, in the preset `robust`, their mean
     over the last few frames, and Jacobians are taken there: it is the model whose errors are asked for.
@@ -73,6 +75,8 @@ def filter_of(checkpoint: dict[str, Any], model: DeepPotential) -> RLEKF:
     # Blocks of one tile make the smallest P, which the saved one replaces at once, whatever its blocks and dtype.
     optimizer = RLEKF(model.named_parameters(), transpose=True, block_size=TILE)
     optimizer.filter.covariance = Covariance.from_state_dict(saved["state"][0])
+    if nodes := checkpoint.get("progress", {}).get("nodes"):
+        model.table = Table(float(nodes[1]), int(nodes[0]))
     return optimizer
 
 
@@ -86,40 +90,51 @@ def uncertainty(optimizer: RLEKF, model: DeepPotential, frames: Iterable[Frame])
     for i, frame in enumerate(frames):
         if frame.energy is None or frame.forces is None:
             continue
-        energy, forces, jacobian = measured(optimizer, model, frame)
-        variance = optimizer.variance(jacobian).cpu().numpy()
-        if not (variance.min() >= 0 and variance.max() < math.inf):
-            raise InputError(
-                f"The variance HᵀPH of frame {i} should be at least 0 and finite but is {variance.min():.3g}: P was "
-                "spoilt by rounding. Train with covariance_dtype float64, or with a memory_factor nearer to 1."
-            )
-        error = float(energy - frame.energy[0]) / len(frame.types)
-        rmse = float((forces - frame.forces).square().mean().sqrt())
-        rows.append((error, math.sqrt(variance[0]), rmse, math.sqrt(variance[1:].mean())))
+        deviation = deviations(optimizer, jacobian_of(optimizer, model, frame), f"frame {i}")
+        prediction = model(frame, create_graph=False)
+        error = float(prediction.energy[0] - beside(prediction.energy, frame.energy)[0]) / len(frame.types)
+        rmse = float((prediction.forces - beside(prediction.forces, frame.forces)).square().mean().sqrt())
+        rows.append((error, deviation[0], rmse, deviation[1]))
     if not rows:
         raise DataError("The predicted uncertainty needs frames with both energy and forces, but there are none.")
     columns = np.array(rows)
     return Uncertainty(columns[:, :2], columns[:, 2:])
 
 
-def measured(optimizer: RLEKF, model: DeepPotential, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
-    """Energy () in eV, forces (n, 3) in eV/Å, and the Jacobians (1 + DRAWS, N) of E/n and of the draws g_s.
+def deviations(optimizer: RLEKF, jacobian: Tensor, name: str) -> tuple[float, float]:
+    """The predicted deviations of the energy, eV/atom, and of the force components, eV/Å, from the rows of
+    `jacobian_of`. Raises InputError, with the name of the frame, for a variance that is negative or not finite."""
+    variance = optimizer.variance(jacobian).tolist()
+    if not (min(variance) >= 0 and max(variance) < math.inf):
+        raise InputError(
+            f"The variance HᵀPH of {name} should be at least 0 and finite but is {min(variance):.3g}: P was spoilt by "
+            "rounding. Train with covariance_dtype float64, or with a memory_factor nearer to 1."
+        )
+    return math.sqrt(variance[0]), math.sqrt(sum(variance[1:]) / DRAWS)
+
+
+def jacobian_of(optimizer: RLEKF, model: DeepPotential, frame: Frame) -> Tensor:
+    """The derivatives (1 + DRAWS, N) of E/n and of the draws g_s by the weights of the filter.
 
     g_s = Σ_i s_i F_i / sqrt(3n) with random signs s_i: the mean of its variance over all s is the mean of the variances
     of the 3n components, as E[s_i s_j] = δ_ij. The signs are the same for all frames of n atoms, so that chance
     disturbs their order little, and a frame's deviation does not depend on the other frames.
     """
-    prediction = model(frame)
-    assert prediction.forces is not None  # for mypy: asked for
-    components = prediction.forces.flatten()
-    signs = torch.randint(2, (DRAWS, len(components)), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    draws = signs.to(components) @ components / math.sqrt(len(components))
+    n = len(frame.types)
+    signs = torch.randint(2, (DRAWS, 3 * n), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    draws = signs.to(device=model.energy_bias.device, dtype=model.dtype) / math.sqrt(3 * n)
+    own = model.prepared(frame)
+    if own and optimizer.has_all_reversed(model):
+        results, saved = own.predict(True, True)
+        by_energies, by_forces, by_virials = (x.new_zeros(1 + DRAWS, *x.shape) for x in results)
+        by_energies[0] = 1 / n
+        by_forces[1:] = draws.view(DRAWS, n, 3)
+        return own.gradients(saved, by_energies, by_forces, by_virials).double()
+    prediction = model(frame, create_graph=True)
+    values = (prediction.energy[0] / n, *(draws @ prediction.forces.flatten()))
     parameters = optimizer.parameters()
-    rows = [
-        optimizer.flatten(torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True))
-        for value in (prediction.energy[0] / len(frame.types), *draws)
-    ]
-    return prediction.energy[0].detach(), prediction.forces.detach(), torch.stack(rows)
+    rows = [torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) for value in values]
+    return torch.stack([optimizer.flatten(row) for row in rows])
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:

@@ -126,6 +126,21 @@ class DeepmdRLEKF(RLEKF):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "updater": self.updater.state_dict()}
 
+    def inherit(self, saved: dict[str, Any]) -> bool:
+        """P and λ of another run, of type RLEKF or LKF, for other data; returns whether there are any to be kept."""
+        options = self.updater.options
+        if "P" in saved.get("state", {}).get(0, {}):
+            p = from_lkf(saved).state_dict()
+            saved = {"state": {0: p}, "updater": {"average": None, "early": torch.zeros(())}}
+        if options.covariance == "fresh" or "updater" not in saved:
+            return False
+        self.updater.inherit(saved, saved["updater"])
+        times = f" times {options.inflation:g}" if options.covariance == "inflate" else ""
+        log.info(
+            "RLEKF begins with the P of the initial model%s; λ goes on from %.5g.", times, self.filter.memory_factor
+        )
+        return True
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where a run stopped: RLEKF's, or LKF's, whose P and λ are taken over."""
         if "P" in state_dict["state"].get(0, {}):
@@ -136,7 +151,7 @@ class DeepmdRLEKF(RLEKF):
         if "updater" not in state_dict:
             raise ValueError(
                 "The checkpoint should be of an optimizer of type RLEKF or LKF but is of another; use --init-model, "
-                "which takes only its weights, instead of --restart."
+                "which then takes only its weights, instead of --restart."
             )
         super().load_state_dict(state_dict)
         self.updater.load_state_dict(state_dict["updater"])

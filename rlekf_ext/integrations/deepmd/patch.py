@@ -158,13 +158,13 @@ def _pt_trainer(training: Any) -> type:
             _check_loss(self.loss, training.EnergyStdLoss)
             given = inspect.signature(base.__init__).bind(self, config, *args, **kwargs).arguments
             if restart := given.get("restart_model"):
-                saved = torch.load(restart, map_location="cpu", weights_only=True)
-                self.optimizer.load_state_dict(saved["optimizer"])
+                self.optimizer.load_state_dict(_saved_optimizer(restart))
             _start(
                 settings,
                 self.model,
                 self.optimizer,
                 bool(restart),
+                given.get("init_model"),
                 lambda: self.model.change_out_bias(self.get_sample_func, bias_adjust_mode="change-by-statistic"),
                 lambda: Updates(predicting(self.wrapper), self.optimizer).frame(
                     self._next_training_batch("Default")[0]
@@ -196,6 +196,7 @@ def _expt_trainer(training: Any) -> type:
                 raise ValueError("Optimizer type RLEKF keeps P whole on every process: leave out zero_stage.")
             adam = {"type": "Adam", "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.0}
             super().__init__({**config, "optimizer": adam}, *args, **kwargs)
+            given = inspect.signature(base.__init__).bind(self, config, *args, **kwargs).arguments
             _check_loss(self.loss, training.EnergyLoss)
             self._batch: tuple[dict[str, Any], dict[str, Any]] = {}, {}
             # The rate is displayed, but multiplies no update: it falls in the group of a stand-in.
@@ -212,6 +213,7 @@ def _expt_trainer(training: Any) -> type:
                 self.model,
                 self.optimizer,
                 self.restart_training,
+                given.get("init_model"),
                 lambda: training.model_change_out_bias(
                     self.model, self._sample_funcs["Default"], _bias_adjust_mode="change-by-statistic"
                 ),
@@ -271,13 +273,13 @@ TRAINERS: dict[str, tuple[tuple[str, ...], tuple[str, ...], set[str], Callable[[
     "deepmd.pt.train.training": (
         ("LKFOptimizer", "KFOptimizerWrapper", "EnergyStdLoss"),
         ("_next_training_batch", "run"),
-        {"config", "restart_model"},
+        {"config", "restart_model", "init_model"},
         _pt_trainer,
     ),
     "deepmd.pt_expt.train.training": (
         ("EnergyLoss", "TrainStepResult", "model_change_out_bias"),
         ("_create_optimizer", "_unwrapped", "get_data", "train_step", "evaluate_training", "_more_loss_to_float"),
-        {"config", "restart_model"},
+        {"config", "restart_model", "init_model"},
         _expt_trainer,
     ),
 }
@@ -288,12 +290,13 @@ def _start(
     model: torch.nn.Module,
     optimizer: DeepmdRLEKF,
     restarted: bool,
+    initial: str | None,
     fit_bias: Callable[[], Any],
     next_frame: Callable[[], Any],
 ) -> None:
-    """What the options ask for before the first batch of a trainer."""
-    if not restarted:
-        if settings.options.warm_start:
+    """What the options ask for before the first batch of a trainer, which may begin with the file of a model."""
+    if not restarted and not (initial and optimizer.inherit(_saved_optimizer(initial))):
+        if settings.options.warm_start and not initial:
             processes = Processes(group())
             if processes.rank == 0:
                 fit_bias()
@@ -308,6 +311,10 @@ def _start(
             return OwnNetwork(lambda path: _save(model, path), list(model.parameters()), optimizer.parameters())
 
         optimizer.make_network = make
+
+
+def _saved_optimizer(path: str) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True).get("optimizer") or {}
 
 
 def _save(model: Any, path: Path) -> None:

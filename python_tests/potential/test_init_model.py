@@ -1,0 +1,195 @@
+"""A run that begins with the model of an earlier one: what is taken over of it, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import checkpoint_of, input_of, run, weights_of, write_data
+from spawn import spawn
+
+from rlekf_ext.covariance import Covariance
+from rlekf_ext.errors import InputError
+from rlekf_ext.potential.batches import load_frames
+from rlekf_ext.potential.input import read_input
+from rlekf_ext.potential.optimizers import build_optimizer
+from rlekf_ext.potential.train import add_elements, build_model
+
+RLEKF = {"type": "RLEKF", "block_size": 40}
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("earlier")
+    run(input_of(folder))
+    return folder
+
+
+def with_new_data(folder, earlier, optimizer=RLEKF, **changes):
+    """An input file that begins with the earlier model, with four other frames."""
+    write_data(folder / "data", first=20)
+    return input_of(folder, optimizer, init_model=str(earlier / "out" / "model.ckpt.pt"), **changes)
+
+
+def begun(given, earlier):
+    """The optimizer of a run before its first batch, and what it has said."""
+    config, said, checkpoint = read_input(given), [], checkpoint_of(earlier)
+    frames = load_frames(config, quiet=True, say=said.append)[0].all()
+    model = build_model(config, frames, (), checkpoint, "init_model")
+    steps = build_optimizer(config, model, 9, say=said.append)
+    steps.inherit(checkpoint.get("optimizer", {}), frames)
+    return steps, " ".join(said)
+
+
+def p_of(folder):
+    return Covariance.from_state_dict(checkpoint_of(folder)["optimizer"]["filter"]["state"][0])
+
+
+def test_p_and_the_weights_are_those_of_the_earlier_run(tmp_path, earlier):
+    given = with_new_data(tmp_path, earlier, {**RLEKF, "measurement_noise": 2.0})
+    steps, said = begun(given, earlier)
+    p, old = steps.optimizer.filter.covariance, p_of(earlier)
+    for own, kept in zip(p.dense(), old.dense(), strict=True):
+        assert torch.equal(own, kept)
+    now, before = p.scalars(), old.scalars()
+    assert now.forgetting == before.forgetting < 0.002
+    assert (now.measurement_noise, before.measurement_noise) == (2.0, 1.0)  # an option of this run
+    assert (now.num_updates, before.num_updates) == (0, 9 * 8)
+    saved = checkpoint_of(earlier)["optimizer"]["weights"]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in steps._model.state_dict().items())
+    assert torch.equal(
+        weights_of(earlier), torch.cat([t.flatten().double() for t in steps.result.state_dict().values()])
+    )
+    assert "P is that of the earlier run; λ goes on from 0.998" in said
+
+
+def test_p_is_inflated(tmp_path, earlier):
+    given = with_new_data(tmp_path, earlier, {**RLEKF, "covariance": "inflate", "inflation": 5.0})
+    steps, said = begun(given, earlier)
+    for own, kept in zip(steps.optimizer.filter.covariance.dense(), p_of(earlier).dense(), strict=True):
+        assert torch.allclose(own, 5 * kept, rtol=1e-14, atol=0)
+    assert "times 5" in said
+
+
+@pytest.mark.parametrize("changes", [{"block_size": 64}, {"covariance_dtype": "float32"}, {"max_pending": 5}])
+def test_p_is_taken_over_into_other_blocks_and_storage(tmp_path, earlier, changes):
+    steps, _ = begun(with_new_data(tmp_path, earlier, {**RLEKF, **changes}), earlier)
+    assert torch.allclose(steps.optimizer.filter.covariance.diagonal(), p_of(earlier).diagonal(), rtol=1e-6)
+
+
+def test_a_fresh_p_is_the_prior_at_the_earlier_weights(tmp_path, earlier):
+    steps, _ = begun(with_new_data(tmp_path, earlier, {**RLEKF, "covariance": "fresh"}), earlier)
+    p = steps.optimizer.filter.covariance
+    assert all(torch.equal(block, block.diagonal().diag()) for block in p.dense())
+    assert p.scalars().forgetting == pytest.approx(0.002)
+    assert torch.equal(
+        weights_of(earlier), torch.cat([t.flatten().double() for t in steps.result.state_dict().values()])
+    )
+
+
+def test_adam_leaves_no_p(tmp_path):
+    run(input_of(tmp_path / "adam", {"type": "Adam"}))
+    steps, said = begun(with_new_data(tmp_path / "new", tmp_path / "adam"), tmp_path / "adam")
+    assert "has left no P: a fresh one" in said
+    assert steps.optimizer.filter.covariance.scalars().num_updates == 0
+
+
+def test_adam_begins_with_the_model_of_rlekf(tmp_path, earlier):
+    given = with_new_data(tmp_path, earlier, {"type": "Adam"}, numb_steps=1)
+    run({**given, "learning_rate": {"start_lr": 1e-12, "stop_lr": 1e-12}})
+    assert torch.allclose(weights_of(tmp_path), weights_of(earlier), rtol=0, atol=1e-10)
+
+
+def test_a_run_goes_on_and_can_be_restarted(tmp_path, earlier):
+    """The restart continues from its own checkpoint, not from init_model."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(with_new_data(whole, earlier))
+    assert not torch.allclose(weights_of(whole), weights_of(earlier), rtol=0, atol=1e-6)
+    given = with_new_data(parts, earlier, numb_steps=4)
+    run(given)
+    given["training"]["numb_steps"] = 9
+    assert run(given, restart=True)["step"] == 9
+    assert torch.equal(weights_of(whole), weights_of(parts))
+
+
+def test_its_own_checkpoint_may_be_the_model_to_begin_with(tmp_path):
+    given = input_of(tmp_path, numb_steps=2)
+    run(given)
+    given["training"]["init_model"] = given["training"]["save_ckpt"] + ".pt"
+    assert run(given)["step"] == 2
+    assert p_of(tmp_path).scalars().forgetting < 0.002 * 0.9987**30  # 32 updates in all
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "name"),
+    [
+        ("fitting_net", "neuron", [7, 7], "model/fitting_net/neuron"),
+        ("descriptor", "sel", [90, 90], "model/descriptor/sel"),
+        (None, "type_map", ["Na", "Cl", "K"], "model/type_map"),
+    ],
+)
+def test_another_network_is_refused(tmp_path, earlier, section, key, value, name):
+    given = with_new_data(tmp_path, earlier)
+    (given["model"][section] if section else given["model"])[key] = value
+    with pytest.raises(InputError, match=f"The checkpoint has {name} = .*start without init_model"):
+        run(given)
+
+
+def test_a_file_that_is_not_there(tmp_path, earlier):
+    given = with_new_data(tmp_path, earlier)
+    given["training"]["init_model"] = "nowhere.pt"
+    with pytest.raises(InputError, match=r"nowhere\.pt does not exist"):
+        run(given)
+
+
+def test_an_element_that_comes_later(tmp_path):
+    """type_map has it from the first run on; its statistics and energy come from the first frames that have it."""
+    old = input_of(tmp_path / "old")
+    old["model"]["type_map"] = ["Na", "Cl", "K"]
+    old["model"]["descriptor"]["sel"] = [8, 8, 8]  # auto would leave no room for K
+    run(old)
+    model = checkpoint_of(tmp_path / "old")["weights"]
+    assert model["energy_bias"][2] == 0
+    given = with_new_data(tmp_path / "new", tmp_path / "old", numb_steps=1)
+    given["model"] = old["model"]
+    data = tmp_path / "new" / "data"
+    (data / "type_map.raw").write_text("K\nCl\n")
+    config, said = read_input(given), []
+    frames = load_frames(config, quiet=True)[0].all()
+    found = build_model(config, frames, (), checkpoint_of(tmp_path / "old"), "init_model")
+    add_elements(found, frames, said.append)
+    assert said == ["New elements: K."]
+    for name in ("descriptor.davg", "descriptor.dstd", "energy_bias"):
+        own = found.state_dict()[name]
+        assert torch.equal(own[:2], model[name][:2])
+        assert not torch.equal(own[2], model[name][2])
+    off = [float(found(frame, False, forces=False).energy - frame.energy) for frame in frames]
+    assert np.mean(off) == pytest.approx(0, abs=1e-9)
+    assert run(given)["step"] == 1
+    assert torch.equal(checkpoint_of(tmp_path / "new")["weights"]["energy_bias"], found.energy_bias)
+
+
+def continues(rank, given, wanted):
+    import torch.distributed as dist
+
+    from rlekf_ext.processes import Processes
+
+    run(given, processes=Processes(dist.group.WORLD))
+    if rank == 0:
+        from pathlib import Path
+
+        folder = Path(given["training"]["save_ckpt"]).parents[1]
+        assert torch.allclose(weights_of(folder), torch.load(wanted), rtol=0, atol=1e-9)
+
+
+def test_several_processes_share_the_earlier_p(tmp_path, earlier):
+    """Also P that several processes have written, and in other blocks."""
+    for name, size in (("same", 40), ("other", 50)):
+        alone = with_new_data(tmp_path / f"{name} alone", earlier, {**RLEKF, "block_size": size}, numb_steps=2)
+        run(alone)
+        torch.save(weights_of(tmp_path / f"{name} alone"), tmp_path / "wanted.pt")
+        given = with_new_data(tmp_path / name, earlier, {**RLEKF, "block_size": size}, numb_steps=2)
+        spawn(continues, 2, given, tmp_path / "wanted.pt")
+    given = with_new_data(tmp_path / "once more", tmp_path / "same", numb_steps=2)
+    alone = with_new_data(tmp_path / "once more alone", tmp_path / "same", numb_steps=2)
+    run(alone)
+    torch.save(weights_of(tmp_path / "once more alone"), tmp_path / "wanted.pt")
+    spawn(continues, 2, given, tmp_path / "wanted.pt")

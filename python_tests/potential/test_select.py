@@ -1,0 +1,225 @@
+"""The frames that `rlekf select` chooses, against a dense P; what it reads and writes; error bars in ASE."""
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import RCUT, checkpoint_of, input_of, run, write_data
+
+from rlekf_ext.cli import main
+from rlekf_ext.errors import DataError, InputError
+from rlekf_ext.potential import Calculator
+from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
+from rlekf_ext.potential.data import frame_of, frames
+from rlekf_ext.potential.load import load_systems
+from rlekf_ext.potential.select import EPOCHS, select
+from rlekf_ext.potential.uncertainty import DRAWS, filter_of, jacobian_of
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    given = input_of(folder)
+    given["model"]["descriptor"]["sel"] = "auto:2"
+    run(given)
+    return folder
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """Ten frames without labels."""
+    folder = tmp_path / "pool"
+    write_data(folder, first=20, count=10)
+    for name in ("energy", "force", "virial"):
+        (folder / "set.000" / f"{name}.npy").unlink(missing_ok=True)
+    return folder
+
+
+def test_the_table_gives_the_jacobians_of_autograd(trained):
+    checkpoint = checkpoint_of(trained)
+    model = restored_model(checkpoint)
+    optimizer = filter_of(checkpoint, model)
+    (frame,) = frames(load_systems(trained / "data", model.type_map), RCUT, 2)[:1]
+    found = jacobian_of(optimizer, model, frame)
+    model.table = None
+    exact = jacobian_of(optimizer, model, frame)
+    assert found.shape == (1 + DRAWS, sum(p.numel() for p in model.parameters()))
+    assert torch.allclose(found, exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_the_choice_is_that_of_a_dense_filter(trained, pool):
+    """Greedy over all frames, with P conditioned on each choice as one measurement of all its rows."""
+    checkpoint = checkpoint_of(trained)
+    model = restored_model(checkpoint)
+    systems = load_systems(pool, model.type_map, labelled=False)
+    found = select(checkpoint, model, systems, 5)
+
+    optimizer = filter_of(checkpoint, model)
+    blocks = optimizer.filter.covariance.dense()
+    sizes = optimizer.filter.plan.sizes
+    scales = [float(checkpoint["optimizer"]["updater"]["scales"][kind]) for kind in ("energy", "force")]
+    means = checkpoint["optimizer"]["updater"]["means"]
+    assert scales == pytest.approx([3 / float(means["energy"]), 1 / float(means["force"])])
+    rows = [jacobian_of(optimizer, model, frame) for frame in frames(systems, RCUT, 2)]
+    as_measured = torch.tensor(
+        [scales[0] * (4 * EPOCHS) ** 0.5] + [scales[1] * (16 * EPOCHS / (3 * 8 * DRAWS)) ** 0.5] * DRAWS,
+        dtype=torch.float64,
+    )[:, None]
+
+    def deviations_of(h):
+        split = zip(h.split(sizes, 1), blocks, strict=True)
+        variance = sum(((part @ p) * part).sum(1) for part, p in split)
+        return float(variance[0]) ** 0.5, float(variance[1:].mean()) ** 0.5
+
+    chosen = []
+    for step in range(5):
+        each = {i: deviations_of(h) for i, h in enumerate(rows) if i not in chosen}
+        if step == 0:
+            np.testing.assert_allclose(found.deviations, list(each.values()), rtol=1e-9)
+        best = max(each, key=lambda i: (scales[0] * each[i][0]) ** 2 + (scales[1] * each[i][1]) ** 2)
+        np.testing.assert_allclose(found.when_chosen[step], each[best], rtol=1e-7)
+        chosen.append(best)
+        h = (as_measured * rows[best]).split(sizes, 1)
+        # One after another, as the filter takes them: each conditions all blocks by the same innovation variance.
+        for row in range(1 + DRAWS):
+            gains = [p @ part[row] for p, part in zip(blocks, h, strict=True)]
+            a = 1 / (1 + sum(float(part[row] @ g) for part, g in zip(h, gains, strict=True)))
+            blocks = [p - a * g.outer(g) for p, g in zip(blocks, gains, strict=True)]
+    assert found.chosen == chosen
+
+
+def test_what_a_frame_has_told_its_twin_need_not_tell(trained, tmp_path):
+    write_data(tmp_path / "a", first=20, count=3)
+    for name in ("coord", "box", "energy", "force"):
+        file = tmp_path / "a" / "set.000" / f"{name}.npy"
+        np.save(file, np.concatenate([np.load(file)] * 2))
+    checkpoint = checkpoint_of(trained)
+    model = restored_model(checkpoint)
+    found = select(checkpoint, model, load_systems(tmp_path / "a", model.type_map), 6)
+    assert sorted(found.chosen) == list(range(6))
+    for frame in range(3):
+        _, second = (step for step, chosen in enumerate(found.chosen) if chosen % 3 == frame)
+        assert (found.when_chosen[second] < 0.98 * found.deviations[frame]).all()
+
+
+def test_the_checkpoint_stays_as_it_is(trained, pool):
+    file = trained / "out" / "model.ckpt.pt"
+    before = file.read_bytes()
+    checkpoint = load_checkpoint(file)
+    p = checkpoint["optimizer"]["filter"]["state"][0]["tiles"].clone()
+    model = restored_model(checkpoint)
+    select(checkpoint, model, load_systems(pool, model.type_map, labelled=False), 3)
+    assert torch.equal(checkpoint["optimizer"]["filter"]["state"][0]["tiles"], p)
+    assert file.read_bytes() == before
+
+
+def test_the_command(trained, pool, tmp_path, monkeypatch, capsys):
+    """Frames without and with labels, and one that the network cannot take: the rest is chosen from."""
+    write_data(tmp_path / "labelled", first=40, count=4)
+    write_data(tmp_path / "dense", first=0, count=1, stretch=0.5)
+    monkeypatch.chdir(tmp_path)
+    model = str(trained / "out" / "model.ckpt.pt")
+    assert main(["select", "-m", model, "-s", "pool", "labelled", "dense", "-n", "8", "-o", "out/chosen"]) == 0
+    said = capsys.readouterr().out
+    assert "left out     1 frame; the first: dense, frame 0, atom" in said
+    assert "chosen       8 of 15 frames" in said
+    rows = list(csv.DictReader((tmp_path / "out/chosen/deviations.csv").open()))
+    assert len(rows) == 15
+    assert rows[14]["deviation_f"] == "nan"
+    assert sorted(int(row["chosen"]) for row in rows if row["chosen"]) == list(range(1, 9))
+    assert (tmp_path / "out/chosen/deviations.png").stat().st_size > 1000
+
+    written = {system.name: system for system in load_systems("out/chosen", ["Na", "Cl"], labelled=False)}
+    assert sorted(written) == ["out/chosen/000.Na4Cl4", "out/chosen/001.Na4Cl4"]
+    (source,) = load_systems("labelled", ["Na", "Cl"])
+    own = [int(row["frame"]) - 10 for row in rows[10:14] if row["chosen"]]
+    found = written["out/chosen/001.Na4Cl4"]
+    for name in ("coordinates", "boxes", "energies", "forces"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(source, name)[own])
+    assert written["out/chosen/000.Na4Cl4"].energies is None
+
+    assert main(["select", "-m", model, "-s", "pool", "-o", "out/chosen"]) == 2
+    assert "should be a new or an empty folder" in capsys.readouterr().err
+    assert main(["select", "-m", model, "-s", "dense", "-o", "other"]) == 2
+    assert "No frame can be evaluated: dense, frame 0, atom" in capsys.readouterr().err
+    assert main(["select", "-m", model, "-s", "pool", "-n", "0"]) == 2
+    assert "--number must be >= 1" in capsys.readouterr().err
+
+
+def test_more_than_there_are(trained, pool, tmp_path):
+    checkpoint = checkpoint_of(trained)
+    model = restored_model(checkpoint)
+    found = select(checkpoint, model, load_systems(pool, model.type_map, labelled=False), 50)
+    assert sorted(found.chosen) == list(range(10))
+
+
+@pytest.mark.parametrize("form", ["extxyz", "traj", "xyz"])
+def test_a_pool_without_labels_in_other_formats(pool, tmp_path, form):
+    ase_io = pytest.importorskip("ase.io")
+    from ase import Atoms
+
+    (system,) = load_systems(pool, ["Na", "Cl"], labelled=False)
+    names = np.array(["Na", "Cl"])[system.types]
+    atoms = [
+        Atoms(names, positions=x, cell=box, pbc=True) for x, box in zip(system.coordinates, system.boxes, strict=True)
+    ]
+    file = tmp_path / f"md.{form}"
+    ase_io.write(file, atoms, format="extxyz" if form == "xyz" else form)
+    path = f"ase/traj:{file}" if form == "traj" else str(file)
+    with pytest.raises(DataError):
+        load_systems(path, ["Na", "Cl"])
+    found = load_systems(path, ["Na", "Cl"], labelled=False)
+    assert sum(map(len, found)) == 10
+    np.testing.assert_allclose(
+        np.concatenate([each.coordinates for each in found])[3], system.coordinates[3], atol=1e-7
+    )
+
+
+def test_a_model_without_p(tmp_path, pool):
+    run(input_of(tmp_path / "adam", {"type": "Adam"}))
+    checkpoint = checkpoint_of(tmp_path / "adam")
+    model = restored_model(checkpoint)
+    with pytest.raises(InputError, match="needs the covariance P"):
+        select(checkpoint, model, load_systems(pool, model.type_map, labelled=False), 3)
+
+
+def test_error_bars_in_ase(trained, pool):
+    ase = pytest.importorskip("ase")
+    checkpoint = checkpoint_of(trained)
+    model = restored_model(checkpoint)
+    (system,) = load_systems(pool, model.type_map, labelled=False)
+    found = select(checkpoint, model, [system], 1)
+    calculator = Calculator(trained / "out" / "model.ckpt.pt", uncertainty=2)
+    names = np.array(["Na", "Cl"])[system.types]
+    for i in range(4):
+        atoms = ase.Atoms(names, positions=system.coordinates[i], cell=system.boxes[i], pbc=True, calculator=calculator)
+        atoms.get_forces()
+        both = [calculator.results.get(f"{kind}_deviation") for kind in ("energy", "force")]
+        if i % 2:
+            assert both == [None, None]
+        else:
+            np.testing.assert_allclose(both, found.deviations[i], rtol=1e-9)
+    frame = frame_of(system, 3, RCUT, 2)
+    assert calculator.results["energy"] == model(frame, create_graph=False).energy.item()
+    with pytest.raises(InputError, match="needs the covariance P"):
+        Calculator(model, uncertainty=True)
+
+
+def test_the_loop_of_the_example(tmp_path, capsys):
+    """Two short rounds: it labels frames that its own molecular dynamics has made, and continues with the old P."""
+    pytest.importorskip("ase")
+    spec = importlib.util.spec_from_file_location("active_learning", EXAMPLES / "active_learning.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    model = example.main(tmp_path, rounds=((300, 25), (600, 25)), steps=12)
+    said = capsys.readouterr().out
+    assert said.count("steps, ") == said.count("new frames: ") == 2
+    old, new = (load_checkpoint(tmp_path / f"model{n}.pt")["optimizer"]["filter"]["state"][0] for n in (2, 3))
+    assert model == str(tmp_path / "model3.pt")
+    forgetting = [float(one["state"][0]) for one in (old, new)]
+    assert forgetting[1] < forgetting[0] < 0.002  # λ went on
