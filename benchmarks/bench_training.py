@@ -16,7 +16,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from rows import MACHINE, append, machine
 
+from rlekf_ext.potential.architecture import plain
 from rlekf_ext.potential.batches import Batches
 from rlekf_ext.potential.data import System, frames
 from rlekf_ext.potential.evaluate import Comparison, compare
@@ -148,24 +149,47 @@ class Run:
         epochs: float,
         skip: tuple[float, float] | None = None,
         device: torch.device = CPU,
+        earlier: dict[str, Any] | None = None,
+        more: Sequence[list[Frame]] = (),
+        chances: Sequence[float] | None = None,
+        room_for: Sequence[Frame] = (),
     ) -> None:
-        """`skip`: μ and σ of the skip connections' factors."""
+        """`skip`: μ and σ of the skip connections' factors; `earlier`: the `state` of the run whose model to begin
+        with; `more`: other frames to train on, with the `chances` of `training` and of each of these; `room_for`:
+        frames that the model must be able to take."""
         seed = config.training.seed or 0
-        self.model, self.training = build_model(config, training).to(device), training
+        self.model, self.training = build_model(config, training, room_for, earlier).to(device), training
         if skip:
             draw_skip_connections(self.model, *skip, seed)
-        groups = by_composition(training)
-        batches = Batches(groups, [config.training.training_data.batch_size] * len(groups), seed)
+        groups = [*by_composition(training), *more]
+        sizes = [config.training.training_data.batch_size] * len(groups)
+        batches = Batches(groups, sizes, seed, chances)
         self.per_epoch, self.num_steps = len(batches), round(epochs * len(batches))
         self.optimize = build_optimizer(config, self.model, self.num_steps)
-        self.optimize.start(training)
-        self.model.table = build_table(self.model, training, config.training.table)
+        if earlier:
+            self.optimize.inherit(earlier["optimizer"], training)
+        else:
+            self.optimize.start(training)
+        self.model.table = build_table(self.model, training, config.training.table, earlier and earlier["nodes"])
+        self.latest = 0  # frames of the latest batch
         self._feed, self._done = feed_of(batches, self.optimize, self.model), 0
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What another run may begin with, as a checkpoint has it."""
+        result, table = self.optimize.result, self.model.table
+        return {
+            "model": plain(result.architecture),
+            "weights": result.state_dict(),
+            "optimizer": self.optimize.state_dict(),
+            "nodes": [table.nodes.number, table.nodes.last] if table else None,
+        }
 
     def step(self) -> int:
         """One batch; returns the number of updates."""
         self._done += 1
         batch, frames = next(self._feed)
+        self.latest = len(batch)
         return self.optimize(batch, self._done - 1, frames)
 
     def epoch(self) -> None:
