@@ -170,7 +170,8 @@ class Run:
             self.optimize.inherit(earlier["optimizer"], training)
         else:
             self.optimize.start(training)
-        self.model.table = build_table(self.model, training, config.training.table, earlier and earlier["nodes"])
+        nodes = earlier["progress"]["nodes"] if earlier else None
+        self.model.table = build_table(self.model, training, config.training.table, nodes)
         self.latest = 0  # frames of the latest batch
         self._feed, self._done = feed_of(batches, self.optimize, self.model), 0
 
@@ -182,7 +183,7 @@ class Run:
             "model": plain(result.architecture),
             "weights": result.state_dict(),
             "optimizer": self.optimize.state_dict(),
-            "nodes": [table.nodes.number, table.nodes.last] if table else None,
+            "progress": {"nodes": [table.nodes.number, table.nodes.last] if table else None},
         }
 
     def step(self) -> int:

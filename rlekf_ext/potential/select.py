@@ -87,10 +87,11 @@ def select(
     systems: Sequence[System],
     count: int,
     *,
+    epochs: float = EPOCHS,
     quiet: bool = False,
 ) -> Selection:
     """Choose `count` frames, the one with the largest predicted variance first, and the others in turn, with P updated
-    as if those before had been measured.
+    as if those before had been measured in so many epochs of training.
 
     The variances of energy and forces are added in units of the mean errors at the end of training. It takes the
     Jacobians of every frame once and one pass over P for each; then, for every choice, those of the few frames that may
@@ -138,19 +139,21 @@ def select(
             heapq.heappush(waiting, (-variance, frame, len(chosen)))
         chosen.append(frame)
         when_chosen.append(found)
-        optimizer.filter.update(as_measured(jacobian, scales, num_atoms), torch.zeros(1 + DRAWS))
+        if epochs:
+            rows = as_measured(jacobian, scales, num_atoms, epochs)
+            optimizer.filter.update(rows, torch.zeros(1 + DRAWS))
     return Selection(list(systems), chosen, before, np.array(when_chosen), left_out)
 
 
-def as_measured(jacobian: Tensor, scales: Sequence[float], num_atoms: int) -> Tensor:
-    """The rows of `jacobian_of`, scaled so that they tell P as much as a frame does in EPOCHS epochs of training.
+def as_measured(jacobian: Tensor, scales: Sequence[float], num_atoms: int, epochs: float) -> Tensor:
+    """The rows of `jacobian_of`, scaled so that they tell P as much as a frame does in so many epochs of training.
 
     In an epoch that is four updates of energies and four of forces of a quarter of the atoms, Σ ± F_i / (3n/4): in all
     16/(3n) times the mean variance of a component.
     """
     rows = jacobian.clone()
-    rows[0] *= scales[0] * math.sqrt(4 * EPOCHS)
-    rows[1:] *= scales[1] * math.sqrt(16 * EPOCHS / (3 * num_atoms * DRAWS))
+    rows[0] *= scales[0] * math.sqrt(4 * epochs)
+    rows[1:] *= scales[1] * math.sqrt(16 * epochs / (3 * num_atoms * DRAWS))
     return rows
 
 
