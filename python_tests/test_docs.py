@@ -23,7 +23,7 @@ from rows import PLACE
 from torch.distributed.run import parse_args
 
 import rlekf_ext
-from rlekf_ext import RLEKF, cli
+from rlekf_ext import RLEKF, FrameUpdater, cli
 from rlekf_ext.integrations import lkf
 from rlekf_ext.potential import Calculator
 from rlekf_ext.potential.checkpoint import save_checkpoint
@@ -156,7 +156,8 @@ NOT_COMMANDS = {
 READER_HAS = {
     ("docs/updates.md", 4): {"model", "frames"},
     ("docs/reliability.md", 1): {"optimizer"},
-    ("docs/online.md", 1): {"atoms"},
+    ("docs/online.md", 1): {"model", "saved"},
+    ("docs/online.md", 2): {"atoms"},
     ("docs/scaling.md", 1): {"model", "group"},
     ("docs/uncertainty.md", 1): {"optimizer", "jacobian"},
 }
@@ -233,6 +234,7 @@ def reader(tmp_path, monkeypatch):
         "optimizer": optimizer,
         "jacobian": jacobian,
         "group": dist.group.WORLD,
+        "saved": {"optimizer": RLEKF(model.parameters()).state_dict(), "updater": FrameUpdater(model).state_dict()},
         "atoms": bulk("NaCl", "rocksalt", 5.6, cubic=True),
     }
     dist.destroy_process_group()

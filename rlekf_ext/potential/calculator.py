@@ -30,7 +30,7 @@ class Calculator(ase_calculator.Calculator):
 
     With `uncertainty`, every n-th calculation (True: every one) also has, in `results`, what the filter expects of the
     errors, sqrt(HᵀPH): `energy_deviation` of the energy per atom, eV/atom, and `force_deviation`, the root mean square
-    over the force components, eV/Å; on a relative scale. That takes about as long as eight updates of training.
+    over the force components, eV/Å; on a relative scale. It takes eight derivatives by the weights and a pass over P.
 
     Raises InputError for a file that is no checkpoint or, with `uncertainty`, has no P, and DataError for elements that
     the model does not know, for more neighbours than its sel, for atoms closer than 0.1 Å and for a periodic cell

@@ -1,0 +1,112 @@
+"""The tables and the picture of docs/online.md, from the rows of bench_online.py and bench_select.py.
+
+    python benchmarks/plot_online.py
+
+Errors are those of test frames, medians over seeds. Of a run, that look counts at which the product of the errors on
+validation frames, of old and new ones and of energies and forces, is the smallest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from statistics import median
+
+from bench_online import METHODS
+from bench_online import RESULTS as ONLINE
+from bench_select import COUNTS
+from bench_select import METHODS as WAYS
+from bench_select import RESULTS as SELECT
+from bench_training import ROOT
+from plot_step import read
+from plot_study import COLORS, grid, save, short
+from rows import fill, table
+
+PAGE = ROOT / "docs/online.md"
+VALIDATION = tuple(f"{kind}_validation_{e}" for kind in ("old", "new") for e in "EF")
+TEST = tuple(f"{kind}_test_{e}" for kind in ("old", "new") for e in "EF")
+Row = dict[str, str]
+
+
+def product(row: Row) -> float:
+    return math.prod(float(row[name]) for name in VALIDATION)
+
+
+def online(network: str = "small") -> str:
+    """What became of old and new errors, by case and method; the cases that have all methods."""
+    runs: dict[tuple[str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in read(ONLINE.name):
+        if row["network"] == network:
+            runs[row["case"], row["method"]][row["seed"]].append(row)
+    lines = []
+    for case in dict.fromkeys(case for case, _ in runs):
+        if not all((case, method) in runs for method in METHODS):
+            continue
+        before = [looks[0] for looks in runs[case, "old P"].values()]
+        lines.append([f"**{case}**", "before", "0", "", *_errors(before)])
+        for method in METHODS:
+            best = [min(looks, key=product) for looks in runs[case, method].values()]
+            cost = [short(median(float(row[name]) for row in best)) for name in ("frames", "cpu_seconds")]
+            lines.append(["", method, *cost, *_errors(best)])
+    header = ["", "then", "frames", "CPU s", "old E", "old F", "new E", "new F"]
+    return table(header, lines)
+
+
+def _errors(rows: list[Row]) -> list[str]:
+    return [short(median(float(row[name]) for row in rows)) for name in TEST]
+
+
+def selection(network: str = "small") -> str:
+    """Test errors by the number of frames chosen, and how they were chosen."""
+    found: dict[tuple[str, str, int], list[Row]] = defaultdict(list)
+    for row in read(SELECT.name):
+        if row["network"] == network:
+            count = 10**6 if row["method"] == "all" else int(row["chosen"])
+            found[row["system"], row["method"], count].append(row)
+    lines = []
+    for system in dict.fromkeys(system for system, _, _ in found):
+        if not all((system, way, n) in found for way in WAYS for n in COUNTS):
+            continue
+        lines.append([f"**{system}**", "none", _both(found[system, "start", 0]), *[""] * (len(COUNTS) - 1)])
+        lines += [["", way, *(_both(found[system, way, n]) for n in COUNTS)] for way in WAYS]
+        lines.append(["", "all", *[""] * (len(COUNTS) - 1), _both(found[system, "all", 10**6])])
+    return table(["E / F", "chosen by", *(f"{n} frames" for n in COUNTS)], lines)
+
+
+def _both(rows: list[Row]) -> str:
+    return " / ".join(short(median(float(row[name]) for row in rows)) for name in ("test_E", "test_F"))
+
+
+def picture() -> None:
+    """Test errors against the number of chosen frames."""
+    found: dict[str, dict[str, dict[int, list[Row]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in read(SELECT.name):
+        found[row["system"]][row["method"]][int(row["chosen"])].append(row)
+    figure, places = grid(list(found))
+    colors = dict(zip(WAYS, [COLORS["RLEKF"], "#7e22ce", COLORS["Adam"], "#15803d", "#525252"], strict=True))
+    for axes, kind, system in places:
+        column = f"test_{kind}"
+        for way, color in colors.items():
+            of_way = sorted(found[system][way].items())
+            middle = [median(float(row[column]) for row in rows) for _, rows in of_way]
+            axes.plot([n for n, _ in of_way], middle, "o-", markersize=3, color=color, label=way)
+        (whole,) = found[system]["all"].values()
+        axes.axhline(median(float(row[column]) for row in whole), color="black", linewidth=0.8, linestyle="--")
+        axes.set(xscale="log", yscale="log", xticks=COUNTS, xticklabels=COUNTS)
+        axes.minorticks_off()
+        axes.grid(True, alpha=0.25)
+    figure.axes[0].legend(fontsize="small")
+    save(figure, ROOT / "docs/selection.png")
+
+
+TABLES: dict[str, Callable[[], str]] = {"old and new": online, "selection": selection}
+
+
+def main() -> None:
+    PAGE.write_text(fill(PAGE.read_text(), TABLES))
+    picture()
+
+
+if __name__ == "__main__":
+    main()
