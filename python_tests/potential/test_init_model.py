@@ -58,7 +58,7 @@ def test_p_and_the_weights_are_those_of_the_earlier_run(tmp_path, earlier):
     assert torch.equal(
         weights_of(earlier), torch.cat([t.flatten().double() for t in steps.result.state_dict().values()])
     )
-    assert "P is that of the earlier run; λ goes on from 0.998" in said
+    assert "P is that of the earlier run; 1 - λ continues from 0.0018." in said
 
 
 def test_p_is_inflated(tmp_path, earlier):

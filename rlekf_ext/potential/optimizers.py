@@ -47,7 +47,8 @@ class KalmanSteps:
                     p.copy_(saved["weights"][name])
             self.updater.inherit(saved["filter"], saved["updater"])
             times = f" times {options.inflation:g}" if options.covariance == "inflate" else ""
-            self._say(f"P is that of the earlier run{times}; λ goes on from {self.optimizer.filter.memory_factor:.5g}.")
+            forgetting = 1 - self.optimizer.filter.memory_factor
+            self._say(f"P is that of the earlier run{times}; 1 - λ continues from {forgetting:.2g}.")
             return
         self.updater.warm_start(training, trained=True)
 

@@ -94,8 +94,8 @@ def select(
     as if those before had been measured in so many epochs of training.
 
     The variances of energy and forces are added in units of the mean errors at the end of training. It takes the
-    Jacobians of every frame once and one pass over P for each; then, for every choice, those of the few frames that may
-    be the largest. No more than one frame is in memory. On a terminal it shows its progress, unless `quiet`.
+    Jacobians of every frame once and one pass over P for each; then, for every choice, those of the frames that may
+    still be the largest. No more than one frame is in memory. On a terminal it shows its progress, unless `quiet`.
 
     Raises InputError for a checkpoint without P, and DataError if no frame can be evaluated.
     """

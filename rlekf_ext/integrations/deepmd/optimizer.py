@@ -136,9 +136,8 @@ class DeepmdRLEKF(RLEKF):
             return False
         self.updater.inherit(saved, saved["updater"])
         times = f" times {options.inflation:g}" if options.covariance == "inflate" else ""
-        log.info(
-            "RLEKF begins with the P of the initial model%s; λ goes on from %.5g.", times, self.filter.memory_factor
-        )
+        forgetting = 1 - self.filter.memory_factor
+        log.info("RLEKF begins with the P of the initial model%s; 1 - λ continues from %.2g.", times, forgetting)
         return True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
