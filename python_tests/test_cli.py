@@ -275,7 +275,7 @@ def test_restart_with_another_network_or_optimizer(in_trained, capsys):
 
 def test_test_needs_a_checkpoint_and_data(in_trained, capsys):
     said = complaint(capsys, ["test", "-m", "none.pt", "-s", "data"])
-    assert said == "The checkpoint none.pt does not exist; `rlekf train` without --restart makes one."
+    assert said == "The checkpoint none.pt does not exist; `rlekf train` without --restart and --init-model makes one."
     Path("text.pt").write_text("hello\n" * 100)
     said = complaint(capsys, ["test", "-m", "text.pt", "-s", "data"])
     assert said.startswith("text.pt is not a checkpoint of `rlekf train`: ")
@@ -291,7 +291,7 @@ def test_test_on_elements_the_model_does_not_know(in_trained, capsys):
 
 def test_export_and_import_need_files_that_fit(in_trained, capsys):
     said = complaint(capsys, ["export", "none.pt"])
-    assert said == "The checkpoint none.pt does not exist; `rlekf train` without --restart makes one."
+    assert said == "The checkpoint none.pt does not exist; `rlekf train` without --restart and --init-model makes one."
     assert "files that end in .dp, but this one is called model.pth" in complaint(capsys, ["export", "-o", "model.pth"])
     said = complaint(capsys, ["export", "-o", "input.json/model.dp"])
     assert said.startswith("input.json/model.dp cannot be written: ")

@@ -124,7 +124,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     chooses = threads is None and not any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
     most = min(usable_cores(), torch.get_num_threads()) if chooses else None  # torch's number has no hyperthreads
     config, device = read_input(arguments.input), find_device(arguments.device)
-    if arguments.init_model:
+    if arguments.init_model is not None:
         config = replace(config, training=replace(config.training, init_model=arguments.init_model))
     if gpu := device.type == "cuda":
         torch.cuda.set_device(device)
@@ -171,13 +171,17 @@ def run_test(arguments: argparse.Namespace) -> int:
 
 def run_select(arguments: argparse.Namespace) -> int:
     from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
+    from rlekf_ext.potential.files import check_writable, writing
     from rlekf_ext.potential.load import load_systems
+    from rlekf_ext.potential.plot import plot_selection
     from rlekf_ext.potential.select import check_empty, select
 
     if arguments.number < 1:
         raise OptionError(f"--number must be >= 1 but is: {arguments.number}.")
     output = Path(arguments.output)
-    check_empty(output)
+    with writing(output):
+        check_empty(output)
+    check_writable(output / "deviations.csv")
     checkpoint = load_checkpoint(arguments.model)
     model = restored_model(checkpoint)
     systems = load_systems(arguments.system, model.type_map, labelled=False)
@@ -191,8 +195,6 @@ def run_select(arguments: argparse.Namespace) -> int:
         )
         print(f"{kind:<13}predicted deviation, median {pool:.3g}; first choice {first:.3g}, last {last:.3g} {unit}")
     table = found.save(output, model.type_map)
-    from rlekf_ext.potential.plot import plot_selection
-
     print(f"wrote        {output}, {table}, {plot_selection(found, output / 'deviations.png')}")
     return 0
 

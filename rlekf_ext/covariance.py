@@ -202,18 +202,23 @@ class Covariance:
             getattr(self, name).copy_(there)
 
     def reblock(
-        self, plan: BlockPlan, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self,
+        plan: BlockPlan,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        max_pending: int | None = None,
     ) -> Covariance:
-        """A new covariance of the same weights in the blocks of `plan`, stored in `dtype` on `device`; by default those
-        of this one.
+        """A new covariance of the same weights in the blocks of `plan`, stored in `dtype` on `device`, with room for
+        `max_pending` vectors; by default those of this one.
 
         Entries of P that are in a block of both plans are kept; all others of the new blocks are zero. (The diagonal is
         in both, so no weight starts over.) Each new block is block diagonal with principal submatrices of P on its
         diagonal, and so positive definite if P was. Storing float64 in float32 rounds S, and preserves this only while
         cond(P) is below about 1e7.
 
-        With different blocks, pending vectors are folded into S; with the same blocks they stay pending, and in the
-        same dtype P is the same bit for bit. All scalars carry over, including `measurement_noise`: its default is the
+        With different blocks or room, pending vectors are folded into S; otherwise they stay pending, and in the same
+        dtype P is the same bit for bit. All scalars carry over, including `measurement_noise`: its default is the
         number of blocks, but P was built up with the old one. For the new default: p.set(measurement_noise=num_blocks).
 
         Works by rows of tiles, in about 4 kB per weight of the largest new block besides the two covariances.
@@ -232,12 +237,12 @@ class Covariance:
         new = identity(
             plan,
             dtype=dtype or self.tiles.dtype,
-            max_pending=len(self.pending),
+            max_pending=max_pending or len(self.pending),
             device=device or self.tiles.device,
             tiles=None if whole else self.own_tiles,
         )
         new.state.copy_(self.state)
-        if plan == self.plan:
+        if plan == self.plan and len(new.pending) == len(self.pending):
             new.tiles.copy_(self.tiles)
             new.pending.copy_(self.pending)
             return new

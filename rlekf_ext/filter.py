@@ -216,16 +216,23 @@ class KalmanFilter:
         """Replace P by that of another filter of the same weights, whatever its blocks and storage: see
         `Covariance.reblock`. Its scalars are taken over, too."""
         here = self.covariance
-        new = covariance.reblock(here.plan, dtype=here.tiles.dtype, device=here.tiles.device)
+        new = covariance.reblock(
+            here.plan, dtype=here.tiles.dtype, device=here.tiles.device, max_pending=len(here.pending)
+        )
         own = slice(here.own_tiles.start, here.own_tiles.stop)
         self.covariance = replace(new, tiles=new.tiles[own].clone(), first_tile=own.start) if self._share else new
 
     def inherit(self, saved: dict[str, Any]) -> None:
         """P and λ of a saved filter of the same weights, whatever its blocks and storage, for other measurements: the
-        options stay this filter's own, and counts start anew. Raises ValueError for another number of weights."""
-        try:
+        options stay this filter's own, and counts start anew. With covariance_dtype "auto" P keeps the dtype that it
+        has. Raises ValueError for another number of weights."""
+        here, dtype = self.covariance, saved["tiles"].dtype
+        if self.options.covariance_dtype == "auto" and dtype != here.tiles.dtype:
+            here = self.covariance = here.reblock(self.plan, dtype=dtype)
+        same = saved["sizes"].tolist() == list(self.plan.sizes) and len(saved["pending"]) == len(here.pending)
+        if same and dtype == here.tiles.dtype:
             self.load_state_dict(saved)
-        except ValueError:
+        else:
             self.take_over(Covariance.from_state_dict(saved))
         self.covariance.set(**self._constants(), **dict.fromkeys(self.health(), 0.0))
 

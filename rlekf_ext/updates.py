@@ -131,16 +131,29 @@ class FrameUpdater:
             self.optimizer.start_by_layers(self._processes.sum(squares))
         self._started = True
 
-    def inherit(self, optimizer: dict[str, Any], updater: dict[str, Any]) -> None:
+    @torch.no_grad()
+    def inherit(self, optimizer: dict[str, Any], updater: dict[str, Any]) -> str:
         """Instead of `warm_start`, for other data and a model with the weights of an earlier run: P and λ of that run,
         from what its RLEKF and its FrameUpdater have saved; P is inflated if the option `covariance` says so. Running
-        means of errors start anew, and other options are those of this run. Raises ValueError for other weights."""
+        means of errors start anew, and other options are those of this run. Returns a sentence about P.
+
+        Raises OptionError if `covariance` is "fresh", and ValueError for another number of weights.
+        """
+        if self.options.covariance == "fresh":
+            raise OptionError(
+                "With covariance fresh nothing of the earlier P is used: call warm_start(frames, trained=True)."
+            )
         self.optimizer.filter.inherit(optimizer["state"][0])
-        p = self.optimizer.filter.covariance
+        p, times = self.optimizer.filter.covariance, ""
         if self.options.covariance == "inflate":
             p.set(scale=p.scale * self.options.inflation)
+            times = f" times {self.options.inflation:g}"
         self._load_average(updater["average"])
+        if self._average:  # buffers may have statistics of new elements
+            for mean, buffer in zip(self._average.module.buffers(), self.model.buffers(), strict=True):  # type: ignore[attr-defined]
+                mean.copy_(buffer)
         self._early, self._started = self._number(updater["early"]), True
+        return f"P is that of the earlier run{times}; 1 - λ continues from {p.scalars().forgetting:.2g}."
 
     def __call__(self, batch: Any, factors: Mapping[str, float] | None = None) -> list[tuple[str, Tensor]]:
         """Update on one batch: a frame, or a list of frames, empty for a process without any. A frame may hold several

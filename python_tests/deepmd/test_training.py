@@ -129,7 +129,8 @@ def test_begins_with_an_earlier_model_and_its_p(dp, tmp_path, trainer, earlier):
     shutil.copy(dp.folder / "model.ckpt-3.pt", dp.folder / "old.pt")
     asked = {"type": "RLEKF", "block_size": 300, "covariance": "inflate", "inflation": 2.0}
     text = dp(asked, "--init-model", "old.pt", steps=1, system=dp.salt, trainer=trainer)
-    assert ("begins with the P of the initial model times 2" in text) == (earlier != "Adam")
+    assert ("P is that of the earlier run times 2" in text) == (earlier != "Adam")
+    assert ("the initial model has no P" in text) == (earlier == "Adam")
     state = checkpoint(dp, 1)["optimizer"]["state"][0]["state"]
     updates = {"RLEKF": 4 * 8, "LKF": 3 * 5, "Adam": 8}[earlier] + (8 if earlier == "LKF" else 0)
     start = {"RLEKF": 0.002, "LKF": 0.02, "Adam": 0.002}[earlier]

@@ -6,9 +6,11 @@ import torch
 from helpers import checkpoint_of, input_of, run, weights_of, write_data
 from spawn import spawn
 
+from rlekf_ext import FrameUpdater
 from rlekf_ext.covariance import Covariance
-from rlekf_ext.errors import InputError
+from rlekf_ext.errors import DataError, InputError, OptionError
 from rlekf_ext.potential.batches import load_frames
+from rlekf_ext.potential.checkpoint import restored_model
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.optimizers import build_optimizer
 from rlekf_ext.potential.train import add_elements, build_model
@@ -35,7 +37,10 @@ def begun(given, earlier):
     frames = load_frames(config, quiet=True, say=said.append)[0].all()
     model = build_model(config, frames, (), checkpoint, "init_model")
     steps = build_optimizer(config, model, 9, say=said.append)
-    steps.inherit(checkpoint.get("optimizer", {}), frames)
+    saved = checkpoint.get("optimizer", {})
+    steps.inherit_weights(saved)
+    add_elements(model, frames, config, said.append)
+    steps.inherit(saved, frames)
     return steps, " ".join(said)
 
 
@@ -69,10 +74,40 @@ def test_p_is_inflated(tmp_path, earlier):
     assert "times 5" in said
 
 
-@pytest.mark.parametrize("changes", [{"block_size": 64}, {"covariance_dtype": "float32"}, {"max_pending": 5}])
-def test_p_is_taken_over_into_other_blocks_and_storage(tmp_path, earlier, changes):
+@pytest.mark.parametrize(
+    ("changes", "dtype", "capacity"),
+    [
+        ({"block_size": 64}, torch.float64, 32),
+        ({"covariance_dtype": "float32"}, torch.float32, 32),
+        ({"max_pending": 5}, torch.float64, 5),
+        ({"block_size": 64, "covariance_dtype": "auto", "max_pending": 40}, torch.float64, 40),  # it was float64
+    ],
+)
+def test_p_is_taken_over_into_other_blocks_and_storage(tmp_path, earlier, changes, dtype, capacity):
+    """Within blocks of both, P is the same."""
     steps, _ = begun(with_new_data(tmp_path, earlier, {**RLEKF, **changes}), earlier)
-    assert torch.allclose(steps.optimizer.filter.covariance.diagonal(), p_of(earlier).diagonal(), rtol=1e-6)
+    p, old = steps.optimizer.filter.covariance, p_of(earlier)
+    assert (p.tiles.dtype, len(p.pending)) == (dtype, capacity)
+    found, wanted = (torch.block_diag(*each.dense()) for each in (p, old))
+    inside, before = (torch.block_diag(*(torch.ones(n, n) for n in each.plan.sizes)) for each in (p, old))
+    exact = 1e-6 if dtype == torch.float32 else 1e-14
+    assert torch.allclose(found, wanted * (inside * before), rtol=0, atol=exact * float(wanted.abs().max()))
+
+
+def test_fresh_is_not_inherited(earlier):
+    model = restored_model(checkpoint_of(earlier))
+    updater = FrameUpdater(model, transpose=True, block_size=40, covariance="fresh")
+    saved = checkpoint_of(earlier)["optimizer"]
+    with pytest.raises(OptionError, match="call warm_start"):
+        updater.inherit(saved["filter"], saved["updater"])
+
+
+def test_a_frame_with_more_neighbours(tmp_path, earlier):
+    given = with_new_data(tmp_path, earlier)
+    write_data(tmp_path / "dense", first=0, count=2, stretch=0.6)
+    given["training"]["training_data"]["systems"] = str(tmp_path / "dense")
+    with pytest.raises(DataError, match=r"more than sel = .*The sel of .* cannot change"):
+        run(given)
 
 
 def test_a_fresh_p_is_the_prior_at_the_earlier_weights(tmp_path, earlier):
@@ -88,7 +123,7 @@ def test_a_fresh_p_is_the_prior_at_the_earlier_weights(tmp_path, earlier):
 def test_adam_leaves_no_p(tmp_path):
     run(input_of(tmp_path / "adam", {"type": "Adam"}))
     steps, said = begun(with_new_data(tmp_path / "new", tmp_path / "adam"), tmp_path / "adam")
-    assert "has left no P: a fresh one" in said
+    assert "left no P; starting with a fresh one" in said
     assert steps.optimizer.filter.covariance.scalars().num_updates == 0
 
 
@@ -155,16 +190,21 @@ def test_an_element_that_comes_later(tmp_path):
     config, said = read_input(given), []
     frames = load_frames(config, quiet=True)[0].all()
     found = build_model(config, frames, (), checkpoint_of(tmp_path / "old"), "init_model")
-    add_elements(found, frames, said.append)
+    add_elements(found, frames, config, said.append)
     assert said == ["New elements: K."]
     for name in ("descriptor.davg", "descriptor.dstd", "energy_bias"):
         own = found.state_dict()[name]
         assert torch.equal(own[:2], model[name][:2])
         assert not torch.equal(own[2], model[name][2])
-    off = [float(found(frame, False, forces=False).energy - frame.energy) for frame in frames]
+    steps, _ = begun(given, tmp_path / "old")  # with the filter's own weights
+    off = [float(steps._model(frame, False, forces=False).energy - frame.energy) for frame in frames]
     assert np.mean(off) == pytest.approx(0, abs=1e-9)
+    assert torch.equal(steps.result.energy_bias, steps._model.energy_bias)
     assert run(given)["step"] == 1
-    assert torch.equal(checkpoint_of(tmp_path / "new")["weights"]["energy_bias"], found.energy_bias)
+    assert torch.equal(checkpoint_of(tmp_path / "new")["weights"]["energy_bias"], steps._model.energy_bias)
+    given["model"]["descriptor"]["set_davg_zero"] = True
+    steps, _ = begun(given, tmp_path / "old")
+    assert steps._model.descriptor.davg[2, 0] == 0
 
 
 def continues(rank, given, wanted):

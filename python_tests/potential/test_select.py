@@ -10,13 +10,13 @@ import torch
 from helpers import RCUT, checkpoint_of, input_of, run, write_data
 
 from rlekf_ext.cli import main
-from rlekf_ext.errors import DataError, InputError
+from rlekf_ext.errors import DataError, InputError, OptionError
 from rlekf_ext.potential import Calculator
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
 from rlekf_ext.potential.data import frame_of, frames
 from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.select import EPOCHS, select
-from rlekf_ext.potential.uncertainty import DRAWS, filter_of, jacobian_of
+from rlekf_ext.potential.uncertainty import DRAWS, deviations, filter_of, jacobian_of
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -147,6 +147,11 @@ def test_the_command(trained, pool, tmp_path, monkeypatch, capsys):
     assert "should be a new or an empty folder" in capsys.readouterr().err
     assert main(["select", "-m", model, "-s", "dense", "-o", "other"]) == 2
     assert "No frame can be evaluated: dense, frame 0, atom" in capsys.readouterr().err
+    assert main(["select", "-m", model, "-s", "pool", "-o", "x" * 300]) == 2
+    assert "File name too long" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["select", "-m", model, "-s", "pool", "-o", "file/chosen"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
     assert main(["select", "-m", model, "-s", "pool", "-n", "0"]) == 2
     assert "--number must be >= 1" in capsys.readouterr().err
 
@@ -158,7 +163,15 @@ def test_more_than_there_are(trained, pool, tmp_path):
     assert sorted(found.chosen) == list(range(10))
 
 
-@pytest.mark.parametrize("form", ["extxyz", "traj", "xyz"])
+def dump(step, coordinates, box):
+    """A frame of Na4Cl4 as LAMMPS writes it."""
+    sides = "".join(f"0 {side!r}\n" for side in np.diag(box).tolist())
+    rows = (f"{i + 1} {1 + i // 4} {x!r} {y!r} {z!r}\n" for i, (x, y, z) in enumerate(coordinates.tolist()))
+    head = f"ITEM: TIMESTEP\n{step}\nITEM: NUMBER OF ATOMS\n8\nITEM: BOX BOUNDS pp pp pp\n{sides}"
+    return f"{head}ITEM: ATOMS id type x y z\n{''.join(rows)}"
+
+
+@pytest.mark.parametrize("form", ["extxyz", "traj", "xyz", "dat", "dump"])
 def test_a_pool_without_labels_in_other_formats(pool, tmp_path, form):
     ase_io = pytest.importorskip("ase.io")
     from ase import Atoms
@@ -169,15 +182,19 @@ def test_a_pool_without_labels_in_other_formats(pool, tmp_path, form):
         Atoms(names, positions=x, cell=box, pbc=True) for x, box in zip(system.coordinates, system.boxes, strict=True)
     ]
     file = tmp_path / f"md.{form}"
-    ase_io.write(file, atoms, format="extxyz" if form == "xyz" else form)
-    path = f"ase/traj:{file}" if form == "traj" else str(file)
+    if form == "dump":
+        file.write_text("".join(map(dump, range(10), system.coordinates, system.boxes)))
+    else:
+        ase_io.write(file, atoms, format="traj" if form == "traj" else "extxyz")
+    prefix = {"traj": "ase/traj:", "dat": "extxyz:", "dump": "lammps/dump:"}.get(form, "")
+    path = f"{prefix}{file}"
     with pytest.raises(DataError):
         load_systems(path, ["Na", "Cl"])
     found = load_systems(path, ["Na", "Cl"], labelled=False)
     assert sum(map(len, found)) == 10
-    np.testing.assert_allclose(
-        np.concatenate([each.coordinates for each in found])[3], system.coordinates[3], atol=1e-7
-    )
+    apart = np.concatenate([each.coordinates for each in found])[3] - system.coordinates[3]
+    sides = np.diag(system.boxes[3])
+    np.testing.assert_allclose(apart - sides * np.round(apart / sides), 0, atol=1e-7)  # dumps are wrapped into the cell
 
 
 def test_a_model_without_p(tmp_path, pool):
@@ -206,8 +223,22 @@ def test_error_bars_in_ase(trained, pool):
             np.testing.assert_allclose(both, found.deviations[i], rtol=1e-9)
     frame = frame_of(system, 3, RCUT, 2)
     assert calculator.results["energy"] == model(frame, create_graph=False).energy.item()
-    with pytest.raises(InputError, match="needs the covariance P"):
+    with pytest.raises(InputError, match="give the checkpoint"):
         Calculator(model, uncertainty=True)
+    for wrong in (-1, 2.5):
+        with pytest.raises(OptionError, match="uncertainty must be"):
+            Calculator(trained / "out" / "model.ckpt.pt", uncertainty=wrong)
+
+
+def test_a_variance_that_is_not_finite(trained):
+    checkpoint = checkpoint_of(trained)
+    model = restored_model(checkpoint)
+    optimizer = filter_of(checkpoint, model)
+    jacobian = torch.zeros(1 + DRAWS, optimizer.filter.plan.num_weights, dtype=torch.float64)
+    assert deviations(optimizer, jacobian, "x") == (0, 0)
+    jacobian[3] = torch.nan
+    with pytest.raises(InputError, match="The variance HᵀPH of x"):
+        deviations(optimizer, jacobian, "x")
 
 
 def test_the_loop_of_the_example(tmp_path, capsys):

@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.geometry import complete_cell
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from rlekf_ext.errors import DataError
+from rlekf_ext.errors import DataError, InputError, OptionError
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import make_frame
@@ -31,10 +31,11 @@ class Calculator(ase_calculator.Calculator):
     With `uncertainty`, every n-th calculation (True: every one) also has, in `results`, what the filter expects of the
     errors, sqrt(HᵀPH): `energy_deviation` of the energy per atom, eV/atom, and `force_deviation`, the root mean square
     over the force components, eV/Å; on a relative scale. It takes eight derivatives by the weights and a pass over P.
+    ASE's SinglePointCalculator refuses these two names.
 
-    Raises InputError for a file that is no checkpoint or, with `uncertainty`, has no P, and DataError for elements that
-    the model does not know, for more neighbours than its sel, for atoms closer than 0.1 Å and for a periodic cell
-    vector of length 0.
+    Raises InputError for a file that is no checkpoint or, with `uncertainty`, has no P, OptionError for another
+    `uncertainty`, and DataError for elements that the model does not know, for more neighbours than its sel, for atoms
+    closer than 0.1 Å and for a periodic cell vector of length 0.
     """
 
     # No ClassVar: ASE declares it without.
@@ -49,6 +50,10 @@ class Calculator(ase_calculator.Calculator):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if int(uncertainty) != uncertainty or uncertainty < 0:
+            raise OptionError(f"uncertainty must be True, False or a number of calculations but is: {uncertainty}.")
+        if uncertainty and isinstance(model, DeepPotential):
+            raise InputError("uncertainty needs P: give the checkpoint of `rlekf train`, not its model.")
         checkpoint = {} if isinstance(model, DeepPotential) else load_checkpoint(model, model_only=not uncertainty)
         self.model = model if isinstance(model, DeepPotential) else restored_model(checkpoint)
         self._every, self._calculations = int(uncertainty), 0

@@ -188,7 +188,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError("no model in it")
     except FileNotFoundError as error:
         near = Path(f"{path}.pt")
-        advice = f"there is {near}" if near.exists() else "`rlekf train` without --restart makes one"
+        advice = f"there is {near}" if near.exists() else "`rlekf train` without --restart and --init-model makes one"
         raise InputError(f"The checkpoint {path} does not exist; {advice}.") from error
     except BadZipFile as error:
         if is_hdf5(path):

@@ -21,7 +21,7 @@ LACKING = {
         ("model", "modifier", "the energy is the fitting net's alone"),
         ("model", "compress", "models are not compressed"),
         ("model", "spin", "atoms have no spin"),
-        ("model", "finetune_head", "training starts from random weights"),
+        ("model", "finetune_head", "training begins with random weights or with `--init-model`"),
         ("model/descriptor", "exclude_types", "every pair of elements within rcut interacts"),
         ("model/descriptor", "env_protection", "the environment matrix is not shifted"),
         (

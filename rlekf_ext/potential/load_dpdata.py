@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +57,17 @@ def read_dpdata(path: Path, form: str | None, unlabelled: list[str] | None = Non
 def _read(path: Path, form: str, unlabelled: list[str] | None) -> list[dict[str, Any]]:
     try:
         return _read_labelled(path, form)
-    except DataError:
+    except DataError as error:
         if unlabelled is None:
             raise
-        with suppress(Exception):
+        try:
             return _read_structures(path, form, unlabelled)
-        raise  # what was wrong with the labels says more
+        except Exception as without:
+            if "NotImplementedError" not in str(error):
+                raise error from without  # what was wrong with the labels says more
+            raise DataError(
+                f"{path} cannot be read by dpdata as {form}: {type(without).__name__}: {without}."
+            ) from without
 
 
 def _read_labelled(path: Path, form: str) -> list[dict[str, Any]]:
@@ -93,7 +97,7 @@ def _read_structures(path: Path, form: str, type_map: list[str]) -> list[dict[st
     if form not in SEVERAL:
         return [_renamed(dpdata.System(str(path), fmt=form, type_map=type_map).data, several=False)]
     reader = Format.get_formats()["ase/structure"]()
-    atoms = reader.from_multi_systems(str(path), **SEVERAL[form][1])
+    atoms = reader.from_multi_systems(str(path), **({"ase_fmt": "extxyz"} if form in XYZ else SEVERAL[form][1]))
     return [_renamed(reader.from_system(frame), several=True) for frame in atoms]
 
 

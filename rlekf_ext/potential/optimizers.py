@@ -36,21 +36,25 @@ class KalmanSteps:
         """Before the first batch of a new run."""
         self.updater.warm_start(training)
 
-    def inherit(self, saved: dict[str, Any], training: Sequence[Frame]) -> None:
-        """Before the first batch of a run that begins with the model of an earlier one, whose optimizer was `saved`."""
-        options = self.updater.options
-        if "filter" not in saved:
-            self._say("The earlier run has left no P: a fresh one.")
-        elif options.covariance != "fresh":
-            with torch.no_grad():  # the model's own weights are the mean of these over a few batches
+    def inherit_weights(self, saved: dict[str, Any]) -> None:
+        """First, in a run that begins with the model of an earlier one, whose optimizer was `saved`: the filter's own
+        weights, of which the model's are the mean over a few batches, if P is to be kept."""
+        if self._keeps(saved):
+            with torch.no_grad():
                 for name, p in self._model.named_parameters():
                     p.copy_(saved["weights"][name])
-            self.updater.inherit(saved["filter"], saved["updater"])
-            times = f" times {options.inflation:g}" if options.covariance == "inflate" else ""
-            forgetting = 1 - self.optimizer.filter.memory_factor
-            self._say(f"P is that of the earlier run{times}; 1 - λ continues from {forgetting:.2g}.")
+
+    def inherit(self, saved: dict[str, Any], training: Sequence[Frame]) -> None:
+        """Then: P, or a fresh one."""
+        if self._keeps(saved):
+            self._say(self.updater.inherit(saved["filter"], saved["updater"]))
             return
+        if "filter" not in saved:
+            self._say("The earlier run left no P; starting with a fresh one.")
         self.updater.warm_start(training, trained=True)
+
+    def _keeps(self, saved: dict[str, Any]) -> bool:
+        return "filter" in saved and self.updater.options.covariance != "fresh"
 
     def arranged(self, batch: Sequence[Frame]) -> list[Frame]:
         """What this process measures of a batch, as it is evaluated: one frame of several structures, or several."""
@@ -109,8 +113,11 @@ class AdamSteps:
     def start(self, training: Sequence[Frame]) -> None:
         """Nothing needs to be done before the first batch."""
 
-    def inherit(self, saved: dict[str, Any], training: Sequence[Frame]) -> None:
+    def inherit_weights(self, saved: dict[str, Any]) -> None:
         """Nothing is taken over of an earlier run but its model."""
+
+    def inherit(self, saved: dict[str, Any], training: Sequence[Frame]) -> None:
+        """The same."""
 
     def arranged(self, batch: Sequence[Frame]) -> list[Frame]:
         """What this process evaluates of a batch: one frame of several structures, or none."""

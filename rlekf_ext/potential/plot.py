@@ -12,6 +12,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from rlekf_ext.errors import InputError
 from rlekf_ext.options import KINDS
@@ -151,15 +152,17 @@ def plot_selection(found: Selection, output: str | Path) -> Path:
     """The predicted deviations of the frames of a pool, and which were chosen."""
     figure, panels = plt.subplots(2, 1, figsize=(8, 5.4), constrained_layout=True, sharex=True)
     frames = np.arange(len(found.deviations))
-    for axes, which, label in zip(panels, (0, 1), ("energy (meV/atom)", "force (meV/Å)"), strict=True):
-        axes.scatter(frames, 1e3 * found.deviations[:, which], s=8, color=COLORS[-1], alpha=0.5, label="pool")
+    for axes, which, label in zip(panels, (0, 1), ("energy, meV/atom", "force, meV/Å"), strict=True):
+        axes.scatter(frames, 1e3 * found.deviations[:, which], s=8, color=COLORS[-1], alpha=0.5)
         rank = np.arange(1, len(found.chosen) + 1)
         chosen = 1e3 * found.deviations[found.chosen, which]
-        marks = axes.scatter(found.chosen, chosen, s=26, c=rank, cmap="plasma", label="chosen")
-        axes.set(ylabel=f"predicted deviation of {label}", yscale="log")
+        marks = axes.scatter(found.chosen, chosen, s=26, c=rank, cmap="plasma")
+        axes.set(ylabel=label, yscale="log")
         axes.grid(True, which="both", alpha=0.25)
+    panels[0].set_title("Predicted deviations of the pool; chosen frames are coloured")
     panels[-1].set_xlabel("frame")
-    figure.colorbar(marks, ax=panels, label="order of choice")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(marks, ax=panels, label="order of choice", ticks=MaxNLocator(integer=True))
     return _save(figure, output)
 
 

@@ -25,8 +25,9 @@ from rlekf_ext.potential.files import write_atomically, writing
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.uncertainty import DRAWS, deviations, filter_of, jacobian_of
+from rlekf_ext.updates import LEAST_ERROR
 
-EPOCHS = 10  # how often training would measure a frame
+EPOCHS = 10  # how often training, with the preset robust, would measure a frame
 FILES = {"coordinates": "coord", "boxes": "box", "energies": "energy", "forces": "force", "virials": "virial"}
 
 
@@ -93,9 +94,10 @@ def select(
     """Choose `count` frames, the one with the largest predicted variance first, and the others in turn, with P updated
     as if those before had been measured in so many epochs of training.
 
-    The variances of energy and forces are added in units of the mean errors at the end of training. It takes the
-    Jacobians of every frame once and one pass over P for each; then, for every choice, those of the frames that may
-    still be the largest. No more than one frame is in memory. On a terminal it shows its progress, unless `quiet`.
+    The variances of energy and forces are added as the filter scales its measurements at the end of training. It takes
+    the Jacobians of every frame once and one pass over P for each; then, for every choice, those of the frames that may
+    still be the largest. No more than one frame has its neighbours in memory. On a terminal it shows its progress,
+    unless `quiet`.
 
     Raises InputError for a checkpoint without P, and DataError if no frame can be evaluated.
     """
@@ -103,7 +105,8 @@ def select(
     p = optimizer.filter.covariance
     optimizer.filter.covariance = p = p.reblock(p.plan)  # the old one lies in the file
     p.set(forgetting=0.0, process_noise=0.0)
-    saved = checkpoint["optimizer"]["updater"].get("scales", {})
+    updater = checkpoint["optimizer"]["updater"]
+    saved = updater.get("scales") or {kind: 1 / max(float(x), LEAST_ERROR) for kind, x in updater["means"].items()}
     scales = [float(saved.get(kind, 1.0)) for kind in ("energy", "force")]
     places = [(system, i) for system in systems for i in range(len(system))]
 

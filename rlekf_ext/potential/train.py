@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from rlekf_ext.environment import this_machine
-from rlekf_ext.errors import InputError, StoppedError
+from rlekf_ext.errors import DataError, InputError, StoppedError
 from rlekf_ext.potential.architecture import differences
 from rlekf_ext.potential.batches import Batches, Feed, kinds_used, labels_used, load_frames
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, run_of, save_checkpoint
@@ -72,7 +72,13 @@ def train(
     model = build_model(config, everything, validating, checkpoint or earlier, why)
     model.to(device)
     for frame in [*everything, *held_out]:
-        model.descriptor.check(frame)  # more neighbours than sel has slots for: an error now, not hours later
+        try:
+            model.descriptor.check(frame)  # more neighbours than sel has slots for: an error now, not hours later
+        except DataError as error:
+            if not earlier:
+                raise
+            fixed = f"The sel of {settings.init_model} cannot change: train anew, or leave such frames out."
+            raise DataError(f"{error} {fixed}") from error
     batches = training.batches(settings.seed or 0)
     num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
     disp_freq = settings.disp_freq or min(len(batches), 1000)
@@ -95,8 +101,11 @@ def train(
         del checkpoint  # its tensors are parts of the file, which is about to be replaced
     elif earlier:
         say(f"Begins with the model of {settings.init_model}.")
-        add_elements(model, everything, say)
-        optimize.inherit(earlier.get("optimizer", {}), everything)
+        saved = earlier.get("optimizer", {})
+        optimize.inherit_weights(saved)
+        add_elements(model, everything, config, say)
+        optimize.inherit(saved, everything)
+        del saved
     else:
         optimize.start(everything)
     nodes = progress.get("nodes") or (earlier or {}).get("progress", {}).get("nodes")
@@ -227,11 +236,13 @@ def build_model(
     return model
 
 
-def add_elements(model: DeepPotential, frames: Sequence[Frame], say: Callable[[str], Any]) -> None:
+def add_elements(model: DeepPotential, frames: Sequence[Frame], config: Config, say: Callable[[str], Any]) -> None:
     """Statistics of the elements that these frames have and those of an earlier run did not."""
     present = elements_of(frames)
     if new := [element for element in model.descriptor.without_statistics() if element in present]:
         model.descriptor.fit_statistics(frames, new)
+        if config.model.descriptor.set_davg_zero:
+            model.descriptor.davg[new] = 0
         model.fit_energy_bias(frames, with_network=True, elements=new)
         say(f"New elements: {', '.join(model.type_map[element] for element in new)}.")
 

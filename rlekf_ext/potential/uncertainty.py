@@ -105,7 +105,7 @@ def deviations(optimizer: RLEKF, jacobian: Tensor, name: str) -> tuple[float, fl
     """The predicted deviations of the energy, eV/atom, and of the force components, eV/Å, from the rows of
     `jacobian_of`. Raises InputError, with the name of the frame, for a variance that is negative or not finite."""
     variance = optimizer.variance(jacobian).tolist()
-    if not (min(variance) >= 0 and max(variance) < math.inf):
+    if not all(0 <= each < math.inf for each in variance):  # NaN is neither
         raise InputError(
             f"The variance HᵀPH of {name} should be at least 0 and finite but is {min(variance):.3g}: P was spoilt by "
             "rounding. Train with covariance_dtype float64, or with a memory_factor nearer to 1."

@@ -128,16 +128,15 @@ class DeepmdRLEKF(RLEKF):
 
     def inherit(self, saved: dict[str, Any]) -> bool:
         """P and λ of another run, of type RLEKF or LKF, for other data; returns whether there are any to be kept."""
-        options = self.updater.options
         if "P" in saved.get("state", {}).get(0, {}):
             p = from_lkf(saved).state_dict()
             saved = {"state": {0: p}, "updater": {"average": None, "early": torch.zeros(())}}
-        if options.covariance == "fresh" or "updater" not in saved:
+        if "updater" not in saved:
+            log.info("RLEKF: the initial model has no P; starting with a fresh one.")
             return False
-        self.updater.inherit(saved, saved["updater"])
-        times = f" times {options.inflation:g}" if options.covariance == "inflate" else ""
-        forgetting = 1 - self.filter.memory_factor
-        log.info("RLEKF begins with the P of the initial model%s; 1 - λ continues from %.2g.", times, forgetting)
+        if self.updater.options.covariance == "fresh":
+            return False
+        log.info("RLEKF: %s", self.updater.inherit(saved, saved["updater"]))
         return True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
