@@ -221,15 +221,12 @@ def continues(rank, given, wanted):
 
 
 def test_several_processes_share_the_earlier_p(tmp_path, earlier):
-    """Also P that several processes have written, and in other blocks."""
-    for name, size in (("same", 40), ("other", 50)):
-        alone = with_new_data(tmp_path / f"{name} alone", earlier, {**RLEKF, "block_size": size}, numb_steps=2)
-        run(alone)
+    """That of one process, into other blocks; then that which they have written themselves."""
+    for name, before in (("first", earlier), ("second", tmp_path / "first")):
+        given = [
+            with_new_data(tmp_path / each, before, {**RLEKF, "block_size": 50}, numb_steps=2)
+            for each in (f"{name} alone", name)
+        ]
+        run(given[0])
         torch.save(weights_of(tmp_path / f"{name} alone"), tmp_path / "wanted.pt")
-        given = with_new_data(tmp_path / name, earlier, {**RLEKF, "block_size": size}, numb_steps=2)
-        spawn(continues, 2, given, tmp_path / "wanted.pt")
-    given = with_new_data(tmp_path / "once more", tmp_path / "same", numb_steps=2)
-    alone = with_new_data(tmp_path / "once more alone", tmp_path / "same", numb_steps=2)
-    run(alone)
-    torch.save(weights_of(tmp_path / "once more alone"), tmp_path / "wanted.pt")
-    spawn(continues, 2, given, tmp_path / "wanted.pt")
+        spawn(continues, 2, given[1], tmp_path / "wanted.pt")
