@@ -17,6 +17,7 @@ from bench_select import COUNTS
 from bench_select import METHODS as WAYS
 from bench_select import RESULTS as SELECT
 from bench_training import ROOT
+from matplotlib.ticker import FormatStrFormatter, NullLocator
 from plot_step import read
 from plot_study import COLORS, grid, save, short
 from rows import fill, table
@@ -87,9 +88,12 @@ def picture() -> None:
         (whole,) = found[system]["all"].values()
         axes.axhline(median(float(row[column]) for row in whole), color="black", linewidth=0.8, linestyle="--")
         axes.set(xscale="log", yscale="log", xticks=COUNTS, xticklabels=COUNTS)
-        axes.minorticks_off()
-        axes.grid(True, alpha=0.25)
-    figure.axes[0].legend(fontsize="small")
+        axes.xaxis.set_minor_locator(NullLocator())
+        for of_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            of_ticks(FormatStrFormatter("%.3g"))
+        axes.tick_params(axis="y", which="both", labelsize=7)
+        axes.grid(True, which="both", alpha=0.25)
+    figure.axes[-1].legend(fontsize=7)
     save(figure, ROOT / "docs/selection.png")
 
 
