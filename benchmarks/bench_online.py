@@ -11,7 +11,6 @@ and meV/Å: `validation`, for choosing settings, and `test`. Frames are cut in t
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from bench_training import PARTS, ROOT, Run, config_of, folder, significant, thinned
 from bench_uncertainty import COLD, Some, everything, others, solid
-from rows import MACHINE, append, machine
+from rows import MACHINE, append, keys_of, machine
 
 from rlekf_ext.potential.data import System, frames
 from rlekf_ext.potential.evaluate import compare
@@ -140,11 +139,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    where = machine(given.output)
-    done: set[tuple[str, ...]] = set()
-    if given.output.exists():
-        with given.output.open() as file:
-            done = {tuple(row[name] for name in KEY) for row in csv.DictReader(file)}
+    where, done = machine(given.output), keys_of(given.output, KEY)
     for name in given.cases:
         case = CASES[name]
         kinds = {kind: parts_of(given.data, case.system, getattr(case, kind)) for kind in ("old", "new")}

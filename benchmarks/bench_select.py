@@ -11,7 +11,6 @@ frames, in meV/atom and meV/Å. Rows go to results/select.csv; an interrupted st
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from bench_online import CU, MG, NACL, RLEKF, SI
 from bench_training import ROOT, Run, config_of, folder, significant
 from bench_uncertainty import COLD, Some, everything, solid
-from rows import MACHINE, append, machine
+from rows import MACHINE, append, keys_of, machine
 
 from rlekf_ext.potential.checkpoint import restored_model
 from rlekf_ext.potential.data import System, frames
@@ -90,9 +89,8 @@ class Trial:
 
     def trained(self, chosen: list[int], seed: int) -> Run:
         own = [self.frames[i] for i in [*self.split.start, *chosen]]
-        per_epoch = Run(self.config(seed), own, 1, room_for=self.frames).per_epoch
-        run = Run(self.config(seed), own, BATCHES / per_epoch, room_for=self.frames)
-        for step in range(run.num_steps):
+        run = Run(self.config(seed), own, 1, room_for=self.frames)  # RLEKF needs not know how long it trains
+        for step in range(BATCHES):
             run.step()
             if (step + 1) % (BATCHES // 4) == 0:
                 run.refine()
@@ -161,11 +159,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    where = machine(given.output)
-    done: set[tuple[str, ...]] = set()
-    if given.output.exists():
-        with given.output.open() as file:
-            done = {tuple(row[name] for name in KEY) for row in csv.DictReader(file)}
+    where, done = machine(given.output), keys_of(given.output, KEY)
 
     def write(trial: Trial, key: tuple[Any, ...], run: Run) -> None:
         sizes = {name: len(getattr(trial.split, name)) for name in ("start", "pool", "test")}

@@ -33,7 +33,7 @@ from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.train import CPU, build_model, build_table, feed_of, refine
+from rlekf_ext.potential.train import CPU, begin_with, build_model, build_table, feed_of, refine
 from rlekf_ext.processes import ALONE
 
 if sys.version_info >= (3, 11):
@@ -167,7 +167,7 @@ class Run:
         self.per_epoch, self.num_steps = len(batches), round(epochs * len(batches))
         self.optimize = build_optimizer(config, self.model, self.num_steps)
         if earlier:
-            self.optimize.inherit(earlier["optimizer"], training)
+            begin_with(earlier, self.optimize, self.model, training, config, print)
         else:
             self.optimize.start(training)
         nodes = earlier["progress"]["nodes"] if earlier else None
@@ -183,7 +183,7 @@ class Run:
             "model": plain(result.architecture),
             "weights": result.state_dict(),
             "optimizer": self.optimize.state_dict(),
-            "progress": {"nodes": [table.nodes.number, table.nodes.last] if table else None},
+            "progress": {"nodes": table.saved if table else None},
         }
 
     def step(self) -> int:

@@ -75,6 +75,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def keys_of(path: Path, key: Sequence[str]) -> set[tuple[str, ...]]:
+    """The columns `key` of the rows that a file has."""
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {tuple(row[name] for name in key) for row in csv.DictReader(file)}
+
+
 def fill(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
     """The page with those of these tables that it has, each between <!-- table: NAME --> and <!-- end -->, updated."""
 

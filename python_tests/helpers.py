@@ -1,6 +1,7 @@
 """Builders shared by several test files."""
 
 import copy
+import importlib.util
 import json
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.train import train
 
-NACL = Path(__file__).resolve().parents[1] / "examples" / "nacl" / "gpaw_pbe_8"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NACL = EXAMPLES / "nacl" / "gpaw_pbe_8"
 RCUT = 3.5  # Å, of the runs
 # An input file that trains a tiny network on three frames for four batches.
 TINY = {
@@ -123,6 +125,18 @@ def write_input(folder, given, changes=None):
         section[name] = value
     (folder / "input.json").write_text(json.dumps(given))
     return "input.json"
+
+
+def run_file(path, name):
+    """A new module from a file."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_example(name):
+    return run_file(EXAMPLES / f"{name}.py", name)
 
 
 def hdf5_contents(path):

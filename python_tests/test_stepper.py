@@ -2,16 +2,14 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from helpers import load_example
 
 from rlekf_ext import RLEKF
 from rlekf_ext.stepper import Stepper
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def test_a_step_is_that_of_the_closure():
@@ -38,15 +36,8 @@ def test_shapes_must_agree():
         Stepper(RLEKF([w]))(2 * w, torch.ones(3, 1))
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_bare_loop(capsys):
-    load("bare_loop").main()
+    load_example("bare_loop").main()
     first, *_, last = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert last < 0.3 * first
 
@@ -69,7 +60,7 @@ def test_lightning(monkeypatch):
         lightning = ModuleType("lightning")
         lightning.LightningModule, lightning.Trainer = Module, SimpleNamespace
         monkeypatch.setitem(sys.modules, "lightning", lightning)
-        example = load("lightning_module")
+        example = load_example("lightning_module")
         model = example.Regression()
         model.made = model.configure_optimizers()
         errors = []
@@ -78,4 +69,4 @@ def test_lightning(monkeypatch):
             errors.append(model.logged)
         assert sum(errors[-10:]) < 0.3 * sum(errors[:10])
     else:
-        load("lightning_module").main()
+        load_example("lightning_module").main()

@@ -43,15 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.set_defaults(run=run_train)
 
     test = commands.add_parser("test", help="RMSE of a trained model on labelled data")
-    test.add_argument("-m", "--model", default="model.ckpt.pt", help="checkpoint of `rlekf train` (%(default)s)")
-    test.add_argument(
-        "-s",
-        "--system",
-        required=True,
-        nargs="+",
-        action="extend",
-        help="folders or files, as in training_data/systems",
-    )
+    takes_model_and_systems(test, "folders or files, as in training_data/systems")
     test.add_argument(
         "-d",
         "--detail",
@@ -68,15 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     test.set_defaults(run=run_test)
 
     select = commands.add_parser("select", help="choose the next frames to label from a pool")
-    select.add_argument("-m", "--model", default="model.ckpt.pt", help="checkpoint of `rlekf train` (%(default)s)")
-    select.add_argument(
-        "-s",
-        "--system",
-        required=True,
-        nargs="+",
-        action="extend",
-        help="the pool: folders or files, as in training_data/systems; labels are not needed",
-    )
+    takes_model_and_systems(select, "the pool: folders or files, as in training_data/systems; labels are not needed")
     select.add_argument("-n", "--number", type=int, default=50, help="how many frames (%(default)s)")
     select.add_argument("-o", "--output", default="chosen", help="new folder for deepmd/npy and tables (%(default)s)")
     select.set_defaults(run=run_select)
@@ -112,6 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return wrong(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def takes_model_and_systems(command: argparse.ArgumentParser, systems: str) -> None:
+    command.add_argument("-m", "--model", default="model.ckpt.pt", help="checkpoint of `rlekf train` (%(default)s)")
+    command.add_argument("-s", "--system", required=True, nargs="+", action="extend", help=systems)
 
 
 def run_train(arguments: argparse.Namespace) -> int:

@@ -224,8 +224,8 @@ class KalmanFilter:
 
     def inherit(self, saved: dict[str, Any]) -> None:
         """P and λ of a saved filter of the same weights, whatever its blocks and storage, for other measurements: the
-        options stay this filter's own, and counts start anew. With covariance_dtype "auto" P keeps the dtype that it
-        has. Raises ValueError for another number of weights."""
+        options stay this filter's own, and counts start from zero. With covariance_dtype "auto" P keeps the dtype that
+        it has. Raises ValueError for another number of weights."""
         here, dtype = self.covariance, saved["tiles"].dtype
         if self.options.covariance_dtype == "auto" and dtype != here.tiles.dtype:
             here = self.covariance = here.reblock(self.plan, dtype=dtype)

@@ -135,7 +135,7 @@ class FrameUpdater:
     def inherit(self, optimizer: dict[str, Any], updater: dict[str, Any]) -> str:
         """Instead of `warm_start`, for other data and a model with the weights of an earlier run: P and λ of that run,
         from what its RLEKF and its FrameUpdater have saved; P is inflated if the option `covariance` says so. Running
-        means of errors start anew, and other options are those of this run. Returns a sentence about P.
+        means of errors start over, and other options are those of this run. Returns a sentence about P.
 
         Raises OptionError if `covariance` is "fresh", and ValueError for another number of weights.
         """
@@ -149,9 +149,8 @@ class FrameUpdater:
             p.set(scale=p.scale * self.options.inflation)
             times = f" times {self.options.inflation:g}"
         self._load_average(updater["average"])
-        if self._average:  # buffers may have statistics of new elements
-            for mean, buffer in zip(self._average.module.buffers(), self.model.buffers(), strict=True):  # type: ignore[attr-defined]
-                mean.copy_(buffer)
+        if self._average:
+            _copy_buffers(self._average, self.model)  # they may have statistics of new elements
         self._early, self._started = self._number(updater["early"]), True
         return f"P is that of the earlier run{times}; 1 - λ continues from {p.scalars().forgetting:.2g}."
 
@@ -368,7 +367,7 @@ class FrameUpdater:
             mean = _where(finite, EMA_DECAY * mean + (1 - EMA_DECAY) * error, mean)
             self._means[kind] = _kept(self._means.get(kind), mean)
         if options.adaptive_scale:
-            scale = scale / _where(mean < LEAST_ERROR, LEAST_ERROR, mean)
+            scale = scale / _divisor(mean)
         if options.batch == "sum":
             return scale * whole.num_structures, scale * math.sqrt(whole.num_structures)
         return scale, scale
@@ -377,7 +376,7 @@ class FrameUpdater:
         """The scale of a kind of update by options and its mean error alone."""
         scale = getattr(self.options, f"{kind}_scale")
         mean = self._means.get(kind) if self.options.adaptive_scale else None
-        return scale if mean is None else scale / _where(mean < LEAST_ERROR, LEAST_ERROR, mean)
+        return scale if mean is None else scale / _divisor(mean)
 
     def _see_variance(self, kind: str, jacobian: Tensor) -> None:
         """Take HᵀPH of a measurement into the running geometric mean of its kind; H (N,) as scaled without balance."""
@@ -448,6 +447,11 @@ def _where(condition: Any, yes: Any, no: Any) -> Any:
     return torch.where(condition, yes, no) if isinstance(condition, Tensor) else (yes if condition else no)
 
 
+def _divisor(mean: Any) -> Any:
+    """A mean error that a scale can be divided by: not below LEAST_ERROR."""
+    return _where(mean < LEAST_ERROR, LEAST_ERROR, mean)
+
+
 def schedule(order: Sequence[str], num_groups: int) -> list[str]:
     """The kinds of update of a batch that has this many force groups: `order`, repeated until no group is left."""
     kinds: list[str] = []
@@ -467,9 +471,13 @@ def _into_mean(average: AveragedModel, model: Any, share: float) -> None:
         torch._foreach_lerp_(means, now, share)
     else:
         torch._foreach_copy_(means, now)
+    _copy_buffers(average, model)
+    average.n_averaged += 1
+
+
+def _copy_buffers(average: AveragedModel, model: Any) -> None:
     for mean, buffer in zip(average.module.buffers(), model.buffers(), strict=True):
         mean.copy_(buffer)
-    average.n_averaged += 1
 
 
 def _numbers_of(tensor: Tensor) -> Callable[[Any], Any]:

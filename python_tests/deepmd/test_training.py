@@ -121,7 +121,7 @@ def test_trains_and_restarts(dp, trainer, network):
 @pytest.mark.parametrize("trainer", ["pt", "pt-expt"])
 @pytest.mark.parametrize("earlier", ["RLEKF", "LKF", "Adam"])
 def test_begins_with_an_earlier_model_and_its_p(dp, tmp_path, trainer, earlier):
-    """--init-model: λ goes on, P is inflated and in other blocks; without an earlier P it starts anew."""
+    """--init-model: λ continues, P is inflated and in other blocks; without an earlier P it starts fresh."""
     if (trainer, earlier) == ("pt-expt", "LKF"):
         pytest.skip("pt_expt has no LKF")
     first = {"type": earlier, **{"RLEKF": {"block_size": 256}, "LKF": {"kf_blocksize": 256}, "Adam": {}}[earlier]}

@@ -1,7 +1,6 @@
 """DeePMD-kit's plugin against stand-ins for its argument checker and its trainer; the real ones: ../deepmd/."""
 
 import copy
-import importlib.util
 import logging
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import run_file
 from spawn import spawn
 
 from rlekf_ext.batch_parts import force_groups
@@ -20,14 +20,6 @@ from rlekf_ext.updates import FrameUpdater
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-
-
-def run_file(path, name):
-    """A new module from a file."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def fake_argcheck():

@@ -13,7 +13,7 @@ from rlekf_ext.potential.batches import load_frames
 from rlekf_ext.potential.checkpoint import restored_model
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.train import add_elements, build_model
+from rlekf_ext.potential.train import add_elements, begin_with, build_model
 
 RLEKF = {"type": "RLEKF", "block_size": 40}
 
@@ -37,10 +37,7 @@ def begun(given, earlier):
     frames = load_frames(config, quiet=True, say=said.append)[0].all()
     model = build_model(config, frames, (), checkpoint, "init_model")
     steps = build_optimizer(config, model, 9, say=said.append)
-    saved = checkpoint.get("optimizer", {})
-    steps.inherit_weights(saved)
-    add_elements(model, frames, config, said.append)
-    steps.inherit(saved, frames)
+    begin_with(checkpoint, steps, model, frames, config, said.append)
     return steps, " ".join(said)
 
 

@@ -1,13 +1,11 @@
 """The frames that `rlekf select` chooses, against a dense P; what it reads and writes; error bars in ASE."""
 
 import csv
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import RCUT, checkpoint_of, input_of, run, write_data
+from helpers import RCUT, checkpoint_of, input_of, load_example, run, write_data
 
 from rlekf_ext.cli import main
 from rlekf_ext.errors import DataError, InputError, OptionError
@@ -17,8 +15,6 @@ from rlekf_ext.potential.data import frame_of, frames
 from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.select import EPOCHS, select
 from rlekf_ext.potential.uncertainty import DRAWS, deviations, filter_of, jacobian_of
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -244,13 +240,10 @@ def test_a_variance_that_is_not_finite(trained):
 def test_the_loop_of_the_example(tmp_path, capsys):
     """Two short rounds: it labels frames that its own molecular dynamics has made, and continues with the old P."""
     pytest.importorskip("ase")
-    spec = importlib.util.spec_from_file_location("active_learning", EXAMPLES / "active_learning.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    model = example.main(tmp_path, rounds=((300, 25), (600, 25)), steps=12)
+    model = load_example("active_learning").main(tmp_path, rounds=((300, 25), (600, 25)), steps=12)
     said = capsys.readouterr().out
     assert said.count("steps, ") == said.count("new frames: ") == 2
     old, new = (load_checkpoint(tmp_path / f"model{n}.pt")["optimizer"]["filter"]["state"][0] for n in (2, 3))
     assert model == str(tmp_path / "model3.pt")
     forgetting = [float(one["state"][0]) for one in (old, new)]
-    assert forgetting[1] < forgetting[0] < 0.002  # λ went on
+    assert forgetting[1] < forgetting[0] < 0.002  # λ continued

@@ -144,7 +144,7 @@ def placed(
 
 
 def with_room(of_edges: Tensor, num_edges: int) -> Tensor:
-    """Followed by zeros, so that it is of so many edges."""
+    """Followed by zeros, so that there are `num_edges`."""
     return torch.cat([of_edges, of_edges.new_zeros(num_edges - len(of_edges), *of_edges.shape[1:])])
 
 

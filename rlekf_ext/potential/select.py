@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,10 +45,6 @@ class Selection:
     when_chosen: np.ndarray  # (chosen, 2), after the choices before it
     left_out: list[str]  # why, for each frame that the network cannot take
 
-    def places(self) -> Iterator[tuple[System, int]]:
-        """The system of each frame, and the frame's number in it."""
-        return ((system, i) for system in self.systems for i in range(len(system)))
-
     def save(self, folder: str | Path, type_map: Sequence[str]) -> Path:
         """Write the chosen frames as deepmd/npy, a folder for each system, and deviations.csv, a line for each frame.
 
@@ -66,7 +62,7 @@ class Selection:
                 if own:
                     _write(folder / f"{number:03d}.{_formula(system, type_map)}", system[np.array(own)], type_map)
         lines = ["frame,name,chosen,deviation_e,deviation_f,when_chosen_e,when_chosen_f"]
-        for frame, (system, i) in enumerate(self.places()):
+        for frame, (system, i) in enumerate(_places(self.systems)):
             rank = order.get(frame)
             then = [f"{x:.6g}" for x in self.when_chosen[rank - 1]] if rank else ["", ""]
             before = [f"{x:.6g}" for x in self.deviations[frame]]
@@ -92,7 +88,7 @@ def select(
     quiet: bool = False,
 ) -> Selection:
     """Choose `count` frames, the one with the largest predicted variance first, and the others in turn, with P updated
-    as if those before had been measured in so many epochs of training.
+    as if those before had been measured in this many epochs of training.
 
     The variances of energy and forces are added as the filter scales its measurements at the end of training. It takes
     the Jacobians of every frame once and one pass over P for each; then, for every choice, those of the frames that may
@@ -108,7 +104,7 @@ def select(
     updater = checkpoint["optimizer"]["updater"]
     saved = updater.get("scales") or {kind: 1 / max(float(x), LEAST_ERROR) for kind, x in updater["means"].items()}
     scales = [float(saved.get(kind, 1.0)) for kind in ("energy", "force")]
-    places = [(system, i) for system in systems for i in range(len(system))]
+    places = _places(systems)
 
     def look(frame: int) -> tuple[float, tuple[float, float], Tensor, int]:
         system, i = places[frame]
@@ -118,7 +114,7 @@ def select(
         return sum((s * d) ** 2 for s, d in zip(scales, found, strict=True)), found, jacobian, len(made.types)
 
     before, left_out = np.full((len(places), 2), math.nan), []
-    waiting: list[tuple[float, int, int]] = []  # minus the variance, the frame, how many were chosen before
+    waiting: list[tuple[float, int]] = []  # minus the variance as last seen, the frame
     bar = partial(tqdm, unit="frame", disable=quiet or None, leave=False)
     for frame in bar(range(len(places)), desc="frames"):
         try:
@@ -126,7 +122,7 @@ def select(
         except DataError as error:
             left_out.append(str(error))
             continue
-        waiting.append((-variance, frame, 0))
+        waiting.append((-variance, frame))
     if not waiting:
         raise DataError(f"No frame can be evaluated: {left_out[0] if left_out else 'there is none'}")
     heapq.heapify(waiting)
@@ -135,11 +131,11 @@ def select(
     for _ in bar(range(min(count, len(waiting))), desc="choices"):
         while True:
             # Variances only fall, so the largest is found as soon as one of now is above all others of before.
-            _, frame, _ = heapq.heappop(waiting)
+            _, frame = heapq.heappop(waiting)
             variance, found, jacobian, num_atoms = look(frame)
             if not waiting or variance >= -waiting[0][0]:
                 break
-            heapq.heappush(waiting, (-variance, frame, len(chosen)))
+            heapq.heappush(waiting, (-variance, frame))
         chosen.append(frame)
         when_chosen.append(found)
         if epochs:
@@ -149,7 +145,7 @@ def select(
 
 
 def as_measured(jacobian: Tensor, scales: Sequence[float], num_atoms: int, epochs: float) -> Tensor:
-    """The rows of `jacobian_of`, scaled so that they tell P as much as a frame does in so many epochs of training.
+    """The rows of `jacobian_of`, scaled so that they tell P as much as a frame does in this many epochs of training.
 
     In an epoch that is four updates of energies and four of forces of a quarter of the atoms, Σ ± F_i / (3n/4): in all
     16/(3n) times the mean variance of a component.
@@ -158,6 +154,11 @@ def as_measured(jacobian: Tensor, scales: Sequence[float], num_atoms: int, epoch
     rows[0] *= scales[0] * math.sqrt(4 * epochs)
     rows[1:] *= scales[1] * math.sqrt(16 * epochs / (3 * num_atoms * DRAWS))
     return rows
+
+
+def _places(systems: Sequence[System]) -> list[tuple[System, int]]:
+    """The system of each frame, and the frame's number in it."""
+    return [(system, i) for system in systems for i in range(len(system))]
 
 
 def _made(model: DeepPotential, system: System, i: int) -> Frame:

@@ -81,6 +81,16 @@ class Table:
         self._kept: list[TabulatedFrame] = []
         self.most_edges: dict[tuple[int, ...], int] = {}  # that a GPU has met, by the numbers of atoms of the elements
 
+    @property
+    def saved(self) -> list[Any]:
+        """What a checkpoint has of it."""
+        return [self.nodes.number, self.nodes.last]
+
+    @classmethod
+    def restored(cls, saved: Sequence[Any]) -> Table:
+        number, last = saved
+        return cls(float(last), int(number))
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": []}  # a copy of the model tabulates its frames again
 

@@ -71,14 +71,14 @@ def train(
     why = "--restart" if restart else "init_model"
     model = build_model(config, everything, validating, checkpoint or earlier, why)
     model.to(device)
-    for frame in [*everything, *held_out]:
-        try:
+    try:
+        for frame in [*everything, *held_out]:
             model.descriptor.check(frame)  # more neighbours than sel has slots for: an error now, not hours later
-        except DataError as error:
-            if not earlier:
-                raise
-            fixed = f"The sel of {settings.init_model} cannot change: train anew, or leave such frames out."
-            raise DataError(f"{error} {fixed}") from error
+    except DataError as error:
+        if not earlier:
+            raise
+        fixed = f"The sel of {settings.init_model} cannot change: train from scratch, or leave such frames out."
+        raise DataError(f"{error} {fixed}") from error
     batches = training.batches(settings.seed or 0)
     num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
     disp_freq = settings.disp_freq or min(len(batches), 1000)
@@ -101,11 +101,7 @@ def train(
         del checkpoint  # its tensors are parts of the file, which is about to be replaced
     elif earlier:
         say(f"Begins with the model of {settings.init_model}.")
-        saved = earlier.get("optimizer", {})
-        optimize.inherit_weights(saved)
-        add_elements(model, everything, config, say)
-        optimize.inherit(saved, everything)
-        del saved
+        begin_with(earlier, optimize, model, everything, config, say)
     else:
         optimize.start(everything)
     nodes = progress.get("nodes") or (earlier or {}).get("progress", {}).get("nodes")
@@ -140,7 +136,7 @@ def train(
 
     def save() -> None:
         if model.table:
-            progress["nodes"] = [model.table.nodes.number, model.table.nodes.last]
+            progress["nodes"] = model.table.saved
         state = {"optimizer": optimize.state_dict(), "batches": feed.state_dict(), "progress": progress}
         save_checkpoint(checkpoint_file, optimize.result, processes, **state, run=torchrun_name())
 
@@ -236,6 +232,21 @@ def build_model(
     return model
 
 
+def begin_with(
+    earlier: dict[str, Any],
+    optimize: KalmanSteps | AdamSteps,
+    model: DeepPotential,
+    frames: Sequence[Frame],
+    config: Config,
+    say: Callable[[str], Any],
+) -> None:
+    """What a run takes over of the checkpoint of an earlier one, besides its model."""
+    saved = earlier.get("optimizer", {})
+    optimize.inherit_weights(saved)
+    add_elements(model, frames, config, say)  # fits energies to what these weights leave
+    optimize.inherit(saved, frames)
+
+
 def add_elements(model: DeepPotential, frames: Sequence[Frame], config: Config, say: Callable[[str], Any]) -> None:
     """Statistics of the elements that these frames have and those of an earlier run did not."""
     present = elements_of(frames)
@@ -258,7 +269,7 @@ def build_table(
     if not wanted:
         return None
     if nodes:
-        return Table(float(nodes[1]), int(nodes[0]))
+        return Table.restored(nodes)
     return Table(max(largest_scalar(model.architecture.descriptor, frame) for frame in frames))
 
 

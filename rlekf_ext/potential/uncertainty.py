@@ -76,7 +76,7 @@ def filter_of(checkpoint: dict[str, Any], model: DeepPotential) -> RLEKF:
     optimizer = RLEKF(model.named_parameters(), transpose=True, block_size=TILE)
     optimizer.filter.covariance = Covariance.from_state_dict(saved["state"][0])
     if nodes := checkpoint.get("progress", {}).get("nodes"):
-        model.table = Table(float(nodes[1]), int(nodes[0]))
+        model.table = Table.restored(nodes)
     return optimizer
 
 

@@ -128,7 +128,7 @@ class DeepmdRLEKF(RLEKF):
 
     def inherit(self, saved: dict[str, Any]) -> bool:
         """P and λ of another run, of type RLEKF or LKF, for other data; returns whether there are any to be kept."""
-        if "P" in saved.get("state", {}).get(0, {}):
+        if _is_of_lkf(saved):
             p = from_lkf(saved).state_dict()
             saved = {"state": {0: p}, "updater": {"average": None, "early": torch.zeros(())}}
         if "updater" not in saved:
@@ -141,7 +141,7 @@ class DeepmdRLEKF(RLEKF):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where a run stopped: RLEKF's, or LKF's, whose P and λ are taken over."""
-        if "P" in state_dict["state"].get(0, {}):
+        if _is_of_lkf(state_dict):
             self.take_over(from_lkf(state_dict))
             self.filter.covariance.set(process_noise=self.options.process_noise)  # which LKF does not have
             log.info("P and its memory factor come from LKF's checkpoint.")
@@ -153,6 +153,10 @@ class DeepmdRLEKF(RLEKF):
             )
         super().load_state_dict(state_dict)
         self.updater.load_state_dict(state_dict["updater"])
+
+
+def _is_of_lkf(saved: dict[str, Any]) -> bool:
+    return "P" in saved.get("state", {}).get(0, {})
 
 
 def _made(make: Callable[[], OwnNetwork]) -> OwnNetwork:

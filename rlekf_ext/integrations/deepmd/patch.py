@@ -156,7 +156,7 @@ def _pt_trainer(training: Any) -> type:
             with _replaced(training, "LKFOptimizer", optimizer):
                 super().__init__({**config, "optimizer": settings.as_lkf()}, *args, **kwargs)
             _check_loss(self.loss, training.EnergyStdLoss)
-            given = inspect.signature(base.__init__).bind(self, config, *args, **kwargs).arguments
+            given = _named(base, self, config, *args, **kwargs)
             if restart := given.get("restart_model"):
                 self.optimizer.load_state_dict(_saved_optimizer(restart))
             _start(
@@ -196,7 +196,7 @@ def _expt_trainer(training: Any) -> type:
                 raise ValueError("Optimizer type RLEKF keeps P whole on every process: leave out zero_stage.")
             adam = {"type": "Adam", "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.0}
             super().__init__({**config, "optimizer": adam}, *args, **kwargs)
-            given = inspect.signature(base.__init__).bind(self, config, *args, **kwargs).arguments
+            given = _named(base, self, config, *args, **kwargs)
             _check_loss(self.loss, training.EnergyLoss)
             self._batch: tuple[dict[str, Any], dict[str, Any]] = {}, {}
             # The rate is displayed, but multiplies no update: it falls in the group of a stand-in.
@@ -311,6 +311,11 @@ def _start(
             return OwnNetwork(lambda path: _save(model, path), list(model.parameters()), optimizer.parameters())
 
         optimizer.make_network = make
+
+
+def _named(trainer: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of its __init__ by their names."""
+    return inspect.signature(trainer.__init__).bind(*args, **kwargs).arguments
 
 
 def _saved_optimizer(path: str) -> dict[str, Any]:
