@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from bench_training import PARTS, ROOT, Run, config_of, folder, significant, thinned
-from bench_uncertainty import COLD, Some, everything, others, solid
+from bench_uncertainty import COLD, Some, everything, others, segments, solid
 from rows import MACHINE, append, keys_of, machine
 
 from rlekf_ext.potential.data import System, frames
@@ -41,13 +41,16 @@ class Case(NamedTuple):
 
 
 NACL, SI, CU, MG = "NaCl/gpaw_pbe_8", "Si/mlearn_64", "Cu/mvl_snap_aimd_108", "Mg/mgcu_aimd_120"
+WATER = "H2O/deepmd_water_192"
 CASES = {
     "NaCl, 300 K to 600 K": Case("NaCl", (NACL, COLD), (NACL, others(COLD))),
+    "NaCl, ideal to strained": Case("NaCl", (NACL, segments(0, 1)), (NACL, others(segments(0, 1)))),
     "Cu, solid to liquid": Case("Cu", (CU, solid(-3.8)), (CU, others(solid(-3.8)))),
     "Cu, bulk to vacancy": Case("Cu", (CU, everything), ("Cu/mvl_snap_vacancy_107", everything)),
     "Si, solid to liquid": Case("Si", (SI, solid(-5.0)), (SI, others(solid(-5.0)))),
     "Si, bulk to vacancy": Case("Si", (SI, everything), ("Si/mlearn_63", everything)),
     "Mg, cold to hot": Case("Mg", (MG, solid(-1.46)), (MG, others(solid(-1.46)))),
+    "water, low to high energies": Case("H2O", (WATER, solid(-155.956)), (WATER, others(solid(-155.956)))),
 }
 
 

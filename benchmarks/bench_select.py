@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from bench_online import CU, MG, NACL, RLEKF, SI
+from bench_online import CU, MG, NACL, RLEKF, SI, WATER
 from bench_training import ROOT, Run, config_of, folder, significant
 from bench_uncertainty import COLD, Some, everything, solid
 from rows import MACHINE, append, keys_of, machine
@@ -49,7 +49,7 @@ POOLS = {
     "Si": Pool((SI, "Si/mlearn_63"), solid(-5.2)),
     "Li": Pool(("Li/mlearn_54",), solid(-1.83)),
     "Mg": Pool((MG,), solid(-1.48)),
-    "H2O": Pool(("H2O/deepmd_water_192",), everything),
+    "H2O": Pool((WATER,), everything),
 }
 
 

@@ -58,7 +58,7 @@ def segments(*numbers: int) -> Some:
 
 
 def solid(most: float) -> Some:
-    """Copper and silicon: frames whose energy in eV/atom is below `most`."""
+    """Frames whose energy in eV/atom is below `most`: of copper and silicon, those that are not molten."""
     return lambda system: system.energies / len(system.types) < most
 
 
