@@ -52,7 +52,7 @@ test-deepmd: .venv-deepmd/.built  ## the plugin in the real dp: train, restart, 
 	@echo "test-deepmd: .venv-deepmd will take about 6 GB of disk and a download of 3 GB (deepmd-kit 3.2.0, torch 2.11.0)."
 	$(PYTHON) -m venv .venv-deepmd
 	.venv-deepmd/bin/python -m pip install --quiet --disable-pip-version-check 'deepmd-kit[torch,lmp]==3.2.0' torch==2.11.0 nvidia-cuda-runtime-cu12==12.9.79 pytest \
-	    $$(grep -E '^(cmake|ninja|pybind11|vesin|tqdm|h5py)==' requirements-dev.txt) 'setuptools>=77,<82'
+	    $$(grep -E '^(cmake|ninja|pybind11|tqdm|h5py)==' requirements-dev.txt) 'setuptools>=77,<82'
 	@touch $@
 
 .venv-deepmd/.built: .venv-deepmd/.installed pyproject.toml setup.py CMakeLists.txt rlekf_ext_deepmd.py $(CSRC) $(wildcard rlekf_ext/*.py rlekf_ext/*/*.py rlekf_ext/*/*/*.py)

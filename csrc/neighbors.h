@@ -1,11 +1,12 @@
-// From pairs of atoms to the padded arrays of a frame, as pointers and sizes: no torch, no Python.
-// rlekf_ext/potential/neighbors.py says what a frame is.
+// From atoms to all pairs of neighbours, and from these to the padded arrays of a frame, as pointers and sizes: no
+// torch, no Python. rlekf_ext/potential/neighbors.py says what a frame is.
 //
 // n atoms, T elements, P pairs, K slots.
 
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace rlekf {
 
@@ -19,6 +20,51 @@ struct Pairs {
 };
 
 namespace cpu {
+
+/// The atoms of a structure and those of their periodic images that are within the cutoff of its cell, in bins as wide
+/// as the cutoff or wider: the pairs of an atom are found in its own bin and the 26 around it.
+class Search {
+ public:
+  /// points (n, 3); cell (3, 3), its rows the cell vectors, or null without periodic boundaries.
+  Search(const double* points, int64_t num_atoms, const double* cell, double cutoff);
+
+  /// Whether it can be searched: numbers are finite, the cell has a volume, and pairs and images are not too many.
+  bool feasible() const { return feasible_; }
+
+  /// The pairs of atom i with atoms above i, and with its own images on one side of it, in place of those before: each
+  /// pair is found once. Returns how many there are.
+  int64_t look_around(int64_t i);
+
+  // What `look_around` has found, and then room.
+  std::vector<int64_t> others;
+  std::vector<double> vectors;  // 3 for each: from i to the other atom
+  std::vector<double> squares;  // of the distances
+
+ private:
+  struct Images {
+    std::vector<double> x, y, z;
+    std::vector<int64_t> rank;  // 2 for each atom before, and 1 for an image that is on the far side of its atom
+  };
+
+  int64_t bin_of(const double* fractions) const;
+
+  double cutoff_;
+  bool feasible_ = false;
+  int64_t num_bins_[3] = {1, 1, 1};
+  double first_[3] = {0, 0, 0}, per_width_[3] = {0, 0, 0};  // where the bins begin, and how many there are to a unit
+  std::vector<int64_t> begin_;                              // of each bin, among the images
+  Images images_;
+  std::vector<double> home_, fractions_;  // (n, 3), of the atoms, moved into the cell
+};
+
+/// Appends all pairs of a structure.
+void find_pairs(Search& search, int64_t num_atoms, std::vector<int64_t>& atoms, std::vector<double>& vectors);
+
+/// What a structure says without being made: slots (T), as in count_slots; the sums over all neighbours of all atoms of
+/// each element (T, 3) of s(r), of s(r)^2 and of s(r) (x + y + z) / r, where s falls from 1/r at `smooth` to 0 at the
+/// cutoff. Returns the shortest distance, infinite without pairs, NaN if it cannot be searched.
+double survey(const double* points, const double* cell, const int64_t* types, int64_t num_atoms, int64_t num_types,
+              double cutoff, double smooth, int64_t* slots, double* sums);
 
 /// slots (T): the most neighbours of each element that an atom has. They add up to K.
 void count_slots(const Pairs& pairs, int64_t* slots);

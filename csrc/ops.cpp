@@ -41,7 +41,11 @@ STABLE_TORCH_LIBRARY(rlekf, m) {
       "measure(Tensor[] parameters, Tensor[] geometry, Tensor[] normal, int[] sel, float last, int[] sizes,"
       " bool[] timesteps, Tensor bias, Tensor types, Tensor num_atoms, Tensor? energy, Tensor? forces, Tensor? virial,"
       " int[] kinds, Tensor[] atoms) -> (Tensor errors, Tensor jacobians)");
-  // Neighbour lists: neighbors.h.
+  // Neighbour lists: neighbors.h. `survey` takes structures of the same atoms, points (B, n, 3) and cells (B, 3, 3).
+  m.def("find_pairs(Tensor points, Tensor? cell, float cutoff) -> (Tensor pairs, Tensor vectors, Tensor feasible)");
+  m.def(
+      "survey(Tensor points, Tensor? cells, Tensor types, int num_types, float cutoff, float smooth)"
+      " -> (Tensor slots, Tensor shortest, Tensor sums)");
   m.def(
       "place_neighbors(Tensor pairs, Tensor vectors, Tensor types, int num_types, float cutoff)"
       " -> (Tensor edges, Tensor neighbors, Tensor slots, Tensor shortest)");

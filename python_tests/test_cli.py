@@ -329,7 +329,6 @@ def test_plot_where_nothing_can_be_written(in_trained, capsys):
 
 def test_an_absent_package_names_its_extra(folder, capsys, monkeypatch):
     for package, arguments, extra in (
-        ("vesin", ["train", "input.json"], "potential"),
         ("matplotlib", ["plot"], "plot"),
         ("h5py", ["import", "model.dp", "-o", "model.pt"], "potential"),
     ):

@@ -24,7 +24,6 @@ ORDER = [
     ["rlekf_ext.errors", "rlekf_ext.prior", "rlekf_ext._C"],
 ]
 OPTIONAL = {
-    "vesin": {"potential/neighbors.py"},
     "dpdata": {"potential/load_dpdata.py"},
     "lmdb": {"potential/load_lmdb.py"},
     "msgpack": {"potential/load_lmdb.py"},

@@ -24,7 +24,7 @@ from rlekf_ext.schema import counted
 
 INTERRUPTED = 130
 FEW = 20  # frames
-EXTRAS = {"matplotlib": "plot", **dict.fromkeys(("vesin", "dpdata", "tqdm", "h5py", "lmdb", "msgpack"), "potential")}
+EXTRAS = {"matplotlib": "plot", **dict.fromkeys(("dpdata", "tqdm", "h5py", "lmdb", "msgpack"), "potential")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

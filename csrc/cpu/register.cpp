@@ -196,6 +196,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> place_neighbors(const Tensor& pairs, 
   return {edges, neighbors, slots, shortest};
 }
 
+std::tuple<Tensor, Tensor, Tensor> find_pairs(const Tensor& points, std::optional<Tensor> cell, double cutoff) {
+  const int64_t num_atoms = points.size(0);
+  cpu::Search search(data_of<double>(points), num_atoms, cell ? data_of<double>(*cell) : nullptr, cutoff);
+  std::vector<int64_t> atoms;
+  std::vector<double> vectors;
+  if (search.feasible()) cpu::find_pairs(search, num_atoms, atoms, vectors);
+  const auto count = static_cast<int64_t>(atoms.size() / 2);
+  Tensor pairs = torch::stable::new_empty(points, {count, 2}, torch::headeronly::ScalarType::Long);
+  std::copy(atoms.begin(), atoms.end(), data_of<int64_t>(pairs));
+  Tensor between = torch::stable::new_empty(points, {count, 3});
+  std::copy(vectors.begin(), vectors.end(), data_of<double>(between));
+  Tensor feasible = torch::stable::new_empty(pairs, {});
+  *data_of<int64_t>(feasible) = search.feasible() ? 1 : 0;
+  return {pairs, between, feasible};
+}
+
+std::tuple<Tensor, Tensor, Tensor> survey(const Tensor& points, std::optional<Tensor> cells, const Tensor& types,
+                                          int64_t num_types, double cutoff, double smooth) {
+  const int64_t num_frames = points.size(0), num_atoms = points.size(1);
+  Tensor slots = torch::stable::new_empty(types, {num_frames, num_types});
+  Tensor shortest = torch::stable::new_empty(points, {num_frames});
+  Tensor sums = torch::stable::new_empty(points, {num_frames, num_types, 3});
+  torch_threads().run(num_frames, [&](int64_t i) {
+    const double* cell = cells ? data_of<double>(*cells) + 9 * i : nullptr;
+    data_of<double>(shortest)[i] =
+        cpu::survey(data_of<double>(points) + 3 * num_atoms * i, cell, data_of<int64_t>(types), num_atoms, num_types,
+                    cutoff, smooth, data_of<int64_t>(slots) + num_types * i, data_of<double>(sums) + 3 * num_types * i);
+  });
+  return {slots, shortest, sums};
+}
+
 std::tuple<Tensor, Tensor> measure(Tensors parameters, Tensors geometry, Tensors normal, Sizes sel, double last,
                                    Sizes sizes, std::vector<bool> timesteps, const Tensor& bias, const Tensor& types,
                                    const Tensor& num_atoms, std::optional<Tensor> energy, std::optional<Tensor> forces,
@@ -231,5 +262,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlekf, CPU, m) {
   m.impl("predict", TORCH_BOX(&rlekf::predict));
   m.impl("gradients", TORCH_BOX(&rlekf::gradients));
   m.impl("measure", TORCH_BOX(&rlekf::measure));
+  m.impl("find_pairs", TORCH_BOX(&rlekf::find_pairs));
+  m.impl("survey", TORCH_BOX(&rlekf::survey));
   m.impl("place_neighbors", TORCH_BOX(&rlekf::place_neighbors));
 }

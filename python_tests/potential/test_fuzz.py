@@ -532,9 +532,7 @@ def stray_atom(part):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (stray_atom, "7e+05 × 1 × 1 Å cannot be searched for neighbours within 4.0 Å"),  # vesin would divide by zero
-        (lambda part: part["box"].__imul__([1e3, 1, 1, 1, 1e3, 1, 1, 1, 1]), "5e+03 × 5e+03 × 5 Å cannot be searched"),
-        (lambda part: part["box"].__imul__([1e3, 1, 1, 1, 0.002, 1, 1, 1, 0.002]), "5e+03 × 0.01 × 0.01 Å cannot be"),
+        (lambda part: part["box"].__imul__([1e3, 1, 1, 1, 0.002, 1, 1, 1, 0.002]), "0.01 Å apart, closer than 0.1 Å"),
         (lambda part: part["box"].__imul__(0.007), "2 atoms in 0.035 × 0.035 × 0.035 Å cannot be searched"),
         (lambda part: part["coord"].__iadd__(1e300), "must stay within 1e+06 Å, but reach 1e+300 Å"),
         (lambda part: part["box"].__imul__(1e160), "must stay within 1e+06 Å, but reach 5e+160 Å"),

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from rlekf_ext.errors import DataError, OptionError
+from rlekf_ext.ops.native import OPS
+from rlekf_ext.potential.descriptor import switched
 from rlekf_ext.potential.neighbors import Frame, collate, make_frame
 
 CUTOFF = 4.0
@@ -77,12 +79,45 @@ def test_neighbours_equally_far_are_in_the_order_of_their_index() -> None:
         assert (shell.diff(dim=1) > 0).all()
 
 
-def test_schema_and_fake_kernel() -> None:
+@pytest.mark.parametrize("kind", ["small", "flat", "large", "molecule"])
+def test_a_survey_says_what_the_frames_would(kind: str) -> None:
+    structures = [random_structure(kind, seed) for seed in range(3)]
+    types = structures[0][2]
+    points, boxes = (np.stack([s[k] for s in structures]) if structures[0][k] is not None else None for k in (0, 1))
+    cells = None if boxes is None else torch.from_numpy(boxes)
+    slots, shortest, sums = OPS.survey(torch.from_numpy(points), cells, torch.from_numpy(types), 3, CUTOFF, 0.5)
+    for i, coordinates in enumerate(points):
+        frame = make_frame(coordinates, None if boxes is None else boxes[i], types, CUTOFF, 3)
+        assert tuple(slots[i].tolist()) == frame.slots
+        assert float(shortest[i]) == frame.shortest_edge()
+        _, direction, s, _ = switched(frame.edges, CUTOFF, 0.5)
+        per_atom = torch.stack([s.sum((1, 2)), s.square().sum((1, 2)), (s * direction).sum((1, 2))], 1)
+        wanted = torch.zeros(3, 3, dtype=torch.float64).index_add_(0, frame.types, per_atom)
+        torch.testing.assert_close(sums[i], wanted, rtol=1e-12, atol=1e-12 * float(s.sum()))
+
+
+def test_a_structure_that_cannot_be_searched_has_a_survey_of_nan() -> None:
+    points = torch.tensor([[[0.0, 0, 0]], [[0, 0, torch.nan]], [[1, 2, 3]]], dtype=torch.float64)
+    cells = 3 * torch.eye(3, dtype=torch.float64).repeat(3, 1, 1)
+    cells[2] = 0
+    slots, shortest, _ = OPS.survey(points, cells, torch.tensor([0]), 1, CUTOFF, 0.5)
+    assert slots.tolist() == [[6], [0], [0]]
+    assert shortest.isnan().tolist() == [False, True, True]
+
+
+def test_schemas_and_fake_kernels() -> None:
     points, _, types = random_structure("molecule")
     i, j = np.triu_indices(len(points), 1)
     arguments = (np.stack([i, j], 1), points[j] - points[i], types)
     tensors = (torch.from_numpy(array) for array in arguments)
     torch.library.opcheck(torch.ops.rlekf.place_neighbors.default, (*tensors, 3, 100.0))
+    atoms, cell = torch.from_numpy(points), 9 * torch.eye(3, dtype=torch.float64)
+    for box in (None, cell):
+        torch.library.opcheck(torch.ops.rlekf.find_pairs.default, (atoms, box, CUTOFF))
+        boxes = None if box is None else box[None]
+        torch.library.opcheck(
+            torch.ops.rlekf.survey.default, (atoms[None], boxes, torch.from_numpy(types), 3, CUTOFF, 0.5)
+        )
 
 
 def test_a_lone_atom_has_no_slots_and_its_images_in_a_cell_do_count() -> None:

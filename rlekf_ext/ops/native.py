@@ -138,6 +138,20 @@ def _(parameters, geometry, normal, sel, last, sizes, timesteps, bias, *labels_a
     return bias.new_empty(count), bias.new_empty(count, sum(p.numel() for p in parameters))
 
 
+@torch.library.register_fake("rlekf::find_pairs")
+def _(points, cell, cutoff):
+    count = torch.library.get_ctx().new_dynamic_size()
+    pairs = points.new_empty(count, 2, dtype=torch.int64)
+    return pairs, points.new_empty(count, 3), pairs.new_empty(())
+
+
+@torch.library.register_fake("rlekf::survey")
+def _(points, cells, types, num_types, cutoff, smooth):
+    num_frames = points.shape[0]
+    slots, sums = types.new_empty(num_frames, num_types), points.new_empty(num_frames, num_types, 3)
+    return slots, points.new_empty(num_frames), sums
+
+
 @torch.library.register_fake("rlekf::place_neighbors")
 def _(pairs, vectors, types, num_types, cutoff):
     num_atoms, num_slots = types.shape[0], torch.library.get_ctx().new_dynamic_size()

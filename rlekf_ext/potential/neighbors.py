@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from math import ceil, hypot, inf, isfinite, pi, prod
-from operator import mul
+from math import inf, isfinite, prod
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +20,6 @@ from rlekf_ext.options import KINDS
 # Two nuclei this close are a mistake in the data, and 1/r would drown every other neighbour.
 SHORTEST_DISTANCE = 0.1  # Å
 FARTHEST = 1e6  # Å; so far out, too, is a mistake
-
-# What vesin searches in seconds and a few GB. Past its number of cells it makes wider ones, and divides by zero when
-# some direction is left without any.
-MOST_CELLS = 1e5
-MOST_VISITS = 3e7  # cells times periodic images within the cutoff
-MOST_PAIRS = 2e7
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +93,8 @@ def make_frame(
     is no box for the cutoff, and OptionError for a cutoff of 0.1 Å or less.
     """
     points, cell, elements = _checked(coordinates, box, types, num_types)
-    _check_extent(points, cell, cutoff)
+    if not cutoff > SHORTEST_DISTANCE:
+        raise OptionError(f"The cutoff must be above {SHORTEST_DISTANCE} Å, but is {cutoff} Å.")
     n = len(points)
     pairs, vectors = _pairs(points, cell, cutoff)
     edges, neighbors, slots, shortest = OPS.place_neighbors(pairs, vectors, elements, num_types, cutoff)
@@ -202,43 +196,18 @@ def _checked(
     return points, cell, torch.from_numpy(elements)
 
 
-def _check_extent(points: np.ndarray, cell: np.ndarray | None, cutoff: float) -> None:
-    """Refuse a box that the search would crash or hang on, or fill the memory with."""
-    if not cutoff > SHORTEST_DISTANCE:
-        raise OptionError(f"The cutoff must be above {SHORTEST_DISTANCE} Å, but is {cutoff} Å.")
-    if cell is None:
-        extent, pairs = [max(length, 1.0) for length in np.ptp(points, axis=0).tolist()], 0.0
-    else:
-        a, b, c = cell.tolist()
-        faces = _cross(b, c), _cross(c, a), _cross(a, b)
-        volume = max(abs(sum(map(mul, a, faces[0]))), 1e-30)
-        extent = [volume / max(hypot(*face), 1e-30) for face in faces]  # from face to face
-        pairs = len(points) ** 2 * 4 / 3 * pi * cutoff**3 / volume
-    cells = [max(length // cutoff, 1.0) for length in extent]
-    too_many = max(prod(cells) / MOST_CELLS, 1.0)
-    images = [2 * ceil(min(cutoff / length, MOST_VISITS)) + 1 for length in extent]
-    visits = prod(cells) / too_many * prod(images)
-    lopsided = too_many > 1 and min(cells) < 4 * too_many ** (1 / 3)  # 4: it rounds down twice
-    if lopsided or visits > MOST_VISITS or pairs > MOST_PAIRS:
-        size = " × ".join(f"{length:.3g}" for length in extent)
+def _pairs(points: np.ndarray, cell: np.ndarray | None, cutoff: float) -> tuple[Tensor, Tensor]:
+    """(i, j) and vectors from i to j of all pairs within the cutoff, each in one direction only. Raises DataError."""
+    box = None if cell is None else torch.from_numpy(np.ascontiguousarray(cell))
+    pairs, vectors, feasible = OPS.find_pairs(torch.from_numpy(np.ascontiguousarray(points)), box, cutoff)
+    if not feasible:
+        lengths = np.ptp(points, axis=0) if cell is None else np.linalg.norm(cell, axis=1)
+        size = " × ".join(f"{length:.3g}" for length in lengths)
         raise DataError(
             f"{len(points)} atoms in {size} Å cannot be searched for neighbours within {cutoff} Å: check the "
             "coordinates, the box, their units and rcut."
         )
-
-
-def _cross(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
-
-
-def _pairs(points: np.ndarray, cell: np.ndarray | None, cutoff: float) -> tuple[Tensor, Tensor]:
-    """(i, j) and vectors from i to j of all pairs within the cutoff, each in one direction only."""
-    import vesin  # an optional package: only those who build neighbour lists need it
-
-    search = vesin.NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
-    box = np.zeros((3, 3)) if cell is None else cell
-    pairs, vectors = search.compute(points, box, periodic=cell is not None, quantities="PD")
-    return torch.from_numpy(pairs.view(np.int64)), torch.from_numpy(vectors)
+    return pairs, vectors
 
 
 def _widen(frame: Frame, slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
