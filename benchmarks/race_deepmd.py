@@ -58,7 +58,7 @@ def write(systems: list[System], elements: list[str], folder: Path) -> list[str]
         arrays = {"coord": system.coordinates, "box": system.boxes, "energy": system.energies, "force": system.forces}
         for name, array in arrays.items():
             if array is not None:
-                np.save(own / "set.000" / f"{name}.npy", array.reshape(count, -1) if name != "energy" else array)
+                np.save(own / "set.000" / f"{name}.npy", array if name == "energy" else np.reshape(array, (count, -1)))
         folders.append(str(own))
     return folders
 

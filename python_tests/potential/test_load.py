@@ -117,13 +117,13 @@ def same(one: System, other: System) -> bool:
     a, b = np.argsort(one.types), np.argsort(other.types)
     pairs = [
         (one.types[a], other.types[b]),
-        (one.coordinates[:, a], other.coordinates[:, b]),
+        (np.asarray(one.coordinates)[:, a], np.asarray(other.coordinates)[:, b]),
         (one.energies, other.energies),
         (one.boxes, other.boxes),
         (one.virials, other.virials),
     ]
     if one.forces is not None and other.forces is not None:
-        pairs.append((one.forces[:, a], other.forces[:, b]))
+        pairs.append((np.asarray(one.forces)[:, a], np.asarray(other.forces)[:, b]))
     else:
         pairs.append((one.forces, other.forces))
     if any((x is None) != (y is None) for x, y in pairs):
@@ -380,7 +380,7 @@ def cut(label):
         (drop("box"), r"set.000/box.npy is missing; .* an empty file nopbc"),
         (
             lambda part: [part.pop(label) for label in ("energy", "force", "virial")],
-            r"neither \S+set.000/energy.npy, \S+set.000/force.npy nor \S+set.000/virial.npy exists",
+            r"a(\.hdf5#/)?, frame 0 has no label: neither an energy nor forces nor a virial",
         ),
         (cut("coord"), r"coord.npy has shape \(4, 5\), but 4 frames of 2 atoms want \(4, 6\) or \(4, 2, 3\)"),
         (cut("force"), r"force.npy has shape \(4, 5\), .* want \(4, 6\)"),
@@ -651,7 +651,7 @@ def test_lmdb_frames_may_lack_labels_and_boxes(tmp_path):
         (lambda frame: frame.update(forces=np.array("x" * 9)), "frame 1 is not readable as LMDB"),
         (
             lambda frame: [frame.pop(key) for key in ("energies", "forces", "virials")],
-            "No label at frame 1: neither energy in .*a.lmdb, force in",
+            "a.lmdb, frame 1 has no label: neither an energy nor",
         ),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from rlekf_ext.errors import DataError, OptionError
 from rlekf_ext.options import KINDS
 from rlekf_ext.potential.neighbors import Frame, make_frame, shortest_distance
+from rlekf_ext.potential.stored import Rows
 
 MOST_NEIGHBORS = 3000  # some twenty times what usual cutoffs give
 LABELS = ("energies", "forces", "virials")
@@ -19,14 +20,15 @@ LABELS = ("energies", "forces", "virials")
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """F frames of the same n atoms with the same labels, one kind at least; float64."""
+    """F frames of the same n atoms with the same labels, one kind at least; float64. Coordinates and forces are left in
+    their files where that can be done, as Rows."""
 
     name: str  # the folder or file, for messages
     types: np.ndarray  # (n,) int64, index into the type map
-    coordinates: np.ndarray  # (F, n, 3), Å
+    coordinates: np.ndarray | Rows  # (F, n, 3), Å
     boxes: np.ndarray | None  # (F, 3, 3), Å, rows are cell vectors; None: not periodic
     energies: np.ndarray | None = None  # (F,), eV
-    forces: np.ndarray | None = None  # (F, n, 3), eV/Å
+    forces: np.ndarray | Rows | None = None  # (F, n, 3), eV/Å
     virials: np.ndarray | None = None  # (F, 3, 3), eV
     entry: int = 0  # place of the path that it was found at, in the list of paths
     number: int = 0  # place among the systems of all paths, as DeePMD-kit counts them: a folder or file is one
@@ -91,7 +93,7 @@ def check_neighbors(systems: Sequence[System], frames: Sequence[Frame]) -> str:
     lonely = [frame for frame in frames if not any(frame.slots)]
     if len(lonely) == len(frames):
         first = systems[0]
-        nearest = shortest_distance(first.coordinates[0], None if first.boxes is None else first.boxes[0])
+        nearest = shortest_distance(np.asarray(first.coordinates[0]), None if first.boxes is None else first.boxes[0])
         raise DataError(
             f"No atom has a neighbour within rcut = {cutoff} Å: in {first.frame_name(0)} the nearest "
             f"atoms are {nearest} apart. Check rcut and the units of coordinates and boxes: all are in Å."

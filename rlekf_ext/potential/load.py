@@ -23,12 +23,14 @@ from rlekf_ext.potential.data import System
 from rlekf_ext.potential.files import is_hdf5
 from rlekf_ext.potential.load_dpdata import read_dpdata
 from rlekf_ext.potential.load_lmdb import read_lmdb
+from rlekf_ext.potential.stored import OF_ATOMS, Rows, pieces
 from rlekf_ext.potential.stores import Folder, Store, find_systems, open_hdf5
 
 LAYOUT = ("deepmd/npy", "deepmd/raw", "deepmd", "deepmd/comp", "deepmd/npy/mixed", "deepmd/hdf5", "deepmd/hdf5/mixed")
 LMDB = ("deepmd/lmdb", "lmdb")
 KNOWN = ("OUTCAR", "vasprun.xml", "MOVEMENT", "*.extxyz", "*.hdf5", "*.h5", "*.lmdb")
-Part: TypeAlias = tuple[np.ndarray, dict[str, np.ndarray]]  # elements of its atoms, arrays by label
+FRAMES_AT_ONCE = 4096
+Part: TypeAlias = tuple[np.ndarray, dict[str, Any]]  # elements of its atoms; arrays, or Rows, by label
 
 
 def load_systems(
@@ -62,6 +64,8 @@ def load_systems(
             number += 1
     if not systems:
         raise DataError("No data: the list of paths is empty.")
+    if labelled and (without := next((system for system in systems if not system.labels), None)):
+        raise DataError(f"{without.frame_name(0)} has no label: neither an energy nor forces nor a virial.")
     return systems
 
 
@@ -89,27 +93,27 @@ def _load(text: str, type_map: list[str], patterns: Sequence[str], labelled: boo
         raise DataError(f"{path} does not exist (current directory: {Path.cwd()}).")
     try:
         if form in LMDB or (form is None and (path.suffix == ".lmdb" or (path / "data.mdb").exists())):
-            yield _load_blocks(path, read_lmdb(path), type_map, labelled)
+            yield _load_blocks(path, read_lmdb(path), type_map)
         elif path.is_dir() and form in (None, *LAYOUT):
-            yield from _load_stores(Folder(path), form, type_map, patterns, labelled)
+            yield from _load_stores(Folder(path), form, type_map, patterns)
         elif form in LAYOUT or inside or (form is None and (path.suffix in (".hdf5", ".h5") or is_hdf5(path))):
             with open_hdf5(path, inside) as group:
-                yield from _load_stores(group, form, type_map, patterns, labelled)
+                yield from _load_stores(group, form, type_map, patterns)
         else:
-            yield _load_blocks(path, read_dpdata(path, form, None if labelled else type_map), type_map, labelled)
+            yield _load_blocks(path, read_dpdata(path, form, None if labelled else type_map), type_map)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from error
 
 
-def _load_blocks(path: Path, blocks: list[dict[str, Any]], type_map: list[str], labelled: bool) -> list[System]:
+def _load_blocks(path: Path, blocks: list[dict[str, Any]], type_map: list[str]) -> list[System]:
     """The systems of a file, from all its blocks."""
     parts: list[Part] = []
     start = 0
     for block in blocks:
-        if len(block["coord"]):
+        if block["coord"].shape[0]:
             types = _types(block["types"], block["names"] or type_map, type_map, str(path), str(path), start)
-            parts += _parts(block | {"types": types}, lambda label: f"{label} in {path}", labelled, start)
-            start += len(block["coord"])
+            parts += _parts(block | {"types": types}, lambda label: f"{label} in {path}", start)
+            start += block["coord"].shape[0]
     if not parts:
         raise DataError(f"{path} holds no frames (frames that did not converge are left out).")
     return _systems(str(path), parts, type_map)
@@ -118,13 +122,11 @@ def _load_blocks(path: Path, blocks: list[dict[str, Any]], type_map: list[str], 
 # DeePMD-kit's own layout
 
 
-def _load_stores(
-    root: Store, form: str | None, type_map: list[str], patterns: Sequence[str], labelled: bool
-) -> Iterator[list[System]]:
+def _load_stores(root: Store, form: str | None, type_map: list[str], patterns: Sequence[str]) -> Iterator[list[System]]:
     none = True
     for store in find_systems(root, patterns):
         none = False
-        yield _load_store(store, form, type_map, labelled)
+        yield _load_store(store, form, type_map)
     if none and patterns:
         raise DataError(f"{root} holds no system, a {root.kind} with a type.raw, that one of {list(patterns)} matches.")
     if none:
@@ -142,7 +144,7 @@ def _files_of_data(root: Store) -> list[str]:
     return [str(file) for file in islice(files, 3)]
 
 
-def _load_store(store: Store, form: str | None, type_map: list[str], labelled: bool) -> list[System]:
+def _load_store(store: Store, form: str | None, type_map: list[str]) -> list[System]:
     names = store.words("type_map.raw") if "type_map.raw" in store else type_map
     types = _types(store.array("type.raw").reshape(-1), names, type_map, str(store), store.file("type.raw"))
     sets = [child for name, child in store.folders().items() if name.startswith("set.")]
@@ -163,7 +165,7 @@ def _load_store(store: Store, form: str | None, type_map: list[str], labelled: b
         block["types"] = types
         if any(mixed):
             block["types"] = _real_types(part, len(types), names, type_map)
-        new = _parts(block, lambda label, part=part: part.file(f"{label}{suffix}"), labelled)  # type: ignore[misc]
+        new = _parts(block, lambda label, part=part: part.file(f"{label}{suffix}"))  # type: ignore[misc]
         for _, arrays in new:
             arrays["places"] += before
         before += sum(len(arrays["places"]) for _, arrays in new)
@@ -173,23 +175,25 @@ def _load_store(store: Store, form: str | None, type_map: list[str], labelled: b
     return _systems(str(store), parts, type_map)
 
 
-def _read_set(part: Store, suffix: str, periodic: bool) -> dict[str, np.ndarray]:
+def _read_set(part: Store, suffix: str, periodic: bool) -> dict[str, Any]:
     required = ("coord", "box") if periodic else ("coord",)
     for label in required:
         if f"{label}{suffix}" not in part:
             hint = "; a system without periodic boundaries has an empty file nopbc next to type.raw"
             raise DataError(f"{part.file(f'{label}{suffix}')} is missing{hint if label == 'box' else ''}.")
     here = [label for label in (*required, *KINDS) if f"{label}{suffix}" in part]
-    return {label: part.array(f"{label}{suffix}") for label in here}
+    return {label: (part.stored if label in OF_ATOMS else part.array)(f"{label}{suffix}") for label in here}
 
 
 def _real_types(part: Store, num_atoms: int, names: list[str], type_map: list[str]) -> np.ndarray:
     """The elements of each frame of a mixed-type set, (F, n); -1 is no atom."""
     file = part.file("real_atom_types.npy")
-    array = part.array("real_atom_types.npy")
-    if array.size % num_atoms:
+    array = part.stored("real_atom_types.npy")
+    size = int(np.prod(array.shape))
+    if size % num_atoms:
         raise DataError(f"{file} has shape {array.shape}, but type.raw has {num_atoms} atoms.")
-    return _types(array.reshape(-1, num_atoms), names, type_map, str(part), file)
+    every = pieces(array.reshape((size // num_atoms, num_atoms)))
+    return np.concatenate([_types(some, names, type_map, str(part), file, first) for first, some in every])
 
 
 # Checks
@@ -213,15 +217,15 @@ def _types(
             f"{file} must number the {len(names)} elements {list(names)} from 0 to {len(names) - 1}"
             f"{', or -1 for no atom' * padded}, but {got}."
         )
-    numbers = numbers.astype(np.int64)
+    numbers = numbers.astype(np.int16 if padded else np.int64)
     for i, element in enumerate(names):
         if element not in type_map and (numbers == i).any():
             raise DataError(f"{name} has the element {element}, which is not in type_map {type_map}; add it there.")
     table = [type_map.index(element) if element in type_map else -1 for element in names]
-    return np.array([*table, -1], dtype=np.int64)[numbers]
+    return np.array([*table, -1], dtype=numbers.dtype)[numbers]
 
 
-def _parts(block: dict[str, Any], place: Callable[[str], str], labelled: bool, start: int = 0) -> list[Part]:
+def _parts(block: dict[str, Any], place: Callable[[str], str], start: int = 0) -> list[Part]:
     """The frames of a block, checked, in one part for each list of elements.
 
     "types" is (n,), or (F, n) with -1 where there is no atom; then the atoms of a part are sorted by element. `place`
@@ -229,54 +233,67 @@ def _parts(block: dict[str, Any], place: Callable[[str], str], labelled: bool, s
     """
     types = block["types"]
     num_atoms = types.shape[-1]
-    num_frames = len(block["coord"]) if block["coord"].ndim > 1 else 1  # DeePMD-kit: a flat coord.npy is one frame
+    shape = block["coord"].shape
+    num_frames = shape[0] if len(shape) > 1 else 1  # DeePMD-kit: a flat coord.npy is one frame
     arrays = {
         label: _checked(block[label], place(label), start, num_frames, num_atoms, label)
         for label in ("coord", "box", *KINDS)
         if label in block
     }
     arrays["places"] = np.arange(start, start + num_frames)
-    if labelled and not any(label in arrays for label in KINDS):
-        energy, force, virial = map(place, KINDS)
-        raise DataError(f"No label{f' at frame {start}' * (start > 0)}: neither {energy}, {force} nor {virial} exists.")
     if types.ndim == 1:
         return [(types, arrays)]
     if len(types) != num_frames:
         raise DataError(f"{place('coord')} has {num_frames} frames, but there are elements for {len(types)}.")
-    order = np.argsort(types, axis=1, kind="stable")
-    rows: dict[bytes, list[int]] = {}
-    for i, row in enumerate(np.take_along_axis(types, order, axis=1)):
-        rows.setdefault(row.tobytes(), []).append(i)
+    rows: dict[bytes, tuple[list[int], list[np.ndarray]]] = {}  # frames, and the order of their atoms
+    for first in range(0, num_frames, FRAMES_AT_ONCE):
+        some = types[first : first + FRAMES_AT_ONCE]
+        order = np.argsort(some, axis=1, kind="stable")
+        for i, row in enumerate(np.take_along_axis(some, order, axis=1)):
+            frames, orders = rows.setdefault(row.tobytes(), ([], []))
+            frames.append(first + i)
+            orders.append(order[i, row >= 0].astype(np.int32))
     parts = []
-    for frames in rows.values():
-        row = types[frames[0], order[frames[0]]]
-        if row[-1] < 0:
+    for frames, orders in rows.values():
+        if not len(orders[0]):
             raise DataError(f"{place('coord')}: frame {start + frames[0]} has no atom.")
-        part = {label: array[frames] for label, array in arrays.items()}
-        for label in {"coord", "force"} & part.keys():
-            part[label] = np.take_along_axis(part[label], order[frames][:, row >= 0, None], axis=1)
-        parts.append((row[row >= 0], part))
+        part = {label: array[frames] for label, array in arrays.items() if label not in OF_ATOMS}
+        for label in OF_ATOMS & arrays.keys():
+            part[label] = _in_order(arrays[label], np.array(frames), np.stack(orders))
+        parts.append((types[frames[0], orders[0]].astype(np.int64), part))
     return parts
 
 
-def _checked(array: Any, where: str, start: int, num_frames: int, num_atoms: int, label: str) -> np.ndarray:
+def _in_order(array: np.ndarray | Rows, frames: np.ndarray, order: np.ndarray) -> np.ndarray | Rows:
+    """Some frames, with their atoms in the order (F, n)."""
+    if isinstance(array, Rows):
+        return array.ordered(frames, order)
+    return np.take_along_axis(array[frames], order[:, :, None].astype(np.int64), axis=1)
+
+
+def _checked(array: Any, where: str, start: int, num_frames: int, num_atoms: int, label: str) -> np.ndarray | Rows:
     """The array as (num_frames, ...) float64, or a DataError that begins with `where`."""
     per_frame = {"coord": (num_atoms, 3), "force": (num_atoms, 3), "energy": (), "box": (3, 3), "virial": (3, 3)}[label]
-    array = np.asarray(array, dtype=np.float64)
-    wanted = (num_frames, *per_frame)
-    if array.size != np.prod(wanted) or (array.ndim > 1 and len(array) != num_frames):
+    if isinstance(array, np.ndarray):
+        array = array.astype(np.float64, copy=False)
+    wanted, shape = (num_frames, *per_frame), array.shape
+    if np.prod(shape) != np.prod(wanted) or (len(shape) > 1 and shape[0] != num_frames):
         flat = (num_frames, int(np.prod(per_frame)))
         raise DataError(
-            f"{where}{f', frame {start},' * (start > 0)} has shape {array.shape}, "
+            f"{where}{f', frame {start},' * (start > 0)} has shape {shape}, "
             f"but {num_frames} frames of {num_atoms} atoms want {flat} or {wanted}."
         )
     array = array.reshape(wanted)
-    if not np.isfinite(array).all():
-        first = tuple(np.argwhere(~np.isfinite(array))[0])
-        atom = f", atom {first[1]}" if label in ("coord", "force") else ""
-        raise DataError(
-            f"{where}: frame {start + first[0]}{atom} has the value {array[first]}; all values must be finite."
-        )
+    for before, some in pieces(array):
+        if not np.isfinite(some).all():
+            first = tuple(np.argwhere(~np.isfinite(some))[0])
+            atom = f", atom {first[1]}" if label in OF_ATOMS else ""
+            raise DataError(
+                f"{where}: frame {start + before + first[0]}{atom} has the value {some[first]}; all values must be "
+                "finite."
+            )
+    if not isinstance(array, np.ndarray):
+        return Rows.of(array)
     if label == "box":
         with np.errstate(over="ignore", invalid="ignore"):
             volumes = np.abs(np.linalg.det(array))
@@ -297,7 +314,7 @@ def _systems(name: str, parts: list[Part], type_map: list[str]) -> list[System]:
     systems = []
     for group in groups.values():
         types, first = group[0]
-        arrays = {label: np.concatenate([arrays[label] for _, arrays in group]) for label in first}
+        arrays = {label: _joined([arrays[label] for _, arrays in group]) for label in first}
         formula = "".join(f"{type_map[t]}{n}" for t, n in zip(*np.unique(types, return_counts=True), strict=True))
         systems.append(
             System(
@@ -312,3 +329,8 @@ def _systems(name: str, parts: list[Part], type_map: list[str]) -> list[System]:
             )
         )
     return systems
+
+
+def _joined(several: list[np.ndarray | Rows]) -> np.ndarray | Rows:
+    rows = [some for some in several if isinstance(some, Rows)]
+    return Rows.joined(rows) if len(rows) == len(several) else np.concatenate([np.asarray(some) for some in several])

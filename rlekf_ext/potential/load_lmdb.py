@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlekf_ext.errors import DataError
+from rlekf_ext.potential.stored import OF_ATOMS, check_unchanged, stamp_of
 
 # other names of the same keys
 NAMES = {
@@ -21,32 +26,94 @@ NAMES = {
 WANTED = ("coord", "box", "energy", "force", "virial")
 
 
+FRAMES_AT_ONCE = 4096
+ONE_AT_A_TIME = threading.Lock()  # a process may open a store only once
+
+
 def read_lmdb(path: Path) -> list[dict[str, Any]]:
-    """For each frame its arrays, with "names" (None if the store has no type map) and "types". Raises DataError."""
+    """The frames in blocks that have the same arrays (F, ...): these, with "names" (None if the store has no type map)
+    and "types". Coordinates and forces stay in the store. Raises DataError."""
+    blocks: list[dict[str, Any]] = []
+    waiting: list[dict[str, np.ndarray]] = []
+
+    def finish(end: int) -> None:
+        if not waiting:
+            return
+        block: dict[str, Any] = {name: np.concatenate([frame[name] for frame in waiting]) for name in waiting[0]}
+        numbers = np.arange(end - len(waiting), end)
+        for name in OF_ATOMS & block.keys():
+            block[name] = LmdbArray(path, name, numbers, block[name].shape, stamp)
+        blocks.append(block | {"names": names})
+        waiting.clear()
+
+    with _opened(path) as read:
+        stamp = stamp_of(_file(path))
+        about = read(None)
+        names = about.get("type_map") and [str(name) for name in about["type_map"]]
+        for i in range(about["nframes"]):
+            frame = _frame(read(i))
+            if waiting and (_shapes(frame) != _shapes(waiting[0]) or len(waiting) == FRAMES_AT_ONCE):
+                finish(i)
+            waiting.append(frame)
+        finish(about["nframes"])
+    return blocks
+
+
+class LmdbArray:
+    """One array of some frames of a store: `Stored` of stored.py."""
+
+    def __init__(self, path: Path, name: str, numbers: np.ndarray, shape: tuple[int, ...], stamp: tuple[int, int]):
+        self.path, self.stamp = Path(os.path.abspath(path)), stamp
+        self.name, self.numbers, self.shape = name, numbers, shape
+
+    def reshape(self, shape: tuple[int, ...]) -> LmdbArray:
+        return LmdbArray(self.path, self.name, self.numbers, shape, self.stamp)
+
+    def read(self, frames: np.ndarray) -> np.ndarray:
+        check_unchanged(_file(self.path), self.stamp)
+        with _opened(self.path) as read:
+            each = [_frame(read(i))[self.name].reshape(self.shape[1:]) for i in self.numbers[frames].tolist()]
+        return np.stack(each) if each else np.empty((0, *self.shape[1:]))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Callable[[int | None], dict[Any, Any]]]:
+    """Inside, a function that gives a frame by its number, or what is known of all of them."""
     try:
         import lmdb
         import msgpack
     except ImportError as error:
         raise DataError(f"{path} is read by lmdb and msgpack: pip install lmdb msgpack.") from error
-    place = str(path)
+    place, key = str(path), "012d"
+
+    def read(i: int | None) -> dict[Any, Any]:
+        nonlocal place, key
+        place = str(path) if i is None else f"{path}, frame {i}"
+        packed = transaction.get(b"__metadata__" if i is None else format(i, key).encode())
+        if packed is None:
+            raise ValueError("it is missing")
+        found = msgpack.unpackb(packed)
+        if i is None:
+            key = found.get("frame_idx_fmt", key)
+        return found
+
     try:
-        with lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False) as store:
-            file = path / "data.mdb" if path.is_dir() else path
-            if file.stat().st_size < store.stat()["psize"] * (store.info()["last_pgno"] + 1):
+        with ONE_AT_A_TIME, lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False) as store:
+            if _file(path).stat().st_size < store.stat()["psize"] * (store.info()["last_pgno"] + 1):
                 raise ValueError("the file has been cut off")  # it is mapped: reading past its end is fatal
-            frames = []
             with store.begin() as transaction:
-                about = msgpack.unpackb(transaction.get(b"__metadata__"))
-                names = about.get("type_map") and [str(name) for name in about["type_map"]]
-                for i in range(about["nframes"]):
-                    place = f"{path}, frame {i}"
-                    packed = transaction.get(format(i, about.get("frame_idx_fmt", "012d")).encode())
-                    if packed is None:
-                        raise ValueError(f"it is missing, of {about['nframes']}")
-                    frames.append(_frame(msgpack.unpackb(packed)) | {"names": names})
-            return frames
+                read(None)
+                yield read
     except Exception as error:  # whatever the decoders stumble over
         raise DataError(f"{place} is not readable as LMDB of DeePMD-kit: {type(error).__name__}: {error}.") from error
+
+
+def _file(path: Path) -> Path:
+    return path / "data.mdb" if path.is_dir() else path
+
+
+def _shapes(frame: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in frame.items()}
 
 
 def _frame(packed: dict[Any, Any]) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def _write(folder: Path, system: System, type_map: Sequence[str]) -> None:
     if system.boxes is None:
         (folder / "nopbc").touch()
     for name, file in FILES.items():
-        array = getattr(system, name)
-        if array is not None:
+        if getattr(system, name) is not None:
+            array = np.asarray(getattr(system, name))
             flat = array if array.ndim == 1 else array.reshape(len(array), -1)
             np.save(folder / "set.000" / f"{file}.npy", flat)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from rlekf_ext.errors import DataError
+from rlekf_ext.potential.stored import FileArray
 
 
 @contextmanager
@@ -64,11 +65,25 @@ class Folder:
         with _readable(str(file), "a readable array"):
             if file.suffix != ".npy":
                 return np.loadtxt(file, ndmin=1 if file.stem == "type" else 2)
-            # Mapped, so that a shape larger than the file is an error before memory is asked for; never unpickled.
-            array = np.lib.format.open_memmap(file, mode="r")
-            if array.dtype.kind in "cmMV":
-                raise ValueError(f"its numbers are {array.dtype}")
-            return array.astype(np.float64)
+            return self._mapped(name).astype(np.float64)
+
+    def stored(self, name: str) -> FileArray | np.ndarray:
+        """The same, left in its file if its frames can be read from there."""
+        file = self.path / name
+        if file.suffix != ".npy":
+            return self.array(name)
+        with _readable(str(file), "a readable array"):
+            array = self._mapped(name)
+            if array.dtype.kind not in "biuf" or not array.flags.c_contiguous or not array.ndim:
+                return array.astype(np.float64)
+            return FileArray(file, str(file), array.offset, array.dtype, array.shape)
+
+    def _mapped(self, name: str) -> np.memmap:
+        # Mapped, so that a shape larger than the file is an error before memory is asked for; never unpickled.
+        array = np.lib.format.open_memmap(self.path / name, mode="r")
+        if array.dtype.kind in "cmMV":
+            raise ValueError(f"its numbers are {array.dtype}")
+        return array
 
 
 class Group:
@@ -117,7 +132,21 @@ class Group:
         with _readable(self.file(name), "a readable array"):
             return self._values(name, kinds="biuf").astype(np.float64)
 
+    def stored(self, name: str) -> FileArray | np.ndarray:
+        """The same, left in the file if it lies there in one piece, neither compressed nor in chunks."""
+        with _readable(self.file(name), "a readable array"):
+            data = self._dataset(name, kinds="biuf")
+            offset = data.id.get_offset()  # None for the others
+            if offset is None or not data.ndim or not data.size or data.id.get_storage_size() != data.nbytes:
+                return np.asarray(data[()], np.float64)
+            found = FileArray(self.path, self.file(name), offset, data.dtype, data.shape)
+            first = found.read(np.arange(1))
+            return found if np.array_equal(first, data[:1], equal_nan=True) else np.asarray(data[()], np.float64)
+
     def _values(self, name: str, kinds: str) -> np.ndarray:
+        return np.asarray(self._dataset(name, kinds)[()])
+
+    def _dataset(self, name: str, kinds: str) -> Any:
         data = self.group[name]
         if isinstance(data, Mapping):
             raise ValueError("it is a group")
@@ -126,7 +155,7 @@ class Group:
         stored = data.id.get_storage_size()
         if data.nbytes > max(2**24, 1100 * stored):  # 1100: more than gzip ever saves. HDF5 fills up what is missing.
             raise ValueError(f"its shape is {data.shape}, but only {stored} bytes of it are in the file")
-        return np.asarray(data[()])
+        return data
 
 
 Store: TypeAlias = Folder | Group
