@@ -74,7 +74,7 @@ def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callabl
     found: dict[str, Callable[[], object]] = {}
     for label in ("", "on the table: "):
         model = build_model(config, frames)
-        model.table = build_table(model, frames, wanted=bool(label))
+        model.table = build_table(model, [frames], wanted=bool(label))
         for kind, gradient in itertools.product(("energy", "force"), (False, True)):
             name = f"{label}{kind}: forward{' and gradient' * gradient}"
             found[name] = partial(update, model, frame, kind, atoms, gradient)
@@ -97,7 +97,7 @@ def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callabl
         model = build_model(other, frames)
         steps = build_optimizer(other, model, 10**6)
         steps.start(frames)
-        model.table = build_table(model, frames, wanted=table)
+        model.table = build_table(model, [frames], wanted=table)
         return steps
 
     for label, table in itertools.product(("paper's settings", "RLEKF", "Adam 2e-3"), (False, True)):

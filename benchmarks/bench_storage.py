@@ -39,7 +39,7 @@ def main() -> None:
     options = {"type": "RLEKF", "block_size": 1024, "preset": "paper", "covariance_dtype": "float32"}
     config = read_input({**given, "optimizer": options})
     training, _ = load_frames(config, quiet=True)
-    model = build_model(config, training.all())
+    model = build_model(config, training.every)
     batches = training.batches(config.training.seed or 0)
     optimize = build_optimizer(config, model, 1, say=lambda _: None)
     done, shown = 0, 0

@@ -171,7 +171,7 @@ class Run:
         else:
             self.optimize.start(training)
         nodes = earlier["progress"]["nodes"] if earlier else None
-        self.model.table = build_table(self.model, training, config.training.table, nodes)
+        self.model.table = build_table(self.model, [training], config.training.table, nodes)
         self.latest = 0  # frames of the latest batch
         self._feed, self._done = feed_of(batches, self.optimize, self.model), 0
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from rlekf_ext.potential.checkpoint import load_checkpoint
+from rlekf_ext.potential.frames import survey
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.train import train
@@ -52,7 +53,7 @@ def make_model(
         seed=seed,
     )
     if frames:
-        model.descriptor.fit_statistics(frames)
+        model.descriptor.fit_statistics(survey(frames, model.architecture.descriptor).sums)
     if energy_bias is not None:
         model.energy_bias.copy_(torch.tensor(energy_bias, dtype=torch.float64))
     return model

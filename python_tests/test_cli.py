@@ -340,6 +340,6 @@ def test_an_absent_package_names_its_extra(folder, capsys, monkeypatch):
 
 
 def test_a_fault_of_our_own_shows_its_traceback(folder, monkeypatch):
-    monkeypatch.setattr("rlekf_ext.potential.batches.frames", lambda *_: list(zip([1], [1, 2], strict=True)))
+    monkeypatch.setattr("rlekf_ext.potential.batches.load_systems", lambda *_: list(zip([1], [1, 2], strict=True)))
     with pytest.raises(ValueError, match="zip"):
         main(["train", "input.json"])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rlekf_ext import BlockPlan, KalmanFilter
+from rlekf_ext.potential.frames import survey
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, make_frame
 from rlekf_ext.potential.table import Table, largest_scalar
@@ -71,7 +72,7 @@ def frame_of(seed: int) -> Frame:
 def model_on(device: torch.device, frames: list[Frame]) -> DeepPotential:
     slots = [max(frame.slots[t] for frame in frames) for t in range(2)]
     model = DeepPotential({"type_map": ["A", "B"], "descriptor": {"sel": slots, "rcut": 5.0}}, seed=1)
-    model.descriptor.fit_statistics(frames)
+    model.descriptor.fit_statistics(survey(frames, model.architecture.descriptor).sums)
     model.to(device)
     model.table = Table(max(largest_scalar(model.architecture.descriptor, frame) for frame in frames))
     return model

@@ -8,9 +8,9 @@ import torch
 from test_load import TYPE_MAP, arrays, write
 
 from rlekf_ext.errors import DataError, OptionError
-from rlekf_ext.potential.data import auto_sel, check_neighbors, frames, split
+from rlekf_ext.potential.data import auto_sel, frames, split
+from rlekf_ext.potential.frames import FrameList, check_neighbors
 from rlekf_ext.potential.load import load_systems
-from rlekf_ext.potential.neighbors import Frame
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "nacl" / "gpaw_pbe_8"
 
@@ -30,6 +30,12 @@ def test_slices_and_split(tmp_path):
         split([system], 0)
 
 
+def looked(systems, cutoff):
+    found = FrameList(systems, cutoff, 2)
+    found.look(0.5)
+    return found
+
+
 def test_frames_and_sel(tmp_path):
     part = arrays(2)
     part["coord"][:] = [0, 0, 0, 2.5, 0, 0]
@@ -41,7 +47,7 @@ def test_frames_and_sel(tmp_path):
     assert both[1].energy.item() == part["energy"][1]
     np.testing.assert_allclose(both[1].forces.numpy().ravel(), part["force"][1], rtol=1e-6)
     np.testing.assert_allclose(both[1].virial.numpy().ravel(), part["virial"][1], rtol=1e-6)
-    assert auto_sel(both) == (4, 4)
+    assert auto_sel(looked(systems, 3.0).survey().slots) == (4, 4)
     part["coord"][1] = [0, 0, 0, 0.05, 0, 0]
     with pytest.raises(DataError, match=r"b, frame 1: .*0\.1"):
         frames(load_systems(write(tmp_path / "b", [part]), TYPE_MAP), cutoff=3.0, num_types=2)
@@ -50,10 +56,10 @@ def test_frames_and_sel(tmp_path):
 def test_a_cutoff_that_does_not_fit_the_data(tmp_path):
     systems = load_systems(write(tmp_path, [arrays(2)]), TYPE_MAP)
     with pytest.raises(DataError, match=r"within rcut = 0\.6 Å: in .*, frame 0 the nearest atoms are 2\.\d+ Å apart\."):
-        check_neighbors(systems, frames(systems, cutoff=0.6, num_types=2))
-    assert check_neighbors(systems, frames(systems, cutoff=3.5, num_types=2)) == ""
+        check_neighbors(looked(systems, 0.6))
+    assert check_neighbors(looked(systems, 3.5)) == ""
     with pytest.raises(DataError, match=r"An atom of .*, frame \d has \d+ neighbours within rcut = 50\.0 Å, more than"):
-        check_neighbors(systems, frames(systems, 50.0, 2))
+        check_neighbors(looked(systems, 50.0))
 
 
 def test_frames_without_neighbours_beside_others(tmp_path):
@@ -62,10 +68,10 @@ def test_frames_without_neighbours_beside_others(tmp_path):
     folder = write(tmp_path, [far])
     (folder / "nopbc").touch()
     systems = load_systems(folder, TYPE_MAP)
-    said = check_neighbors(systems, frames(systems, 3.0, 2))
+    said = check_neighbors(looked(systems, 3.0))
     assert said == f"Frames in which no atom has a neighbour within 3.0 Å: 1; the first: {folder}, frame 0"
     with pytest.raises(DataError, match=r"the nearest atoms are 9 Å apart"):
-        check_neighbors([systems[0][:1]], frames([systems[0][:1]], 3.0, 2))
+        check_neighbors(looked([systems[0][:1]], 3.0))
 
 
 def test_frames_keep_their_numbers_in_the_file(tmp_path):
@@ -78,12 +84,9 @@ def test_frames_keep_their_numbers_in_the_file(tmp_path):
 
 
 def test_auto_sel_rounds_as_deepmd_kit():
-    def counts(*slots):
-        return Frame(*[torch.zeros(0)] * 4, slots=slots, num_atoms=torch.ones(1))
-
-    assert auto_sel([counts(38, 1), counts(12, 72)]) == (44, 80)  # 41.8 and 79.2
-    assert auto_sel([counts(40, 0)]) == (44, 0)  # 40 * 1.1 = 44.000000000000006 is 44, not 48
-    assert auto_sel([counts(40, 10)], factor=1.5) == (60, 16)
+    assert auto_sel((38, 72)) == (44, 80)  # 41.8 and 79.2
+    assert auto_sel((40, 0)) == (44, 0)  # 40 * 1.1 = 44.000000000000006 is 44, not 48
+    assert auto_sel((40, 10), factor=1.5) == (60, 16)
 
 
 def test_the_example_is_periodic_to_several_images():

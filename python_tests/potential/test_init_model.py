@@ -34,7 +34,7 @@ def with_new_data(folder, earlier, optimizer=RLEKF, **changes):
 def begun(given, earlier):
     """The optimizer of a run before its first batch, and what it has said."""
     config, said, checkpoint = read_input(given), [], checkpoint_of(earlier)
-    frames = load_frames(config, quiet=True, say=said.append)[0].all()
+    frames = load_frames(config, quiet=True, say=said.append)[0].every
     model = build_model(config, frames, (), checkpoint, "init_model")
     steps = build_optimizer(config, model, 9, say=said.append)
     begin_with(checkpoint, steps, model, frames, config, said.append)
@@ -185,7 +185,7 @@ def test_an_element_that_comes_later(tmp_path):
     data = tmp_path / "new" / "data"
     (data / "type_map.raw").write_text("K\nCl\n")
     config, said = read_input(given), []
-    frames = load_frames(config, quiet=True)[0].all()
+    frames = load_frames(config, quiet=True)[0].every
     found = build_model(config, frames, (), checkpoint_of(tmp_path / "old"), "init_model")
     add_elements(found, frames, config, said.append)
     assert said == ["New elements: K."]

@@ -55,14 +55,13 @@ def torch_has():
 )
 def test_threads_follow_the_work(monkeypatch, torch_has, optimizer, batches, most, said):
     model = make_model()
-    frames = [SimpleNamespace(types=torch.zeros(8))] * 4
     config = read_input({**TINY, "optimizer": optimizer})
     optimize = build_optimizer(config, model, 10)
     monkeypatch.setattr(threads, "NETWORK_PER_THREAD", 8 * sum(p.numel() for p in model.parameters()) / 2)  # a frame
     own = optimize.optimizer.filter if optimizer["type"] != "Adam" else None
     if own:
         monkeypatch.setattr(threads, "BYTES_PER_THREAD", own.covariance.num_bytes / 3)
-    found = threads.use_threads(optimize, model, frames, batches, most)
+    found = threads.use_threads(optimize, model, [8] * 4, batches, most)
     assert found == f"Threads: {said} OMP_NUM_THREADS or --threads changes that."
     assert torch.get_num_threads() == int(said[0])
     assert own is None or own.threads == min(3, most)

@@ -21,7 +21,7 @@ from rlekf_ext.covariance import STATE
 from rlekf_ext.errors import DataError, InputError, OptionError, StoppedError
 from rlekf_ext.options import Options, resolve
 from rlekf_ext.potential import train as trainer
-from rlekf_ext.potential.batches import Batches, load_frames
+from rlekf_ext.potential.batches import Feed, load_frames
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, save_checkpoint
 from rlekf_ext.potential.data import frames
 from rlekf_ext.potential.evaluate import compare
@@ -47,15 +47,15 @@ def before_batch(monkeypatch):
     """before_batch(n, do): `do` is called when the trainer fetches its n-th batch."""
 
     def patch(number, do):
-        count, fetch = iter(range(1, 10**6)), Batches.__next__
+        count, fetch = iter(range(1, 10**6)), Feed.__next__
 
         def counted(self):
             if next(count) == number:
                 do()
             return fetch(self)
 
-        monkeypatch.setattr(Batches, "__next__", counted)
-        return lambda: monkeypatch.setattr(Batches, "__next__", fetch)
+        monkeypatch.setattr(Feed, "__next__", counted)
+        return lambda: monkeypatch.setattr(Feed, "__next__", fetch)
 
     return patch
 
@@ -100,7 +100,7 @@ def test_a_run_writes_curve_summary_and_checkpoint(tmp_path, capsys):
 @pytest.mark.parametrize("optimizer", [None, {"type": "RLEKF", "preset": "paper"}, {"type": "LKF"}, {"type": "Adam"}])
 def test_training_lowers_the_errors(tmp_path, optimizer):
     config = read_input(input_of(tmp_path, optimizer, numb_steps=30))
-    training = load_frames(config, quiet=True)[0].all()
+    training = load_frames(config, quiet=True)[0].every
     before = compare(build_model(config, training), training)
     train(config, quiet=True)
     after = compare(restored_model(checkpoint_of(tmp_path)), training)
@@ -195,9 +195,9 @@ def test_precision_and_statistics_reach_the_model(tmp_path):
     given["model"]["descriptor"]["set_davg_zero"] = True
     config = read_input(given)
     training, held_out = load_frames(config, quiet=True)
-    assert [[len(system) for system in part.frames] for part in (training, held_out)] == [[3], [1]]
-    model = build_model(config, training.all())
-    assert {p.dtype for p in model.parameters()} == {training.all()[0].edges.dtype} == {torch.float32}
+    assert [len(part.every) for part in (training, held_out)] == [3, 1]
+    model = build_model(config, training.every)
+    assert {p.dtype for p in model.parameters()} == {training.every[0].edges.dtype} == {torch.float32}
     assert not model.descriptor.davg.any()
     assert (model.descriptor.dstd != 1).all()
     assert model.architecture.descriptor.sel == (8, 8)  # of 6 neighbours at most, times 1.1, to a multiple of 4
@@ -205,7 +205,7 @@ def test_precision_and_statistics_reach_the_model(tmp_path):
 
 def test_warm_start_leaves_no_mean_energy_error(tmp_path):
     config = read_input(input_of(tmp_path))
-    training = load_frames(config, quiet=True)[0].all()
+    training = load_frames(config, quiet=True)[0].every
     model = build_model(config, training)
     errors = compare(model, training).energy
     before = float((errors[:, 1] - errors[:, 0]).mean())

@@ -3,52 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from rlekf_ext.environment import available_bytes, torch_threads
 from rlekf_ext.errors import DataError, InputError
 from rlekf_ext.options import KINDS, Options
-from rlekf_ext.potential.data import System, check_neighbors, frames, split
+from rlekf_ext.potential.data import System, split
+from rlekf_ext.potential.frames import Cache, FrameList, check_neighbors, look_once
 from rlekf_ext.potential.input import Adam, Config, TrainingData
 from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.neighbors import Frame
+from rlekf_ext.processes import ALONE, Processes
 from rlekf_ext.schema import counted, shown
 
 
 @dataclass(frozen=True)
 class Frames:
-    """The frames of each system, with their neighbours."""
+    """Frames of systems, and how they make batches."""
 
-    systems: list[System]
-    frames: list[list[Frame]]
+    every: FrameList
     data: TrainingData
-
-    def all(self) -> list[Frame]:
-        """The frames of all systems."""
-        return [frame for system in self.frames for frame in system]
 
     @property
     def batch_sizes(self) -> list[int]:
         """Frames in a batch of each system."""
-        return batch_sizes(self.data, self.systems)
+        return batch_sizes(self.data, [system for system, _ in self.every.parts()])
 
     def batches(self, seed: int) -> Batches:
         """Batches without end. Raises InputError for probabilities that do not fit the systems."""
-        sizes = self.batch_sizes
-        chances = probabilities(self.data, self.systems, num_batches(self.frames, sizes))
-        return Batches(self.frames, sizes, seed, chances)
+        systems, parts = zip(*self.every.parts(), strict=True)
+        sizes = batch_sizes(self.data, systems)
+        return Batches(parts, sizes, seed, probabilities(self.data, systems, num_batches(parts, sizes)))
 
 
-def load_frames(config: Config, quiet: bool = False, say: Callable[[str], Any] = tqdm.write) -> tuple[Frames, Frames]:
-    """Training and held-out frames with their neighbours."""
+def load_frames(
+    config: Config,
+    quiet: bool = False,
+    say: Callable[[str], Any] = tqdm.write,
+    processes: Processes = ALONE,
+    threads: int | None = None,
+) -> tuple[Frames, Frames]:
+    """Training and held-out frames, which are surveyed with this many threads."""
     settings, network = config.training, config.model.architecture()
-    cutoff, num_types = network.descriptor.rcut, len(network.type_map)
+    num_types, rcut, rcut_smth = len(network.type_map), network.descriptor.rcut, network.descriptor.rcut_smth
 
     def load(data: TrainingData) -> list[System]:
         found = load_systems(data.systems, network.type_map, data.rglob_patterns or ())
@@ -65,17 +71,6 @@ def load_frames(config: Config, quiet: bool = False, say: Callable[[str], Any] =
             say(f"Systems of more than {number} atoms, left out (batch_size): {len(found) - len(kept)}")
         return kept
 
-    def with_neighbors(systems: list[System], data: TrainingData) -> Frames:
-        shown = tqdm(systems, desc="neighbours", unit="system", disable=quiet or None, leave=False)
-        made = [frames([system], cutoff, num_types, network.dtype) for system in shown]
-        near = [[frame for frame in some if frame.shortest_edge() >= data.min_pair_dist] for some in made]
-        if left_out := sum(map(len, made)) - sum(map(len, near)):
-            say(f"Frames with atoms closer than min_pair_dist = {data.min_pair_dist} Å, left out: {left_out}")
-        pairs = [(system, some) for system, some in zip(systems, near, strict=True) if some]
-        if systems and not pairs:
-            raise DataError(f"All frames have atoms closer than min_pair_dist = {data.min_pair_dist} Å: lower it.")
-        return Frames([system for system, _ in pairs], [some for _, some in pairs], data)
-
     data, apart = settings.training_data, settings.validation_data
     found = load(data)
     labelled = [system for system in found if set(system.labels) & set(kinds_used(config))]
@@ -83,8 +78,27 @@ def load_frames(config: Config, quiet: bool = False, say: Callable[[str], Any] =
         say(f"Frames without a label that is used, left out: {sum(map(len, found)) - sum(map(len, labelled))}")
     training = labelled or found
     training, validation = (training, load(apart)) if apart else split(training, 1 - settings.validation_fraction)
-    result = with_neighbors(training, data), with_neighbors(validation, apart or data)
-    if sentence := check_neighbors(result[0].systems, result[0].all()):
+    room = 1e9 * settings.cache if settings.cache is not None else available_bytes(torch.device("cpu")) / 4
+    cache = Cache(room / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    whole = [FrameList(systems, rcut, num_types, network.dtype, cache) for systems in (training, validation)]
+    with (
+        tqdm(total=sum(map(len, whole)), desc="data", unit="frame", disable=quiet or None, leave=False) as bar,
+        torch_threads(threads),
+    ):
+        known = Path(f"{settings.save_ckpt}.data.npz")
+        if look_once(whole, rcut_smth, known, processes, bar.update):
+            say(f"{known} has the survey of these data: they need not be looked through again.")
+
+    def near_enough(frames: FrameList, data: TrainingData) -> Frames:
+        near = frames[frames.shortest() >= data.min_pair_dist] if len(frames) else frames
+        if left_out := len(frames) - len(near):
+            say(f"Frames with atoms closer than min_pair_dist = {data.min_pair_dist} Å, left out: {left_out}")
+        if len(frames) and not len(near):
+            raise DataError(f"All frames have atoms closer than min_pair_dist = {data.min_pair_dist} Å: lower it.")
+        return Frames(near, data)
+
+    result = near_enough(whole[0], data), near_enough(whole[1], apart or data)
+    if sentence := check_neighbors(result[0].every):
         say(sentence)
     return result
 
@@ -97,13 +111,13 @@ def kinds_used(config: Config) -> Sequence[str]:
     return [kind for kind in config.loss.kinds() if kind != "virial" or isinstance(options, Adam)]
 
 
-def labels_used(config: Config, training: Sequence[Frame]) -> str:
-    """Which labels train, in a sentence. Raises DataError if none does."""
+def labels_used(config: Config, counts: Mapping[str, int]) -> str:
+    """Which labels train, in a sentence, if this many frames have each kind. Raises DataError if none does."""
     used: list[str] = []
     other: list[str] = []
     without = "optimizer/order leaves it out" if config.optimizer.has_order else "LKF does not take it"
     for kind in KINDS:
-        count = sum(kind in frame.labels for frame in training)
+        count = counts.get(kind, 0)
         if kind in kinds_used(config) and count:
             used.append(f"{kind} ({counted(count, 'frame')})")
         elif kind in kinds_used(config):
@@ -222,19 +236,26 @@ class Batches:
         return self._length
 
     @property
+    def on_demand(self) -> bool:
+        """Whether frames are made when they are asked for."""
+        return any(isinstance(system, FrameList) for system in self._systems)
+
+    @property
     def most_frames(self) -> int:
         """Frames in the largest batch."""
         return max(min(len(some), size) for some, size in zip(self._systems, self._sizes, strict=True))
 
-    def __next__(self) -> list[Frame]:
+    def __next__(self) -> Sequence[Frame]:
         if self._place >= len(self._order):  # above it if a restart has fewer frames
             self._shuffle()
         self._place += 1
-        return self._order[self._place - 1]
+        number, own = self._order[self._place - 1]
+        system = self._systems[number]
+        return system[own] if isinstance(system, FrameList) else [system[i] for i in own]
 
     def _shuffle(self) -> None:
         self._epoch_state, self._place = self._generator.get_state(), 0
-        batches: list[list[Frame]] = []
+        batches: list[tuple[int, np.ndarray]] = []
         if self._probabilities is None:
             for number in range(len(self._systems)):
                 batches += self._batches_of(number)
@@ -242,16 +263,17 @@ class Batches:
             chances = torch.tensor(self._probabilities, dtype=torch.float64)
             drawn = torch.multinomial(chances, self._length, replacement=True, generator=self._generator)
             for number, count in enumerate(torch.bincount(drawn, minlength=len(chances)).tolist()):
-                some: list[list[Frame]] = []
+                some: list[tuple[int, np.ndarray]] = []
                 while len(some) < count:
                     some += self._batches_of(number)
                 batches += some[:count]
         self._order = [batches[i] for i in torch.randperm(len(batches), generator=self._generator).tolist()]
 
-    def _batches_of(self, number: int) -> list[list[Frame]]:
-        system, size = self._systems[number], self._sizes[number]
-        order = torch.randperm(len(system), generator=self._generator).tolist()
-        return [[system[i] for i in order[first : first + size]] for first in range(0, len(system), size)]
+    def _batches_of(self, number: int) -> list[tuple[int, np.ndarray]]:
+        """The number of the system, and which of its frames."""
+        count, size = len(self._systems[number]), self._sizes[number]
+        order = torch.randperm(count, generator=self._generator).numpy()
+        return [(number, order[first : first + size]) for first in range(0, count, size)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch_state": self._epoch_state, "place": self._place}
@@ -265,13 +287,13 @@ class Batches:
 class Feed:
     """The batches, each with what `ready` makes of it. With `ahead`, a thread makes the next one ready meanwhile."""
 
-    def __init__(self, batches: Batches, ready: Callable[[list[Frame]], Any], ahead: bool):
+    def __init__(self, batches: Batches, ready: Callable[[Sequence[Frame]], Any], ahead: bool):
         self._batches, self._ready = batches, ready
         self._worker = ThreadPoolExecutor(1) if ahead else None
-        self._next: tuple[list[Frame], Future | None, dict[str, Any]] | None = None
+        self._next: tuple[Sequence[Frame], Future | None, dict[str, Any]] | None = None
         self._state = batches.state_dict()
 
-    def __next__(self) -> tuple[list[Frame], Any]:
+    def __next__(self) -> tuple[Any, Any]:
         batch, future, self._state = self._next or self._drawn()
         if self._worker is None or future is None:
             return batch, self._ready(batch)
@@ -279,7 +301,7 @@ class Feed:
         self._next = self._drawn()
         return batch, made
 
-    def _drawn(self) -> tuple[list[Frame], Future | None, dict[str, Any]]:
+    def _drawn(self) -> tuple[Sequence[Frame], Future | None, dict[str, Any]]:
         batch = next(self._batches)
         future = self._worker.submit(self._ready, batch) if self._worker else None
         return batch, future, self._batches.state_dict()

@@ -11,10 +11,9 @@ import torch
 
 from rlekf_ext.errors import DataError, OptionError
 from rlekf_ext.options import KINDS
-from rlekf_ext.potential.neighbors import Frame, make_frame, shortest_distance
+from rlekf_ext.potential.neighbors import Frame, make_frame
 from rlekf_ext.potential.stored import Rows
 
-MOST_NEIGHBORS = 3000  # some twenty times what usual cutoffs give
 LABELS = ("energies", "forces", "virials")
 
 
@@ -78,36 +77,9 @@ def frames(systems: Iterable[System], cutoff: float, num_types: int, dtype: torc
     return [frame_of(system, i, cutoff, num_types, dtype) for system in systems for i in range(len(system))]
 
 
-def auto_sel(frames: Iterable[Frame], factor: float = 1.1) -> tuple[int, ...]:
+def auto_sel(slots: Iterable[int], factor: float = 1.1) -> tuple[int, ...]:
     """DeePMD-kit's sel = "auto:factor": the most neighbours of each element, times factor, to a multiple of 4."""
-    most = np.max([frame.slots for frame in frames], axis=0)
-    return tuple(4 * ((int(n * factor) + 3) // 4) for n in most)  # cut to an integer first, as DeePMD-kit does
-
-
-def check_neighbors(systems: Sequence[System], frames: Sequence[Frame]) -> str:
-    """A sentence if the cutoff looks wrong for some of the frames, which are those of the systems; else "".
-
-    Raises DataError if no atom of any frame has a neighbour.
-    """
-    cutoff = frames[0].cutoff
-    lonely = [frame for frame in frames if not any(frame.slots)]
-    if len(lonely) == len(frames):
-        first = systems[0]
-        nearest = shortest_distance(np.asarray(first.coordinates[0]), None if first.boxes is None else first.boxes[0])
-        raise DataError(
-            f"No atom has a neighbour within rcut = {cutoff} Å: in {first.frame_name(0)} the nearest "
-            f"atoms are {nearest} apart. Check rcut and the units of coordinates and boxes: all are in Å."
-        )
-    most = max(sum(frame.slots) for frame in frames)
-    if most > MOST_NEIGHBORS:
-        crowded = next(frame.name for frame in frames if sum(frame.slots) == most)
-        raise DataError(
-            f"An atom of {crowded} has {most} neighbours within rcut = {cutoff} Å, more than {MOST_NEIGHBORS}: lower "
-            "rcut (usual are 4 to 10 Å), or check the units of coordinates and boxes; all are in Å."
-        )
-    if lonely:
-        return f"Frames in which no atom has a neighbour within {cutoff} Å: {len(lonely)}; the first: {lonely[0].name}"
-    return ""
+    return tuple(4 * ((int(n * factor) + 3) // 4) for n in slots)  # cut to an integer first, as DeePMD-kit does
 
 
 def frame_of(system: System, i: int, cutoff: float, num_types: int, dtype: torch.dtype = torch.float64) -> Frame:

@@ -8,7 +8,7 @@ anyway. Every neighbour block therefore ends in one empty slot whose weight is t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -166,26 +166,18 @@ class SeE2A(nn.Module):
         self._on_cpu: tuple[tuple[int, ...], list[Tensor]] | None = None
 
     def without_statistics(self) -> list[int]:
-        """The elements of which no frame of `fit_statistics` had atoms."""
+        """The elements of which `fit_statistics` had no atoms."""
         return ((self.dstd == WITHOUT_ATOMS).all(1) & (self.davg == 0).all(1)).nonzero().flatten().tolist()
 
     @torch.no_grad()
-    def fit_statistics(self, frames: Iterable[Frame], elements: Sequence[int] | None = None) -> None:
-        """Set davg and dstd from the environment matrices of the frames (DeePMD-kit's `EnvMatStatSe`), of some elements
-        or of all.
+    def fit_statistics(self, sums: Tensor, elements: Sequence[int] | None = None) -> None:
+        """Set davg and dstd, of some elements or of all, from sums over the neighbours in all frames (DeePMD-kit's
+        `EnvMatStatSe`): (T, 4) float64, as in `frames.Survey`.
 
         Over all sel slots of all atoms of a centre element, empty slots being zeros: mean and standard deviation of the
         radial column; mean 0 and one standard deviation for the three angular columns together. Standard deviations
         are at least 0.01, and 0.1 for an element without atoms.
         """
-        # Per element: atoms, and sums of s, of s² and of the angular columns, whose squares add up to s², too.
-        sums = torch.zeros(self.num_types, 4, dtype=torch.float64)
-        for frame in frames:
-            self.check(frame)
-            _, direction, s, _ = switched(frame.edges.double(), self.architecture.rcut, self.architecture.rcut_smth)
-            angular = (s * direction).sum((1, 2))
-            per_atom = [torch.ones_like(angular), s.sum((1, 2)), s.square().sum((1, 2)), angular]
-            sums.index_add_(0, frame.types.cpu(), torch.stack(per_atom, dim=1).cpu())
         atoms, total, squares, angular = sums.unbind(1)
         number = (atoms * sum(self.architecture.sel)).clamp(min=1)
         mean = total / number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from rlekf_ext.options import KINDS
 from rlekf_ext.potential.files import write_atomically
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, collate
-from rlekf_ext.processes import Processes
+from rlekf_ext.processes import ALONE, Processes
 
 ATOMS_AT_ONCE = 512  # frames are evaluated together up to this many atoms: enough to hide the cost of small operations
 
@@ -76,42 +76,52 @@ def _save_table(path: Path, rows: np.ndarray, header: str) -> None:
     write_atomically(path, lambda temporary: np.savetxt(temporary, rows, header=header, encoding="utf-8"))
 
 
-@torch.no_grad()
-def compare(model: DeepPotential, frames: Sequence[Frame]) -> Comparison:
+def compare(model: DeepPotential, frames: Iterable[Frame]) -> Comparison:
     """Evaluate labelled frames, several at once. Raises DataError for a frame that does not fit the network."""
-    device = model.energy_bias.device
-    found: dict[str, list[Tensor]] = {kind: [torch.empty(0, 2, device=device)] for kind in KINDS}
-    waiting: list[Frame] = []
-    for i, frame in enumerate(frames):
-        model.descriptor.check(frame)
-        waiting.append(frame)
-        following = frames[i + 1] if i + 1 < len(frames) else None
-        if (
-            following is None
-            or following.labels != frame.labels
-            or sum(len(f.types) for f in [*waiting, following]) > ATOMS_AT_ONCE
-        ):
-            batch = collate(waiting).to(device=device)
-            prediction = model(batch)
-            if batch.energy is not None:
-                found["energy"].append(torch.stack([batch.energy, prediction.energy], 1) / batch.num_atoms[:, None])
-            if batch.forces is not None:
-                found["force"].append(torch.stack([batch.forces.flatten(), prediction.forces.flatten()], 1))
-            if batch.virial is not None:
-                pairs = torch.stack([batch.virial, prediction.virial], -1) / batch.num_atoms[:, None, None, None]
-                found["virial"].append(pairs.flatten(0, 2))
-            waiting = []
-    return Comparison(**{kind: torch.cat(parts).cpu().numpy() for kind, parts in found.items()})
+    found: dict[str, list[np.ndarray]] = {kind: [np.empty((0, 2))] for kind in KINDS}
+    for pairs in _compared(model, frames):
+        for kind, values in pairs.items():
+            found[kind].append(values.cpu().numpy())
+    return Comparison(**{kind: np.concatenate(parts) for kind, parts in found.items()})
 
 
-def rmse(model: DeepPotential, frames: Sequence[Frame], processes: Processes) -> dict[str, float]:
-    """RMSE of energies and virials (eV/atom) and force components (eV/Å), NaN without labels; each process evaluates
+def rmse(model: DeepPotential, frames: Iterable[Frame], processes: Processes = ALONE) -> dict[str, float]:
+    """RMSE of energies and virials (eV/atom) and force components (eV/Å), NaN without labels; each process passes
     some of the frames."""
     sums = torch.zeros(len(KINDS), 2, dtype=torch.float64)
-    if own := frames[processes.rank :: processes.size]:
-        found = compare(model, own)
-        sums = torch.tensor([_squares(getattr(found, kind)) for kind in KINDS], dtype=torch.float64)
+    for pairs in _compared(model, frames):
+        for kind, values in pairs.items():
+            sums[KINDS.index(kind)] += torch.tensor(_squares(values.cpu().numpy()), dtype=torch.float64)
     return {kind: _root_mean(*row) for kind, row in zip(KINDS, processes.sum(sums).tolist(), strict=True)}
+
+
+def _compared(model: DeepPotential, frames: Iterable[Frame]) -> Iterator[dict[str, Tensor]]:
+    """Labels and predictions, (count, 2) for each kind, of a few frames at a time: the columns of Comparison."""
+    waiting: list[Frame] = []
+    for frame in frames:
+        model.descriptor.check(frame)
+        atoms = sum(len(each.types) for each in [*waiting, frame])
+        if waiting and (frame.labels != waiting[0].labels or atoms > ATOMS_AT_ONCE):
+            yield _evaluated(model, waiting)
+            waiting = []
+        waiting.append(frame)
+    if waiting:
+        yield _evaluated(model, waiting)
+
+
+@torch.no_grad()
+def _evaluated(model: DeepPotential, frames: Sequence[Frame]) -> dict[str, Tensor]:
+    batch = collate(frames).to(device=model.energy_bias.device)
+    prediction = model(batch)
+    found = {}
+    if batch.energy is not None:
+        found["energy"] = torch.stack([batch.energy, prediction.energy], 1) / batch.num_atoms[:, None]
+    if batch.forces is not None:
+        found["force"] = torch.stack([batch.forces.flatten(), prediction.forces.flatten()], 1)
+    if batch.virial is not None:
+        pairs = torch.stack([batch.virial, prediction.virial], -1) / batch.num_atoms[:, None, None, None]
+        found["virial"] = pairs.flatten(0, 2)
+    return found
 
 
 def _squares(pairs: np.ndarray) -> tuple[float, int]:

@@ -189,6 +189,12 @@ class Training:
     disp_freq: int | None = option(None, "Batches per row of `disp_file`. null: an epoch, at most 1000.", low=1)
     save_freq: int = option(1000, "Batches per checkpoint.", low=1)
     save_ckpt: str = option("model.ckpt", "The checkpoint is this with `.pt`.")
+    cache: float | None = option(
+        None,
+        "GB of memory for [frames that are kept](training_data.md#large-data) with their neighbours; not a key of "
+        "dp's. null: a quarter of what is free.",
+        low=0,
+    )
     table: bool = option(
         True,
         "Whether embedding nets are interpolated in training ([why](performance.md#the-network-on-a-table)). "

@@ -64,7 +64,7 @@ class LmdbArray:
 
     def __init__(self, path: Path, name: str, numbers: np.ndarray, shape: tuple[int, ...], stamp: tuple[int, int]):
         self.path, self.stamp = Path(os.path.abspath(path)), stamp
-        self.name, self.numbers, self.shape = name, numbers, shape
+        self.name, self.numbers, self.shape, self.place = name, numbers, shape, f"{name} in {path}"
 
     def reshape(self, shape: tuple[int, ...]) -> LmdbArray:
         return LmdbArray(self.path, self.name, self.numbers, shape, self.stamp)

@@ -103,11 +103,14 @@ class DeepPotential(nn.Module):
             counts.append(count[:, some])
             network = self(frame, forces=False).energy.cpu() - count @ self.energy_bias.cpu() if with_network else 0.0
             energies.append(frame.energy.double().cpu() - network - count @ others)
-        if not counts:
-            return
+        if counts:
+            self.solve_energy_bias(torch.cat(counts), torch.cat(energies), some)
+
+    def solve_energy_bias(self, counts: Tensor, energies: Tensor, elements: Sequence[int]) -> None:
+        """The least squares of `fit_energy_bias`: counts (S, number of elements) and energies (S,), float64."""
         # gelsd, as numpy's lstsq: the minimum norm solution, whatever the rank.
-        solution = torch.linalg.lstsq(torch.cat(counts), torch.cat(energies)[:, None], driver="gelsd").solution
-        self.energy_bias[some] = solution[:, 0].to(self.energy_bias.device)
+        solution = torch.linalg.lstsq(counts, energies[:, None], driver="gelsd").solution
+        self.energy_bias[list(elements)] = solution[:, 0].to(self.energy_bias.device)
 
     def forward(self, frame: Frame, create_graph: bool | None = None, *, forces: bool = True) -> Prediction:
         """Predict the energies, forces and virials of a frame.

@@ -5,6 +5,7 @@ Nothing is mapped into memory: where a file has been cut off meanwhile, a read e
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ class Stored(Protocol):
     """F frames of an array in a file."""
 
     shape: tuple[int, ...]
+    place: str  # the file, and the array in it
+    stamp: tuple[int, int]  # of the file
 
     def read(self, frames: np.ndarray) -> np.ndarray:
         """Some frames by their numbers, as the array in the file has them, (k, ...). Raises DataError."""
@@ -157,6 +160,17 @@ class Rows:
                 values = np.take_along_axis(values, self._order[which][own][:, :, None].astype(np.int64), axis=1)
             found[own] = values
         return found
+
+    def fingerprint(self) -> bytes:
+        """Of the files, by their sizes and times, of the choice of frames, and of a few of them."""
+        digest = hashlib.blake2b()
+        for array in self._arrays:
+            digest.update(f"{array.place} {array.stamp} {array.shape}".encode())
+        for numbers in (self._array_of, self._frame_of, self._order):
+            digest.update(b"" if numbers is None else np.ascontiguousarray(numbers).data)
+        if len(self):
+            digest.update(self.read(np.linspace(0, len(self) - 1, 3).astype(np.int64)).data)
+        return digest.digest()
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return self.read().astype(dtype or np.float64, copy=False)

@@ -303,7 +303,12 @@ def geometry_of(model: DeepPotential, frame: Frame, nodes: Nodes) -> Parts:
 
 def largest_scalar(architecture: DescriptorArchitecture, frame: Frame) -> float:
     """The largest s(r) of a frame, 1/Å; at least 1/rcut, so that a table has a length."""
-    nearest = frame.edges.new_tensor([[min(frame.shortest_edge(), architecture.rcut), 0.0, 0.0]])
+    return scalar_at(architecture, frame.shortest_edge(), frame.edges.dtype)
+
+
+def scalar_at(architecture: DescriptorArchitecture, shortest: float, dtype: torch.dtype) -> float:
+    """s(r) at this distance in Å, 1/Å; at least 1/rcut."""
+    nearest = torch.tensor([[min(shortest, architecture.rcut), 0.0, 0.0]], dtype=dtype)
     return max(float(switched(nearest, architecture.rcut, architecture.rcut_smth)[2]), 1 / architecture.rcut)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from rlekf_ext.potential.model import DeepPotential
-from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import AdamSteps, KalmanSteps
 from rlekf_ext.processes import ALONE, Processes
 
@@ -23,16 +23,16 @@ BYTES_PER_THREAD = 32e6  # of P
 def use_threads(
     optimize: KalmanSteps | AdamSteps,
     model: DeepPotential,
-    frames: Sequence[Frame],
+    num_atoms: Sequence[int] | np.ndarray,
     num_batches: int,
     most: int,
     processes: Processes = ALONE,
 ) -> str:
-    """Set how many threads train on these frames in this many batches per epoch: each number is at most `most`, and the
-    same on all processes. Returns a sentence that gives them."""
+    """Set how many threads train on frames of these numbers of atoms in this many batches per epoch: each number of
+    threads is at most `most`, and the same on all processes. Returns a sentence that gives them."""
     own = optimize.optimizer.filter if isinstance(optimize, KalmanSteps) else None
     apart = isinstance(optimize, KalmanSteps) and optimize.updater.options.batch == "joint"
-    atoms = sum(len(frame.types) for frame in frames) / (len(frames) if apart else num_batches * processes.size)
+    atoms = float(np.sum(num_atoms)) / (len(num_atoms) if apart else num_batches * processes.size)
     weights = sum(p.numel() for p in model.parameters()) / len(model.type_map)
     network = worth(atoms * weights / NETWORK_PER_THREAD, most, processes)
     torch.set_num_threads(network)

@@ -6,11 +6,12 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -22,16 +23,19 @@ from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, run_
 from rlekf_ext.potential.data import auto_sel
 from rlekf_ext.potential.evaluate import UNITS, rmse
 from rlekf_ext.potential.files import check_writable, reading, write_atomically, writing
+from rlekf_ext.potential.frames import FrameList, survey
 from rlekf_ext.potential.input import Config
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import AdamSteps, KalmanSteps, build_optimizer, prefactors
-from rlekf_ext.potential.table import Table, largest_scalar
+from rlekf_ext.potential.table import Table, scalar_at
 from rlekf_ext.potential.threads import use_threads
 from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts
 from rlekf_ext.schema import counted, shown
 
 CPU = torch.device("cpu")
+MOST_EVALUATED = 2000  # held-out frames at the end of an epoch
+MOST_FITTED = 1000  # frames that the energies of the elements are fitted to, beside the network
 
 
 def train(
@@ -63,17 +67,19 @@ def train(
     checkpoint = load_checkpoint(checkpoint_file, processes) if restart else None
     earlier = load_checkpoint(settings.init_model, processes) if settings.init_model and not restart else None
     say = (lambda *_: None) if quiet else tqdm.write
-    training, validation = load_frames(config, quiet, say)
-    everything, validating = training.all(), validation.all()
-    held_out = validating or everything
+    training, validation = load_frames(config, quiet, say, processes, most_threads)
+    everything, validating = training.every, validation.every
+    held_out = validating if len(validating) else everything
+    sample = held_out.sample(MOST_EVALUATED)
 
     say(f"Device: {device_name(device)}")
     why = "--restart" if restart else "init_model"
     model = build_model(config, everything, validating, checkpoint or earlier, why)
     model.to(device)
     try:
-        for frame in [*everything, *held_out]:
-            model.descriptor.check(frame)  # more neighbours than sel has slots for: an error now, not hours later
+        for some in (everything, held_out):  # more neighbours than sel has slots for: an error now, not hours later
+            for frame in some.with_more_than(model.architecture.descriptor.sel):
+                model.descriptor.check(frame)
     except DataError as error:
         if not earlier:
             raise
@@ -85,7 +91,7 @@ def train(
     kinds = sorted(set(kinds_used(config)))
     optimize = build_optimizer(config, model, num_steps, processes, say)
     if most_threads and device.type == "cpu":
-        say(use_threads(optimize, model, everything, len(batches), most_threads, processes))
+        say(use_threads(optimize, model, everything.num_atoms, len(batches), most_threads, processes))
     elif most_threads:
         torch.set_num_threads(most_threads)  # for what is made ready on the CPU
     progress: dict[str, Any] = {"step": 0, "updates": 0, "seconds": 0.0, "epochs": []}
@@ -103,10 +109,10 @@ def train(
         say(f"Begins with the model of {settings.init_model}.")
         begin_with(earlier, optimize, model, everything, config, say)
     else:
-        optimize.start(everything)
+        optimize.start(everything.spread(MOST_FITTED))
     nodes = progress.get("nodes") or (earlier or {}).get("progress", {}).get("nodes")
     del earlier
-    model.table = build_table(model, [*everything, *held_out], settings.table, nodes)
+    model.table = build_table(model, (everything, held_out), settings.table, nodes)
     processes.agree(model.state_dict().values())  # the last bit may differ between kinds of CPU
     if processes.size > 1:
         say(f"{processes.size} processes share P and the frames of each batch.")
@@ -116,10 +122,12 @@ def train(
         f"{counted(len(everything), 'frame')} for training, {len(validating)} held out; "
         f"{counted(len(batches), 'batch', 'batches')} per epoch, {num_steps} in all"
     )
-    if not validating:
+    if len(sample) < len(held_out):
+        say(f"While training, errors are those of {len(sample)} held-out frames drawn at random; at the end, of all.")
+    if not len(validating):
         say("No frame is held out: the errors shown are those of the training frames.")
-    say(labels_used(config, everything))
-    present = elements_of(everything)
+    say(labels_used(config, everything.labels))
+    present = survey(everything, model.architecture.descriptor).elements
     if absent := [name for element, name in enumerate(model.type_map) if element not in present]:
         say(f"No training frame has {', '.join(absent)}: what the model says of it means nothing.")
     if not config.optimizer.given:
@@ -143,16 +151,16 @@ def train(
     if processes.rank == 0:
         for path in (curve_file, summary_file, checkpoint_file):
             check_writable(path)
-    shown_at_once = (validation if validating else training).batch_sizes[0]
+    shown_at_once = (validation if len(validating) else training).batch_sizes[0]
     curve = LearningCurve(curve_file, config, held_out, shown_at_once, progress["step"], processes)
     bar = tqdm(total=num_steps, initial=progress["step"], unit="batch", disable=quiet or None, mininterval=0.5)
     with interruption() as interrupted, bar:
         while progress["step"] < num_steps and not processes.any(interrupted()):
             started = time.perf_counter()
-            batch, frames = next(feed)
             try:
+                batch, frames = next(feed)
                 progress["updates"] += optimize(batch, progress["step"], frames)
-            except StoppedError:
+            except (StoppedError, DataError):
                 save()
                 raise
             progress["step"] += 1
@@ -166,7 +174,7 @@ def train(
                 errors = curve.write(progress["step"], optimize.result, batch, optimize.learning_rate)
                 bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")
             if whole:
-                row = end_of_epoch(progress, len(batches), optimize.result, held_out, processes)
+                row = end_of_epoch(progress, len(batches), optimize.result, held_out if last else sample, processes)
                 progress["epochs"].append(row)
                 refine(model, everything, processes, say)
                 by_kind = {kind: row[f"{kind}_rmse"] for kind in kinds if f"{kind}_rmse" in row}
@@ -221,14 +229,17 @@ def build_model(
                     f"without {why}, or make the input file agree."
                 )
         return model
-    architecture = config.model.architecture(None if factor is None else auto_sel([*training, *validating], factor))
+    found, room = (survey(frames, config.model.architecture().descriptor) for frames in (training, validating))
+    most = [max(slots) for slots in zip(found.slots, room.slots or found.slots, strict=True)]
+    architecture = config.model.architecture(None if factor is None else auto_sel(most, factor))
     seed = next((s for s in (descriptor.seed, fitting.seed, config.training.seed) if s is not None), 0)
     model = DeepPotential(architecture, seed=seed)
-    model.descriptor.fit_statistics(training)
+    model.descriptor.fit_statistics(found.sums)
     if descriptor.set_davg_zero:
         model.descriptor.davg.zero_()
-    if "energy" in config.loss.kinds():
-        model.fit_energy_bias(training)
+    if "energy" in config.loss.kinds() and len(found.counts):
+        weights = found.num_energies.sqrt()
+        model.solve_energy_bias(weights[:, None] * found.counts, weights * found.energies, range(len(model.type_map)))
     return model
 
 
@@ -249,44 +260,42 @@ def begin_with(
 
 def add_elements(model: DeepPotential, frames: Sequence[Frame], config: Config, say: Callable[[str], Any]) -> None:
     """Statistics of the elements that these frames have and those of an earlier run did not."""
-    present = elements_of(frames)
-    if new := [element for element in model.descriptor.without_statistics() if element in present]:
-        model.descriptor.fit_statistics(frames, new)
+    found = survey(frames, model.architecture.descriptor)
+    if new := [element for element in model.descriptor.without_statistics() if element in found.elements]:
+        model.descriptor.fit_statistics(found.sums, new)
         if config.model.descriptor.set_davg_zero:
             model.descriptor.davg[new] = 0
-        model.fit_energy_bias(frames, with_network=True, elements=new)
+        some = frames.spread(MOST_FITTED) if isinstance(frames, FrameList) else frames
+        model.fit_energy_bias(some, with_network=True, elements=new)
         say(f"New elements: {', '.join(model.type_map[element] for element in new)}.")
 
 
-def elements_of(frames: Sequence[Frame]) -> set[int]:
-    return {element for frame in frames for element in frame.types.unique().tolist()}
-
-
 def build_table(
-    model: DeepPotential, frames: Sequence[Frame], wanted: bool = True, nodes: Sequence[Any] | None = None
+    model: DeepPotential, sets: Iterable[Sequence[Frame]], wanted: bool = True, nodes: Sequence[Any] | None = None
 ) -> Table | None:
-    """The table for these frames, or that of a checkpoint; None if it is not wanted."""
+    """The table for these sets of frames, or that of a checkpoint; None if it is not wanted."""
     if not wanted:
         return None
     if nodes:
         return Table.restored(nodes)
-    return Table(max(largest_scalar(model.architecture.descriptor, frame) for frame in frames))
+    descriptor = model.architecture.descriptor
+    return Table(scalar_at(descriptor, min(survey(frames, descriptor).shortest for frames in sets), model.dtype))
 
 
 def feed_of(batches: Batches, optimize: KalmanSteps | AdamSteps, model: DeepPotential) -> Feed:
-    """The batches, each with the frames that this process evaluates; for a model on a GPU these are made ready and
-    moved there while the batch before them trains."""
-    ahead, table = model.energy_bias.device.type != "cpu", model.table
+    """The batches, each with the frames that this process evaluates. While the batch before them trains, these are made
+    and, for a model on a GPU, made ready and moved there."""
+    elsewhere, table = model.energy_bias.device.type != "cpu", model.table
 
-    def ready(batch: list[Frame]) -> list[Frame]:
+    def ready(batch: Sequence[Frame]) -> list[Frame]:
         frames = optimize.arranged(batch)
         if table:
-            table.num_kept = max(table.num_kept, (1 + ahead) * len(frames))
-            for frame in frames if ahead else ():
+            table.num_kept = max(table.num_kept, (1 + elsewhere) * len(frames))
+            for frame in frames if elsewhere else ():
                 table.with_frame(model, frame)
         return frames
 
-    return Feed(batches, ready, ahead)
+    return Feed(batches, ready, ahead=elsewhere or batches.on_demand)
 
 
 def refine(model: DeepPotential, frames: Sequence[Frame], processes: Processes, say: Callable[[str], Any]) -> None:
@@ -310,7 +319,7 @@ class LearningCurve:
     """DeePMD-kit's lcurve.out; a restart keeps the rows up to the batch that it continues from."""
 
     def __init__(
-        self, path: Path, config: Config, held_out: Sequence[Frame], batch_size: int, step: int, processes: Processes
+        self, path: Path, config: Config, held_out: FrameList, batch_size: int, step: int, processes: Processes
     ):
         self._path, self._loss, self._held_out, self._processes = path, config.loss, held_out, processes
         self._start_rate = config.learning_rate.start_lr if config.optimizer.type == "Adam" else None
@@ -331,15 +340,15 @@ class LearningCurve:
         if processes.rank == 0:
             write_atomically(path, lambda temporary: temporary.write_text("\n".join(rows) + "\n"))
 
-    def write(self, step: int, model: DeepPotential, batch: Sequence[Frame], rate: float) -> str:
+    def write(self, step: int, model: DeepPotential, batch: FrameList, rate: float) -> str:
         """Add a row: RMSE on the batch just used and on held-out frames, taken in turn. Returns the latter as text."""
         count = min(self._count, len(self._held_out))
-        taken = [self._held_out[(step + i) % len(self._held_out)] for i in range(count)]
+        taken = self._held_out[(step + np.arange(count)) % len(self._held_out)]
         factor = prefactors(self._loss, rate / self._start_rate if self._start_rate else 0.0)
         found = []  # of the held-out frames, of the batch
         for part in (taken, batch):
-            errors = rmse(model, part, self._processes)
-            atoms = sum(len(frame.types) for frame in part) / len(part)
+            errors = rmse(model, part[self._processes.rank :: self._processes.size], self._processes)
+            atoms = part.num_atoms.mean()
             weights = {"energy": factor["e"] * atoms, "force": factor["f"], "virial": factor["v"] * atoms}
             terms = [weights[kind] * errors[kind] ** 2 for kind in self._kinds if not math.isnan(errors[kind])]
             found.append([math.sqrt(sum(terms)), *(errors[kind] for kind in self._kinds)])
@@ -364,7 +373,7 @@ def end_of_epoch(
     processes: Processes,
 ) -> dict[str, float]:
     """A row of the summary: the progress of training, and the RMSE on all held-out frames."""
-    errors = rmse(model, held_out, processes)
+    errors = rmse(model, held_out[processes.rank :: processes.size], processes)
     return {
         "epoch": progress["step"] / batches_per_epoch,
         "updates": progress["updates"],
