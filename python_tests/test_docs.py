@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+import bench_data
 import plot_online
 import plot_race
 import plot_scaling
@@ -66,7 +67,9 @@ def test_every_data_set_is_described(path):
 def test_every_table_has_its_script():
     marked = [place["name"] for page in PAGES for place in PLACE.finditer(page.read_text())]
     assert sorted(marked) == sorted(
-        name for script in (plot_study, plot_scaling, plot_step, plot_race, plot_online) for name in script.TABLES
+        name
+        for script in (plot_study, plot_scaling, plot_step, plot_race, plot_online, bench_data)
+        for name in script.TABLES
     )
 
 

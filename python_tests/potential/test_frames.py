@@ -5,11 +5,12 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import curve_of, input_of, make_model, run, weights_of, write_data
+from helpers import checkpoint_of, curve_of, input_of, make_model, run, weights_of, write_data
 
 from rlekf_ext.errors import DataError
 from rlekf_ext.potential import frames as module
-from rlekf_ext.potential.batches import load_frames
+from rlekf_ext.potential import train as trainer
+from rlekf_ext.potential.batches import Feed, load_frames
 from rlekf_ext.potential.data import System, frame_of
 from rlekf_ext.potential.frames import Cache, FrameList, bytes_of, look_once, survey
 from rlekf_ext.potential.input import read_input
@@ -170,3 +171,43 @@ def test_training_does_not_depend_on_the_cache(optimizer, tmp_path):
     for parameters, curve in found[1:]:
         assert torch.equal(parameters, found[0][0])
         assert (curve == found[0][1]).all()
+
+
+def test_a_file_that_changes_during_training_ends_with_a_checkpoint(tmp_path, monkeypatch):
+    """A restart with the file put back gives the weights of a run that was not disturbed."""
+    undisturbed, disturbed = ({**input_of(tmp_path / name)} for name in ("a", "b"))
+    for given in (undisturbed, disturbed):
+        given["training"]["cache"] = 0
+    run(undisturbed)
+    coordinates = tmp_path / "b/data/set.000/coord.npy"
+    before, fetch, count = coordinates.read_bytes(), Feed.__next__, iter(range(100))
+    times = os.stat(coordinates)
+
+    def counted(self):
+        if next(count) == 5:
+            coordinates.write_bytes(before[:-8])
+        return fetch(self)
+
+    monkeypatch.setattr(Feed, "__next__", counted)
+    with pytest.raises(DataError, match=r"coord\.npy has changed since it was first read \(\d+ bytes then, \d+ now\)"):
+        run(disturbed)
+    monkeypatch.undo()
+    assert checkpoint_of(tmp_path / "b")["progress"]["step"] in (5, 6)  # the next batch had been made before
+    coordinates.write_bytes(before)
+    os.utime(coordinates, ns=(times.st_atime_ns, times.st_mtime_ns))
+    run(disturbed, restart=True)
+    assert torch.equal(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+
+
+def test_errors_of_many_held_out_frames_are_of_a_sample_until_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "MOST_EVALUATED", 2)
+    given, seen = input_of(tmp_path, num_epochs=3, numb_steps=None, validation_fraction=0.75), []
+    evaluate = trainer.end_of_epoch
+
+    def noted(*arguments):
+        seen.append(len(arguments[3]))
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(trainer, "end_of_epoch", noted)
+    run(given)
+    assert seen == [2, 2, 3]

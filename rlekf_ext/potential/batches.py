@@ -294,11 +294,13 @@ class Feed:
         self._state = batches.state_dict()
 
     def __next__(self) -> tuple[Any, Any]:
-        batch, future, self._state = self._next or self._drawn()
+        batch, future, state = self._next or self._drawn()
         if self._worker is None or future is None:
-            return batch, self._ready(batch)
-        made = future.result()
-        self._next = self._drawn()
+            made = self._ready(batch)
+        else:
+            made = future.result()
+            self._next = self._drawn()
+        self._state = state  # not before: a restart begins with a batch that could not be made
         return batch, made
 
     def _drawn(self) -> tuple[Sequence[Frame], Future | None, dict[str, Any]]:

@@ -35,7 +35,7 @@ from rlekf_ext.schema import counted, shown
 
 CPU = torch.device("cpu")
 MOST_EVALUATED = 2000  # held-out frames at the end of an epoch
-MOST_FITTED = 1000  # frames that the energies of the elements are fitted to, beside the network
+MOST_FITTED = 200  # frames that the energies of the elements are fitted to, beside the network
 
 
 def train(
@@ -154,15 +154,11 @@ def train(
     shown_at_once = (validation if len(validating) else training).batch_sizes[0]
     curve = LearningCurve(curve_file, config, held_out, shown_at_once, progress["step"], processes)
     bar = tqdm(total=num_steps, initial=progress["step"], unit="batch", disable=quiet or None, mininterval=0.5)
-    with interruption() as interrupted, bar:
+    with interruption() as interrupted, bar, saved_when_it_ends(save, processes, say, checkpoint_file):
         while progress["step"] < num_steps and not processes.any(interrupted()):
             started = time.perf_counter()
-            try:
-                batch, frames = next(feed)
-                progress["updates"] += optimize(batch, progress["step"], frames)
-            except (StoppedError, DataError):
-                save()
-                raise
+            batch, frames = next(feed)
+            progress["updates"] += optimize(batch, progress["step"], frames)
             progress["step"] += 1
             last = progress["step"] == num_steps
             display, whole = (last or progress["step"] % every == 0 for every in (disp_freq, len(batches)))
@@ -380,6 +376,20 @@ def end_of_epoch(
         "seconds": progress["seconds"],
         **{f"{kind}_rmse": value for kind, value in errors.items() if not math.isnan(value)},
     }
+
+
+@contextmanager
+def saved_when_it_ends(
+    save: Callable[[], None], processes: Processes, say: Callable[[str], Any], checkpoint_file: Path
+) -> Iterator[None]:
+    """A filter that has stopped, or a file that has changed, leaves a checkpoint."""
+    try:
+        yield
+    except (StoppedError, DataError) as error:
+        if processes.size == 1 or isinstance(error, StoppedError):  # of a DataError other processes do not know
+            save()
+            say(f"wrote {checkpoint_file}; `rlekf train --restart` continues from it.")
+        raise
 
 
 @contextmanager
