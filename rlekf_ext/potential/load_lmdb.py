@@ -72,7 +72,7 @@ class LmdbArray:
     def read(self, frames: np.ndarray) -> np.ndarray:
         check_unchanged(_file(self.path), self.stamp)
         with _opened(self.path) as read:
-            each = [_frame(read(i))[self.name].reshape(self.shape[1:]) for i in self.numbers[frames].tolist()]
+            each = [_value(read(i), self.name).reshape(self.shape[1:]) for i in self.numbers[frames].tolist()]
         return np.stack(each) if each else np.empty((0, *self.shape[1:]))
 
 
@@ -127,6 +127,10 @@ def _frame(packed: dict[Any, Any]) -> dict[str, Any]:
     if any(array.dtype.kind not in "biuf" for array in (*frame.values(), values["atype"])):
         raise ValueError("it has arrays that are no numbers")
     return frame | {"types": values["atype"].reshape(1, -1)}
+
+
+def _value(packed: dict[Any, Any], name: str) -> np.ndarray:
+    return next(_array(value) for key, value in packed.items() if NAMES.get(key, key) == name)
 
 
 def _array(value: Any) -> np.ndarray:
