@@ -30,7 +30,7 @@ OPTIONAL = {
     "matplotlib": {"potential/plot.py"},
     "h5py": {"potential/deepmd_format.py", "potential/stores.py"},
     "ase": {"potential/calculator.py"},
-    "tqdm": {"potential/train.py", "potential/batches.py", "potential/select.py"},
+    "tqdm": {"potential/train.py", "potential/batches.py", "potential/evaluate.py", "potential/select.py"},
     "triton": {"ops/triton.py"},
     "deepmd": {"integrations/deepmd/patch.py"},
 }

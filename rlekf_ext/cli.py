@@ -6,7 +6,6 @@ Exit code 2: the input was wrong, and the message says where. A bug in this pack
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -124,10 +123,8 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_test(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
-    from rlekf_ext.potential.evaluate import UNITS, compare, rmse
+    from rlekf_ext.potential.evaluate import UNITS, compare, rmse, watched
     from rlekf_ext.potential.frames import FrameList
     from rlekf_ext.potential.load import load_systems
     from rlekf_ext.potential.uncertainty import filter_of, uncertainty
@@ -138,12 +135,12 @@ def run_test(arguments: argparse.Namespace) -> int:
     systems = load_systems(arguments.system, model.type_map)
     rcut = model.architecture.descriptor.rcut
     labelled = FrameList(systems, rcut, len(model.type_map), model.dtype)
-    bar = tqdm(labelled, unit="frame", disable=None, leave=False)
-    comparison = compare(model, bar) if arguments.detail else None
-    errors = {kind: getattr(comparison, f"{kind}_rmse") for kind in UNITS} if comparison else rmse(model, bar)
+    shown = watched(labelled)
+    comparison = compare(model, shown) if arguments.detail else None
+    errors = {kind: getattr(comparison, f"{kind}_rmse") for kind in UNITS} if comparison else rmse(model, shown)
     print(f"frames       {len(labelled)}")
     for kind, unit in UNITS.items():
-        if not math.isnan(errors[kind]):
+        if labelled.labels[kind]:
             print(f"{f'{kind} RMSE':<13}{1e3 * errors[kind]:.4g} m{unit}")
     if comparison:
         from rlekf_ext.potential.plot import plot_parity

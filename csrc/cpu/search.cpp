@@ -88,6 +88,7 @@ Search::Search(const double* points, int64_t num_atoms, const double* cell, doub
       double fraction = v[0] * inverse[k] + v[1] * inverse[3 + k] + v[2] * inverse[6 + k];
       if (cell != nullptr) {
         const double whole = std::floor(fraction);
+        if (!std::isfinite(fraction)) return;
         fraction -= whole;
         for (int axis = 0; axis < 3; ++axis) moved[axis] -= whole * box[3 * k + axis];
       }

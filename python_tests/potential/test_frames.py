@@ -26,7 +26,11 @@ def system(counts, seed, number_of_frames=3, energies=True, box=6.0):
     grid = np.stack(np.meshgrid(*[np.arange(3)] * 3), -1).reshape(-1, 3)[: len(types)] * box / 3
     points = grid + random.uniform(-0.3, 0.3, (number_of_frames, len(types), 3))
     boxes = None if box is None else np.tile(box * np.eye(3), (number_of_frames, 1, 1))
-    labels = {"energies": random.normal(size=number_of_frames)} if energies else {"virials": np.zeros((3, 3, 3))}
+    labels = (
+        {"energies": random.normal(size=number_of_frames)}
+        if energies
+        else {"virials": np.zeros((number_of_frames, 3, 3))}
+    )
     return System(str(seed), types, points, boxes, **labels)
 
 
@@ -75,6 +79,11 @@ def test_samples():
     # Every seventh is of systems 0 and 1; then one of the composition of system 2. That of 3 is the one of 0.
     assert names(frames.spread(2)) == ["0, frame 0", "1, frame 4", "2, frame 0"]
     assert names(frames[::-1].spread(1)) == ["3, frame 2", "2, frame 2", "1, frame 4"]
+
+
+def test_a_spread_has_each_composition_with_each_kind_of_labels():
+    frames = FrameList([system((4, 0, 0), 0, 9, energies=False), system((4, 0, 0), 1, 1), SYSTEMS[0]], RCUT, 3)
+    assert names(frames.spread(1)) == ["0, frame 0", "1, frame 0", "0, frame 0"]
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 1])
@@ -165,6 +174,7 @@ def test_training_does_not_depend_on_the_cache(optimizer, tmp_path):
         given["training"] |= {"cache": cache, "numb_steps": 9}
         run(given)
         kept = load_frames(read_input(given), quiet=True)[0].every
+        kept.cache.limit(cache)
         list(kept)
         assert {0: 0, 1: 3}.get(cache, 2) == len(kept._kept)
         found.append((weights_of(tmp_path / str(cache)), curve_of(tmp_path / str(cache))))
@@ -189,13 +199,16 @@ def test_a_file_that_changes_during_training_ends_with_a_checkpoint(tmp_path, mo
         return fetch(self)
 
     monkeypatch.setattr(Feed, "__next__", counted)
-    with pytest.raises(DataError, match=r"coord\.npy has changed since it was first read \(\d+ bytes then, \d+ now\)"):
+    with pytest.raises(
+        DataError, match=r"coord\.npy has changed since it was first read \(it had \d+ bytes, now \d+\)"
+    ):
         run(disturbed)
     monkeypatch.undo()
     assert checkpoint_of(tmp_path / "b")["progress"]["step"] in (5, 6)  # the next batch had been made before
     coordinates.write_bytes(before)
     os.utime(coordinates, ns=(times.st_atime_ns, times.st_mtime_ns))
-    run(disturbed, restart=True)
+    summary = run(disturbed, restart=True)
+    assert [row["epoch"] for row in summary["epochs"]] == [1, 2, 3]  # that of the second had come to nothing
     assert torch.equal(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
 
 

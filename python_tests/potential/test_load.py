@@ -68,6 +68,7 @@ def write_lmdb(path, frames, type_map=("Na", "Cl")):
         return {"type": str(value.dtype), "shape": list(value.shape), "data": value.tobytes()}
 
     about = {"nframes": len(frames), "frame_idx_fmt": "012d", "type_map": list(type_map)}
+    about |= {"frame_nlocs": [2] * len(frames), "frame_system_ids": [0] * len(frames)}
     with lmdb.open(str(path), map_size=2**22) as store, store.begin(write=True) as transaction:
         transaction.put(b"__metadata__", msgpack.packb(about))
         for i, frame in enumerate(frames):

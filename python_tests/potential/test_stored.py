@@ -103,3 +103,27 @@ def test_compressed_arrays_and_arrays_in_other_orders_are_read_whole(tmp_path):
         (system,) = load_systems(other, TYPE_MAP)
         assert isinstance(system.coordinates, np.ndarray)
         np.testing.assert_array_equal(system.coordinates, expected)
+
+
+def test_a_store_of_many_shapes(tmp_path):
+    """Frames of other atoms in turn, as in sets of many compositions: each is read by its own number."""
+    frames = lmdb_frames(arrays_of(6))
+    for i in (1, 3):  # an atom less
+        frames[i] |= {name: frames[i][name][:1] for name in ("coords", "forces", "atom_types") if name in frames[i]}
+    systems = load_systems(write_lmdb(tmp_path / "a.lmdb", frames), TYPE_MAP)
+    assert [list(system.places) for system in systems] == [[0, 2, 4, 5], [1, 3]]
+    for system in systems:
+        for own, number in enumerate(system.places):
+            wanted = np.sort(np.reshape(frames[number]["coords"], (-1, 3)), axis=None)
+            np.testing.assert_array_equal(np.sort(system.coordinates[own], axis=None), wanted)
+
+
+def test_hdf5_behind_an_external_link_is_read(tmp_path):
+    path, _ = list(kinds(tmp_path))[1]
+    expected = np.asarray(load_systems(path, TYPE_MAP)[0].forces)
+    with h5py.File(path, "a") as file, h5py.File(tmp_path / "other.h5", "w") as other:
+        other["padding"] = np.zeros(9)
+        other["force"] = file["set.000/force.npy"][()]
+        del file["set.000/force.npy"]
+        file["set.000/force.npy"] = h5py.ExternalLink("other.h5", "/force")
+    np.testing.assert_array_equal(load_systems(path, TYPE_MAP)[0].forces, expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from rlekf_ext.environment import available_bytes, torch_threads
+from rlekf_ext.environment import torch_threads
 from rlekf_ext.errors import DataError, InputError
 from rlekf_ext.options import KINDS, Options
 from rlekf_ext.potential.data import System, split
@@ -52,7 +51,7 @@ def load_frames(
     processes: Processes = ALONE,
     threads: int | None = None,
 ) -> tuple[Frames, Frames]:
-    """Training and held-out frames, which are surveyed with this many threads."""
+    """Training and held-out frames, surveyed with this many threads. They share a cache that has no room as yet."""
     settings, network = config.training, config.model.architecture()
     num_types, rcut, rcut_smth = len(network.type_map), network.descriptor.rcut, network.descriptor.rcut_smth
 
@@ -78,8 +77,7 @@ def load_frames(
         say(f"Frames without a label that is used, left out: {sum(map(len, found)) - sum(map(len, labelled))}")
     training = labelled or found
     training, validation = (training, load(apart)) if apart else split(training, 1 - settings.validation_fraction)
-    room = 1e9 * settings.cache if settings.cache is not None else available_bytes(torch.device("cpu")) / 4
-    cache = Cache(room / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cache = Cache()
     whole = [FrameList(systems, rcut, num_types, network.dtype, cache) for systems in (training, validation)]
     with (
         tqdm(total=sum(map(len, whole)), desc="data", unit="frame", disable=quiet or None, leave=False) as bar,
@@ -87,7 +85,7 @@ def load_frames(
     ):
         known = Path(f"{settings.save_ckpt}.data.npz")
         if look_once(whole, rcut_smth, known, processes, bar.update):
-            say(f"{known} has the survey of these data: they need not be looked through again.")
+            say(f"{known} has the survey of these data: they need not be searched for neighbours again.")
 
     def near_enough(frames: FrameList, data: TrainingData) -> Frames:
         near = frames[frames.shortest() >= data.min_pair_dist] if len(frames) else frames

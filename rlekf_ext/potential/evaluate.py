@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from rlekf_ext.options import KINDS
 from rlekf_ext.potential.files import write_atomically
@@ -93,6 +94,11 @@ def rmse(model: DeepPotential, frames: Iterable[Frame], processes: Processes = A
         for kind, values in pairs.items():
             sums[KINDS.index(kind)] += torch.tensor(_squares(values.cpu().numpy()), dtype=torch.float64)
     return {kind: _root_mean(*row) for kind, row in zip(KINDS, processes.sum(sums).tolist(), strict=True)}
+
+
+def watched(frames: Sequence[Frame], quiet: bool = False) -> Iterable[Frame]:
+    """The frames, with a progress bar if they take more than five seconds."""
+    return tqdm(frames, desc="evaluation", unit="frame", delay=5, disable=quiet or None, leave=False)
 
 
 def _compared(model: DeepPotential, frames: Iterable[Frame]) -> Iterator[dict[str, Tensor]]:

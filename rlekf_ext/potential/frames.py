@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import threading
 import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlekf_ext.environment import available_bytes, torch_threads
 from rlekf_ext.errors import DataError
 from rlekf_ext.ops.native import OPS
 from rlekf_ext.potential.architecture import DescriptorArchitecture
@@ -43,17 +46,22 @@ class Cache:
     """Frames that have been made, until there is no room for more. As batches come in random order, it does not matter
     which ones are kept, and none gives way to another."""
 
-    def __init__(self, num_bytes: float):
+    def __init__(self, num_bytes: float = 0.0):
         self.num_bytes, self.used = num_bytes, 0
         self._lock = threading.Lock()
 
-    def has_room_for(self, frame: Frame) -> bool:
-        """Take the room of this frame, if there is enough."""
+    def keep(self, kept: dict[int, Frame], number: int, frame: Frame) -> None:
+        """Put the frame among those of its list that are kept, if there is room."""
         size = bytes_of(frame)
-        with self._lock:
-            fits = self.used + size <= self.num_bytes
-            self.used += size if fits else 0
-        return fits
+        with self._lock:  # two threads may have made the same frame
+            if number not in kept and self.used + size <= self.num_bytes:
+                self.used += size
+                kept[number] = frame
+
+    def limit(self, gigabytes: float | None) -> None:
+        """Set the room, or a quarter of the memory that is free; processes on one machine share it."""
+        free = available_bytes(torch.device("cpu")) / 4 if gigabytes is None else 1e9 * gigabytes
+        self.num_bytes = free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def bytes_of(frame: Frame) -> int:
@@ -120,7 +128,7 @@ def look_once(
         digest.update(frames.fingerprint())
     key = np.frombuffer(digest.digest(), np.uint8)
     found: dict[str, np.ndarray] = {}
-    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(file) as saved:
+    with suppress(OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile), np.load(file) as saved:
         if np.array_equal(saved["key"], key):
             found = {name: saved[name] for name in saved.files}
     if not processes.any(not found):
@@ -173,7 +181,7 @@ class FrameList(Sequence[Frame]):
         cache: Cache | None = None,
     ):
         self.systems, self.cutoff, self.num_types, self.dtype = list(systems), cutoff, num_types, dtype
-        self._cache = cache or Cache(0)
+        self.cache = cache or Cache()
         self._kept: dict[int, Frame] = {}
         self._starts = np.cumsum([0] + [len(system) for system in systems])
         self._numbers = np.arange(self._starts[-1])
@@ -194,8 +202,7 @@ class FrameList(Sequence[Frame]):
         number = int(self._numbers[which])
         if (frame := self._kept.get(number)) is None:
             frame = frame_of(*self._place(number), self.cutoff, self.num_types, self.dtype)
-            if self._cache.has_room_for(frame):
-                self._kept[number] = frame
+            self.cache.keep(self._kept, number, frame)
         return frame
 
     def _place(self, number: int) -> tuple[System, int]:
@@ -243,7 +250,8 @@ class FrameList(Sequence[Frame]):
         return self[np.sort(np.random.default_rng(seed).choice(len(self), most, replace=False))]
 
     def spread(self, most: int) -> FrameList:
-        """At most this many frames at even intervals, and more if these lack a composition: a frame of each."""
+        """At most this many frames at even intervals, and more if these lack a composition, or one with some kinds of
+        label: a frame of each."""
         if len(self) <= most:
             return self
         step = -(-len(self) // most)
@@ -255,42 +263,60 @@ class FrameList(Sequence[Frame]):
                 others.append(int(where[0]))
         return self[np.union1d(np.arange(0, len(self), step), np.array(others, dtype=np.int64))]
 
-    def _composition(self, system: int) -> bytes:
-        return np.sort(self.systems[system].types).tobytes()
+    def _composition(self, system: int) -> tuple:
+        return np.sort(self.systems[system].types).tobytes(), self.systems[system].labels
 
     # What is known before frames are made
 
     def look(self, rcut_smth: float, processes: Processes = ALONE, show: Callable[[int], Any] | None = None) -> None:
-        """Survey all frames, with torch's threads; the processes share the work. `show` is called with how many frames
-        are done since the last call. Raises DataError for the first frame that cannot be made."""
-        self.surveyed = []
-        turn = 0
-        for system in self.systems:
-            elements, atoms = np.unique(system.types, return_counts=True)
-            places = torch.from_numpy(np.searchsorted(elements, system.types))
-            count, kinds = len(system), len(elements)
-            slots, shortest = torch.zeros(count, kinds, dtype=torch.int64), torch.zeros(count, dtype=torch.float64)
-            sums = torch.zeros(count, kinds, 3, dtype=torch.float64)
+        """Survey all frames, with as many threads as torch has; the processes share the work. `show` is called with how
+        many frames are done since the last call. Raises DataError for the first frame that cannot be made."""
+        elements = [np.unique(system.types, return_counts=True) for system in self.systems]
+        sizes = [len(system) * len(kinds) for system, (kinds, _) in zip(self.systems, elements, strict=True)]
+        ends = np.cumsum(sizes)
+        slots, sums = torch.zeros(sum(sizes), dtype=torch.int64), torch.zeros(3 * sum(sizes), dtype=torch.float64)
+        shortest = torch.zeros(int(self._starts[-1]), dtype=torch.float64)
+
+        def look_at(number: int, first: int, end: int) -> int:
+            system, (kinds, _) = self.systems[number], elements[number]
+            points = np.ascontiguousarray(system.coordinates[first:end], dtype=np.float64)
+            cells = None if system.boxes is None else np.ascontiguousarray(system.boxes[first:end], dtype=np.float64)
+            far = max(np.abs(array).max() for array in (points, cells) if array is not None) > FARTHEST
+            own = slice(self._starts[number] + first, self._starts[number] + end)
+            if far:
+                shortest[own] = torch.nan
+                return end - first
+            box = None if cells is None else torch.from_numpy(cells)
+            places = torch.from_numpy(np.searchsorted(kinds, system.types))
+            found = OPS.survey(torch.from_numpy(points), box, places, len(kinds), self.cutoff, rcut_smth)
+            begin = ends[number] - sizes[number] + first * len(kinds)
+            slots[begin : begin + found[0].numel()] = found[0].flatten()
+            sums[3 * begin : 3 * begin + found[2].numel()] = found[2].flatten()
+            shortest[own] = found[1]
+            return end - first
+
+        work = []
+        for number, system in enumerate(self.systems):
             at_once = max(1, ATOMS_AT_ONCE // len(system.types))
-            for first in range(0, count, at_once):
-                turn += 1
-                some = slice(first, min(first + at_once, count))
-                if turn % processes.size == processes.rank:
-                    points = np.ascontiguousarray(system.coordinates[some])
-                    cells = None if system.boxes is None else np.ascontiguousarray(system.boxes[some])
-                    box = None if cells is None else torch.from_numpy(cells)
-                    found = OPS.survey(torch.from_numpy(points), box, places, kinds, self.cutoff, rcut_smth)
-                    for whole, part in zip((slots, shortest, sums), found, strict=True):
-                        whole[some] = part
-                    far = max(np.abs(array).max() for array in (points, cells) if array is not None) > FARTHEST
-                    if far:
-                        shortest[some] = torch.nan
+            work += [(number, i, min(i + at_once, len(system))) for i in range(0, len(system), at_once)]
+        threads = torch.get_num_threads()
+        with torch_threads(1), ThreadPoolExecutor(threads) as pool:
+            for count in pool.map(lambda part: look_at(*part), work[processes.rank :: processes.size]):
                 if show:
-                    show(some.stop - some.start)
-            each = Surveyed(elements, atoms, *(processes.sum(tensor).numpy() for tensor in (slots, shortest, sums)))
-            for frame in np.flatnonzero(~(each.shortest >= SHORTEST_DISTANCE)):
-                frame_of(system, int(frame), self.cutoff, self.num_types, self.dtype)
-            self.surveyed.append(each)
+                    show(processes.size * count)
+        for array in (slots, shortest, sums):
+            processes.sum(array)
+        for frame in np.flatnonzero(~(shortest.numpy() >= SHORTEST_DISTANCE)):
+            frame_of(*self._place(int(frame)), self.cutoff, self.num_types, self.dtype)
+        self.surveyed = []
+        for number, (kinds, counts) in enumerate(elements):
+            own = slice(ends[number] - sizes[number], ends[number])
+            found = (
+                slots[own].view(-1, len(kinds)),
+                shortest[self._starts[number] : self._starts[number + 1]],
+                sums.view(-1, 3)[own].view(-1, len(kinds), 3),
+            )
+            self.surveyed.append(Surveyed(kinds, counts, *(array.numpy() for array in found)))
 
     def fingerprint(self) -> bytes:
         """Of all that a survey depends on, but for rcut_smth: of arrays in files, what their system says of them."""

@@ -110,10 +110,11 @@ def _load_blocks(path: Path, blocks: list[dict[str, Any]], type_map: list[str]) 
     parts: list[Part] = []
     start = 0
     for block in blocks:
-        if block["coord"].shape[0]:
-            types = _types(block["types"], block["names"] or type_map, type_map, str(path), str(path), start)
-            parts += _parts(block | {"types": types}, lambda label: f"{label} in {path}", start)
-            start += block["coord"].shape[0]
+        if count := block["coord"].shape[0]:
+            numbers = block.get("numbers", np.arange(start, start + count))
+            types = _types(block["types"], block["names"] or type_map, type_map, str(path), str(path), numbers)
+            parts += _parts(block | {"types": types}, lambda label: f"{label} in {path}", numbers)
+            start += count
     if not parts:
         raise DataError(f"{path} holds no frames (frames that did not converge are left out).")
     return _systems(str(path), parts, type_map)
@@ -192,19 +193,28 @@ def _real_types(part: Store, num_atoms: int, names: list[str], type_map: list[st
     size = int(np.prod(array.shape))
     if size % num_atoms:
         raise DataError(f"{file} has shape {array.shape}, but type.raw has {num_atoms} atoms.")
-    every = pieces(array.reshape((size // num_atoms, num_atoms)))
-    return np.concatenate([_types(some, names, type_map, str(part), file, first) for first, some in every])
+    if not size:
+        raise DataError(f"{file} has no frame, but there is one in {part.file('coord.npy')}.")
+    count = size // num_atoms
+    every = pieces(array.reshape((count, num_atoms)))
+    frames = np.arange(count)
+    return np.concatenate([_types(some, names, type_map, str(part), file, frames[first:]) for first, some in every])
 
 
 # Checks
 
 
 def _types(
-    numbers: np.ndarray, names: Sequence[str], type_map: list[str], name: str, file: str, start: int = 0
+    numbers: np.ndarray,
+    names: Sequence[str],
+    type_map: list[str],
+    name: str,
+    file: str,
+    frames: np.ndarray | None = None,
 ) -> np.ndarray:
     """Indices into `names` as indices into `type_map`: of the atoms, (n,), or of each frame's, (F, n), where -1 stays.
 
-    Messages count frames from `start`.
+    `frames` are the numbers of the frames in messages.
     """
     padded = numbers.ndim > 1
     whole = (numbers >= -int(padded)) & (numbers < len(names)) & (numbers == np.round(numbers))
@@ -212,7 +222,8 @@ def _types(
         got = "it has no atom"
         if numbers.size:
             *frame, atom = first = tuple(np.argwhere(~whole)[0])
-            got = f"{f'frame {start + frame[0]}, ' if frame else ''}atom {atom} has {numbers[first]:g}"
+            where = f"frame {frame[0] if frames is None else frames[frame[0]]}, " if frame else ""
+            got = f"{where}atom {atom} has {numbers[first]:g}"
         raise DataError(
             f"{file} must number the {len(names)} elements {list(names)} from 0 to {len(names) - 1}"
             f"{', or -1 for no atom' * padded}, but {got}."
@@ -225,22 +236,23 @@ def _types(
     return np.array([*table, -1], dtype=numbers.dtype)[numbers]
 
 
-def _parts(block: dict[str, Any], place: Callable[[str], str], start: int = 0) -> list[Part]:
+def _parts(block: dict[str, Any], place: Callable[[str], str], numbers: np.ndarray | None = None) -> list[Part]:
     """The frames of a block, checked, in one part for each list of elements.
 
     "types" is (n,), or (F, n) with -1 where there is no atom; then the atoms of a part are sorted by element. `place`
-    names an array in messages, which count frames from `start`.
+    names an array in messages, and `numbers` are those of the frames, 0, 1, ... if not given.
     """
     types = block["types"]
     num_atoms = types.shape[-1]
     shape = block["coord"].shape
     num_frames = shape[0] if len(shape) > 1 else 1  # DeePMD-kit: a flat coord.npy is one frame
+    numbers = np.arange(num_frames) if numbers is None else numbers
     arrays = {
-        label: _checked(block[label], place(label), start, num_frames, num_atoms, label)
+        label: _checked(block[label], place(label), numbers, num_atoms, label)
         for label in ("coord", "box", *KINDS)
         if label in block
     }
-    arrays["places"] = np.arange(start, start + num_frames)
+    arrays["places"] = numbers
     if types.ndim == 1:
         return [(types, arrays)]
     if len(types) != num_frames:
@@ -256,10 +268,11 @@ def _parts(block: dict[str, Any], place: Callable[[str], str], start: int = 0) -
     parts = []
     for frames, orders in rows.values():
         if not len(orders[0]):
-            raise DataError(f"{place('coord')}: frame {start + frames[0]} has no atom.")
+            raise DataError(f"{place('coord')}: frame {numbers[frames[0]]} has no atom.")
         part = {label: array[frames] for label, array in arrays.items() if label not in OF_ATOMS}
+        order = np.stack(orders)
         for label in OF_ATOMS & arrays.keys():
-            part[label] = _in_order(arrays[label], np.array(frames), np.stack(orders))
+            part[label] = _in_order(arrays[label], np.array(frames), order)
         parts.append((types[frames[0], orders[0]].astype(np.int64), part))
     return parts
 
@@ -271,16 +284,17 @@ def _in_order(array: np.ndarray | Rows, frames: np.ndarray, order: np.ndarray) -
     return np.take_along_axis(array[frames], order[:, :, None].astype(np.int64), axis=1)
 
 
-def _checked(array: Any, where: str, start: int, num_frames: int, num_atoms: int, label: str) -> np.ndarray | Rows:
-    """The array as (num_frames, ...) float64, or a DataError that begins with `where`."""
+def _checked(array: Any, where: str, numbers: np.ndarray, num_atoms: int, label: str) -> np.ndarray | Rows:
+    """The array as (F, ...) float64, or a DataError that begins with `where`, for frames of these numbers (F,)."""
     per_frame = {"coord": (num_atoms, 3), "force": (num_atoms, 3), "energy": (), "box": (3, 3), "virial": (3, 3)}[label]
     if isinstance(array, np.ndarray):
         array = array.astype(np.float64, copy=False)
+    num_frames = len(numbers)
     wanted, shape = (num_frames, *per_frame), array.shape
     if np.prod(shape) != np.prod(wanted) or (len(shape) > 1 and shape[0] != num_frames):
         flat = (num_frames, int(np.prod(per_frame)))
         raise DataError(
-            f"{where}{f', frame {start},' * (start > 0)} has shape {shape}, "
+            f"{where}{f', frame {numbers[0]},' * bool(numbers[0])} has shape {shape}, "
             f"but {num_frames} frames of {num_atoms} atoms want {flat} or {wanted}."
         )
     array = array.reshape(wanted)
@@ -289,7 +303,7 @@ def _checked(array: Any, where: str, start: int, num_frames: int, num_atoms: int
             first = tuple(np.argwhere(~np.isfinite(some))[0])
             atom = f", atom {first[1]}" if label in OF_ATOMS else ""
             raise DataError(
-                f"{where}: frame {start + before + first[0]}{atom} has the value {some[first]}; all values must be "
+                f"{where}: frame {numbers[before + first[0]]}{atom} has the value {some[first]}; all values must be "
                 "finite."
             )
     if not isinstance(array, np.ndarray):
@@ -300,7 +314,7 @@ def _checked(array: Any, where: str, start: int, num_frames: int, num_atoms: int
         worst = volumes.argmin()
         if not volumes[worst] >= 1e-6:
             raise DataError(
-                f"{where}: the box of frame {start + worst} has volume {volumes[worst]:g} Å^3; it must be > 0."
+                f"{where}: the box of frame {numbers[worst]} has volume {volumes[worst]:g} Å^3; it must be > 0."
             )
     return array
 

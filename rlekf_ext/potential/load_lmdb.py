@@ -26,83 +26,81 @@ NAMES = {
 WANTED = ("coord", "box", "energy", "force", "virial")
 
 
-FRAMES_AT_ONCE = 4096
 ONE_AT_A_TIME = threading.Lock()  # a process may open a store only once
 
 
 def read_lmdb(path: Path) -> list[dict[str, Any]]:
-    """The frames in blocks that have the same arrays (F, ...): these, with "names" (None if the store has no type map)
-    and "types". Coordinates and forces stay in the store. Raises DataError."""
-    blocks: list[dict[str, Any]] = []
-    waiting: list[dict[str, np.ndarray]] = []
-
-    def finish(end: int) -> None:
-        if not waiting:
-            return
-        block: dict[str, Any] = {name: np.concatenate([frame[name] for frame in waiting]) for name in waiting[0]}
-        numbers = np.arange(end - len(waiting), end)
-        for name in OF_ATOMS & block.keys():
-            block[name] = LmdbArray(path, name, numbers, block[name].shape, stamp)
-        blocks.append(block | {"names": names})
-        waiting.clear()
-
+    """The frames in blocks of the same arrays (F, ...): these, with "numbers" of the frames, "types", and "names"
+    (None if the store has no type map). Coordinates and forces stay in the store. Raises DataError."""
+    blocks: dict[tuple, dict[str, list]] = {}  # by the shapes of the arrays
     with _opened(path) as read:
         stamp = stamp_of(_file(path))
-        about = read(None)
+        about = read("the metadata", b"__metadata__")
         names = about.get("type_map") and [str(name) for name in about["type_map"]]
+        key = about.get("frame_idx_fmt", "012d")
         for i in range(about["nframes"]):
-            frame = _frame(read(i))
-            if waiting and (_shapes(frame) != _shapes(waiting[0]) or len(waiting) == FRAMES_AT_ONCE):
-                finish(i)
-            waiting.append(frame)
-        finish(about["nframes"])
-    return blocks
+            frame = _frame(read(f"frame {i}", format(i, key).encode()))
+            block = blocks.setdefault(tuple((name, array.shape[1:]) for name, array in frame.items()), {"numbers": []})
+            block["numbers"].append([i])
+            for name in frame.keys() - OF_ATOMS:
+                block.setdefault(name, []).append(frame[name])
+    found = []
+    for shapes, block in blocks.items():
+        arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in block.items()}
+        count = len(arrays["numbers"])
+        for name, shape in shapes:
+            if name in OF_ATOMS:
+                arrays[name] = LmdbArray(path, key, name, arrays["numbers"], (count, *shape), stamp)
+        found.append(arrays | {"names": names})
+    return found
 
 
 class LmdbArray:
     """One array of some frames of a store: `Stored` of stored.py."""
 
-    def __init__(self, path: Path, name: str, numbers: np.ndarray, shape: tuple[int, ...], stamp: tuple[int, int]):
-        self.path, self.stamp = Path(os.path.abspath(path)), stamp
-        self.name, self.numbers, self.shape, self.place = name, numbers, shape, f"{name} in {path}"
+    def __init__(
+        self, path: Path, key: str, name: str, numbers: np.ndarray, shape: tuple[int, ...], stamp: tuple[int, int]
+    ):
+        self.path, self.stamp, self.place = Path(os.path.abspath(path)), stamp, f"{name} in {path}"
+        self.key, self.name, self.numbers, self.shape = key, name, numbers, shape
 
     def reshape(self, shape: tuple[int, ...]) -> LmdbArray:
-        return LmdbArray(self.path, self.name, self.numbers, shape, self.stamp)
+        return LmdbArray(self.path, self.key, self.name, self.numbers, shape, self.stamp)
 
     def read(self, frames: np.ndarray) -> np.ndarray:
         check_unchanged(_file(self.path), self.stamp)
+        found = []
         with _opened(self.path) as read:
-            each = [_value(read(i), self.name).reshape(self.shape[1:]) for i in self.numbers[frames].tolist()]
-        return np.stack(each) if each else np.empty((0, *self.shape[1:]))
+            for i in self.numbers[frames].tolist():
+                packed = read(f"frame {i}", format(i, self.key).encode())
+                value = next(value for key, value in packed.items() if NAMES.get(key, key) == self.name)
+                found.append(_array(value).reshape(self.shape[1:]))
+        return np.stack(found) if found else np.empty((0, *self.shape[1:]))
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Callable[[int | None], dict[Any, Any]]]:
-    """Inside, a function that gives a frame by its number, or what is known of all of them."""
+def _opened(path: Path) -> Iterator[Callable[[str, bytes], dict[Any, Any]]]:
+    """Inside, a function that gives the table under a key; messages name it as said."""
     try:
         import lmdb
         import msgpack
     except ImportError as error:
         raise DataError(f"{path} is read by lmdb and msgpack: pip install lmdb msgpack.") from error
-    place, key = str(path), "012d"
+    place = str(path)
 
-    def read(i: int | None) -> dict[Any, Any]:
-        nonlocal place, key
-        place = str(path) if i is None else f"{path}, frame {i}"
-        packed = transaction.get(b"__metadata__" if i is None else format(i, key).encode())
+    def read(name: str, key: bytes) -> dict[Any, Any]:
+        nonlocal place
+        place = f"{path}, {name}"
+        packed = transaction.get(key)
         if packed is None:
             raise ValueError("it is missing")
-        found = msgpack.unpackb(packed)
-        if i is None:
-            key = found.get("frame_idx_fmt", key)
-        return found
+        return msgpack.unpackb(packed)
 
     try:
         with ONE_AT_A_TIME, lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False) as store:
             if _file(path).stat().st_size < store.stat()["psize"] * (store.info()["last_pgno"] + 1):
                 raise ValueError("the file has been cut off")  # it is mapped: reading past its end is fatal
             with store.begin() as transaction:
-                read(None)
                 yield read
     except Exception as error:  # whatever the decoders stumble over
         raise DataError(f"{place} is not readable as LMDB of DeePMD-kit: {type(error).__name__}: {error}.") from error
@@ -110,10 +108,6 @@ def _opened(path: Path) -> Iterator[Callable[[int | None], dict[Any, Any]]]:
 
 def _file(path: Path) -> Path:
     return path / "data.mdb" if path.is_dir() else path
-
-
-def _shapes(frame: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for name, array in frame.items()}
 
 
 def _frame(packed: dict[Any, Any]) -> dict[str, Any]:
@@ -127,10 +121,6 @@ def _frame(packed: dict[Any, Any]) -> dict[str, Any]:
     if any(array.dtype.kind not in "biuf" for array in (*frame.values(), values["atype"])):
         raise ValueError("it has arrays that are no numbers")
     return frame | {"types": values["atype"].reshape(1, -1)}
-
-
-def _value(packed: dict[Any, Any], name: str) -> np.ndarray:
-    return next(_array(value) for key, value in packed.items() if NAMES.get(key, key) == name)
 
 
 def _array(value: Any) -> np.ndarray:

@@ -201,8 +201,11 @@ def _pairs(points: np.ndarray, cell: np.ndarray | None, cutoff: float) -> tuple[
     box = None if cell is None else torch.from_numpy(np.ascontiguousarray(cell))
     pairs, vectors, feasible = OPS.find_pairs(torch.from_numpy(np.ascontiguousarray(points)), box, cutoff)
     if not feasible:
-        lengths = np.ptp(points, axis=0) if cell is None else np.linalg.norm(cell, axis=1)
-        size = " × ".join(f"{length:.3g}" for length in lengths)
+        extent = np.ptp(points, axis=0)
+        if cell is not None:  # from face to face
+            faces = np.cross(cell[[1, 2, 0]], cell[[2, 0, 1]])
+            extent = abs(cell[0] @ faces[0]) / np.maximum(np.linalg.norm(faces, axis=1), 1e-30)
+        size = " × ".join(f"{length:.3g}" for length in extent)
         raise DataError(
             f"{len(points)} atoms in {size} Å cannot be searched for neighbours within {cutoff} Å: check the "
             "coordinates, the box, their units and rcut."

@@ -137,6 +137,8 @@ class Group:
         with _readable(self.file(name), "a readable array"):
             data = self._dataset(name, kinds="biuf")
             offset = data.id.get_offset()  # None for the others
+            if not os.path.samefile(data.file.filename, self.path):  # behind an external link
+                offset = None
             if offset is None or not data.ndim or not data.size or data.id.get_storage_size() != data.nbytes:
                 return np.asarray(data[()], np.float64)
             found = FileArray(self.path, self.file(name), offset, data.dtype, data.shape)

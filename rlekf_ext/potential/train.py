@@ -21,7 +21,7 @@ from rlekf_ext.potential.architecture import differences
 from rlekf_ext.potential.batches import Batches, Feed, kinds_used, labels_used, load_frames
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, run_of, save_checkpoint
 from rlekf_ext.potential.data import auto_sel
-from rlekf_ext.potential.evaluate import UNITS, rmse
+from rlekf_ext.potential.evaluate import UNITS, rmse, watched
 from rlekf_ext.potential.files import check_writable, reading, write_atomically, writing
 from rlekf_ext.potential.frames import FrameList, survey
 from rlekf_ext.potential.input import Config
@@ -56,8 +56,9 @@ def train(
     follow from the work that there is, up to this many; see threads.py. Frames stay on the CPU; those of a batch are
     moved to the `device`, where the model and P are, ahead of their use.
 
-    Raises InputError and DataError before anything is written, and StoppedError, with the checkpoint written, when the
-    filter has skipped `max_skipped` measurements in a row.
+    Raises InputError and DataError before a curve or a checkpoint is written, and, with the checkpoint written,
+    StoppedError when the filter has skipped `max_skipped` measurements in a row, and DataError for a file that has
+    changed meanwhile.
     """
     settings = config.training
     curve_file, checkpoint_file = Path(settings.disp_file), Path(f"{settings.save_ckpt}.pt")
@@ -90,6 +91,7 @@ def train(
     disp_freq = settings.disp_freq or min(len(batches), 1000)
     kinds = sorted(set(kinds_used(config)))
     optimize = build_optimizer(config, model, num_steps, processes, say)
+    everything.cache.limit(settings.cache)  # of what P leaves
     if most_threads and device.type == "cpu":
         say(use_threads(optimize, model, everything.num_atoms, len(batches), most_threads, processes))
     elif most_threads:
@@ -148,6 +150,16 @@ def train(
         state = {"optimizer": optimize.state_dict(), "batches": feed.state_dict(), "progress": progress}
         save_checkpoint(checkpoint_file, optimize.result, processes, **state, run=torchrun_name())
 
+    def finish_epoch() -> None:
+        some = held_out if progress["step"] == num_steps else sample
+        row = end_of_epoch(progress, len(batches), optimize.result, some, processes, quiet)
+        progress["epochs"].append(row)
+        refine(model, everything, processes, say)
+        by_kind = {kind: row[f"{kind}_rmse"] for kind in kinds if f"{kind}_rmse" in row}
+        say(f"epoch {row['epoch']:<5.4g} {row['seconds']:8.1f} s   {error_text(by_kind, '.3e', '   ')}")
+        if skipped := optimize.skipped():
+            say(f"skipped so far: {skipped}")
+
     if processes.rank == 0:
         for path in (curve_file, summary_file, checkpoint_file):
             check_writable(path)
@@ -155,6 +167,9 @@ def train(
     curve = LearningCurve(curve_file, config, held_out, shown_at_once, progress["step"], processes)
     bar = tqdm(total=num_steps, initial=progress["step"], unit="batch", disable=quiet or None, mininterval=0.5)
     with interruption() as interrupted, bar, saved_when_it_ends(save, processes, say, checkpoint_file):
+        ended = progress["step"] and (progress["step"] == num_steps or progress["step"] % len(batches) == 0)
+        if ended and progress["step"] / len(batches) not in [row["epoch"] for row in progress["epochs"]]:
+            finish_epoch()  # the run that wrote the checkpoint was stopped before it
         while progress["step"] < num_steps and not processes.any(interrupted()):
             started = time.perf_counter()
             batch, frames = next(feed)
@@ -170,13 +185,9 @@ def train(
                 errors = curve.write(progress["step"], optimize.result, batch, optimize.learning_rate)
                 bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")
             if whole:
-                row = end_of_epoch(progress, len(batches), optimize.result, held_out if last else sample, processes)
-                progress["epochs"].append(row)
-                refine(model, everything, processes, say)
-                by_kind = {kind: row[f"{kind}_rmse"] for kind in kinds if f"{kind}_rmse" in row}
-                say(f"epoch {row['epoch']:<5.4g} {row['seconds']:8.1f} s   {error_text(by_kind, '.3e', '   ')}")
-                if skipped := optimize.skipped():
-                    say(f"skipped so far: {skipped}")
+                if last and len(sample) < len(held_out):
+                    save()  # what follows takes long
+                finish_epoch()
             if progress["step"] % settings.save_freq == 0:
                 save()
     save()
@@ -367,9 +378,10 @@ def end_of_epoch(
     model: DeepPotential,
     held_out: Sequence[Frame],
     processes: Processes,
+    quiet: bool,
 ) -> dict[str, float]:
-    """A row of the summary: the progress of training, and the RMSE on all held-out frames."""
-    errors = rmse(model, held_out[processes.rank :: processes.size], processes)
+    """A row of the summary: the progress of training, and the RMSE on these frames."""
+    errors = rmse(model, watched(held_out[processes.rank :: processes.size], quiet), processes)
     return {
         "epoch": progress["step"] / batches_per_epoch,
         "updates": progress["updates"],
