@@ -22,13 +22,27 @@ from plot_step import read
 from plot_study import COLORS, grid, save, short
 from rows import fill, table
 
+from rlekf_ext.schema import counted
+
 PAGE = ROOT / "docs/online.md"
-TEST = tuple(f"{kind}_test_{e}" for kind in ("old", "new") for e in "EF")
 Row = dict[str, str]
 
 
+SHOWN = {
+    "RLEKF from scratch": "scratch",
+    "old P": "old P",
+    "old P, inflated": "inflated",
+    "fresh P": "fresh P",
+    "Adam 2e-3": "Adam",
+    "old P, 1/4 old frames": "+ 1/4: old P",
+    "old P, inflated, 1/4 old frames": "+ 1/4: inflated",
+    "fresh P, 1/4 old frames": "+ 1/4: fresh P",
+    "Adam 2e-3, 9/10 old frames": "+ 9/10: Adam",
+}
+
+
 def online(network: str = "small") -> str:
-    """What became of old and new errors, by case and method; the cases that have all methods."""
+    """What became of old and new errors, by case and method, in the cases that have all methods."""
     runs: dict[tuple[str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in read(ONLINE.name):
         if row["network"] == network:
@@ -38,17 +52,18 @@ def online(network: str = "small") -> str:
         if not all((case, method) in runs for method in METHODS):
             continue
         before = [looks[0] for looks in runs[case, "old P"].values()]
-        lines.append([f"**{case}**", "before", "0", "", *_errors(before)])
-        for method in METHODS:
-            last = [looks[-1] for looks in runs[case, method].values()]
-            cost = [short(median(float(row[name]) for row in last)) for name in ("frames", "cpu_seconds")]
-            lines.append(["", method, *cost, *_errors(last)])
-    header = ["", "then", "frames", "CPU s", "old E", "old F", "new E", "new F"]
+        last = [[looks[-1] for looks in runs[case, method].values()] for method in SHOWN]
+        frames = [short(median(float(row["frames"]) for row in rows)) for rows in last]
+        seeds = len({seed for method in METHODS for seed in runs[case, method]})
+        lines.append([f"**{case}**, {counted(seeds, 'seed')}: frames", "0", *frames])
+        for kind in ("old", "new"):
+            lines.append([kind, *(_errors(rows, kind) for rows in (before, *last))])
+    header = ["E / F", "before", *SHOWN.values()]
     return table(header, lines)
 
 
-def _errors(rows: list[Row]) -> list[str]:
-    return [short(median(float(row[name]) for row in rows)) for name in TEST]
+def _errors(rows: list[Row], kind: str) -> str:
+    return " / ".join(short(median(float(row[f"{kind}_test_{e}"]) for row in rows)) for e in "EF")
 
 
 def selection(network: str = "small") -> str:
