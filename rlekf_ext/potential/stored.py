@@ -1,6 +1,7 @@
 """Arrays of files, of which the frames that are asked for are read.
 
-Nothing is mapped into memory: where a file has been cut off meanwhile, a read ends with an error, not with a signal.
+They are not mapped into memory: where a file has been cut off meanwhile, a read ends with an error, not with a signal.
+LMDB maps its stores, so their size and time are looked at before each read.
 """
 
 from __future__ import annotations
