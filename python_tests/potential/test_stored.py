@@ -2,7 +2,6 @@
 
 import os
 
-import h5py
 import numpy as np
 import pytest
 from test_load import arrays as arrays_of
@@ -12,6 +11,8 @@ from rlekf_ext.errors import DataError
 from rlekf_ext.potential.data import frame_of
 from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.stored import FileArray, Rows
+
+h5py = pytest.importorskip("h5py", reason="h5py is not installed")
 
 TYPE_MAP = ["O", "Na", "Cl"]
 
