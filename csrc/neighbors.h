@@ -31,14 +31,13 @@ class Search {
   /// Whether it can be searched: numbers are finite, the cell has a volume, and pairs and images are not too many.
   bool feasible() const { return feasible_; }
 
-  /// The pairs of atom i with atoms above i, and with its own images on one side of it, in place of those before: each
-  /// pair is found once. Returns how many there are.
+  /// Finds the pairs of atom i with atoms above i, and with its own images on one side of it, so that each pair is found
+  /// once. They replace those of the last call. Returns how many there are.
   int64_t look_around(int64_t i);
 
-  // What `look_around` has found, and then room.
+  // What `look_around` has found; the rest is spare room.
   std::vector<int64_t> others;
   std::vector<double> vectors;  // 3 for each: from i to the other atom
-  std::vector<double> squares;  // of the distances
 
  private:
   struct Images {
@@ -51,7 +50,7 @@ class Search {
   double cutoff_;
   bool feasible_ = false;
   int64_t num_bins_[3] = {1, 1, 1};
-  double first_[3] = {0, 0, 0}, per_width_[3] = {0, 0, 0};  // where the bins begin, and how many there are to a unit
+  double first_[3] = {0, 0, 0}, per_width_[3] = {0, 0, 0};  // where the bins begin, and how many there are in a unit
   std::vector<int64_t> begin_;                              // of each bin, among the images
   Images images_;
   std::vector<double> home_, fractions_;  // (n, 3), of the atoms, moved into the cell

@@ -3,7 +3,7 @@ that continues with the old P.
 
     python examples/active_learning.py FOLDER
 
-ASE's EMT potential stands in for DFT: replace `label` with your own code. All files are in FOLDER.
+It uses ASE's EMT potential instead of DFT: put your own code in `label`. All files are in FOLDER.
 """
 
 import sys

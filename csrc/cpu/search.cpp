@@ -66,7 +66,7 @@ Search::Search(const double* points, int64_t num_atoms, const double* cell, doub
     wanted[k] = std::max(1.0, std::floor((1 + 2 * margin[k]) * heights[k] / cutoff));
     bins *= wanted[k];
   }
-  // More bins than images help nobody: wider ones, first along the longest direction.
+  // More bins than images would be pointless: they are widened, starting with the longest direction.
   for (double enough = 2 * images + 64; bins > enough;) {
     double& longest = *std::max_element(wanted, wanted + 3);
     bins /= longest;
@@ -97,7 +97,7 @@ Search::Search(const double* points, int64_t num_atoms, const double* cell, doub
     std::copy_n(moved, 3, &home_[3 * i]);
   }
 
-  // Images in the order of their atoms first, then by bins.
+  // Images in the order of their atoms, which are then sorted into bins.
   Images found;
   std::vector<int64_t> bin_of_image;
   for (int64_t i = 0; i < num_atoms; ++i) {
@@ -166,7 +166,6 @@ int64_t Search::look_around(int64_t i) {
         if (const auto room = static_cast<size_t>(found + end - begin); room > others.size()) {
           others.resize(2 * room);
           vectors.resize(6 * room);
-          squares.resize(2 * room);
         }
         for (int64_t k = begin; k < end; ++k) {  // without a branch: what is too far is written over
           const double dx = images_.x[k] - x, dy = images_.y[k] - y, dz = images_.z[k] - z;
@@ -175,7 +174,6 @@ int64_t Search::look_around(int64_t i) {
           vectors[3 * found] = dx;
           vectors[3 * found + 1] = dy;
           vectors[3 * found + 2] = dz;
-          squares[found] = square;
           found += static_cast<int64_t>(square < limit);
         }
       }
@@ -187,7 +185,10 @@ int64_t Search::look_around(int64_t i) {
 void find_pairs(Search& search, int64_t num_atoms, std::vector<int64_t>& atoms, std::vector<double>& vectors) {
   for (int64_t i = 0; i < num_atoms; ++i) {
     const int64_t found = search.look_around(i);
-    for (int64_t k = 0; k < found; ++k) atoms.insert(atoms.end(), {i, search.others[k]});
+    for (int64_t k = 0; k < found; ++k) {
+      atoms.push_back(i);
+      atoms.push_back(search.others[k]);
+    }
     vectors.insert(vectors.end(), search.vectors.begin(), search.vectors.begin() + 3 * found);
   }
 }
@@ -198,38 +199,26 @@ double survey(const double* points, const double* cell, const int64_t* types, in
   std::fill_n(sums, 3 * num_types, 0);
   Search search(points, num_atoms, cell, cutoff);
   if (!search.feasible()) return std::numeric_limits<double>::quiet_NaN();
-  std::vector<int64_t> counts(num_atoms * num_types);
+  std::vector<int64_t> atoms;
+  std::vector<double> vectors;
+  find_pairs(search, num_atoms, atoms, vectors);
+  const auto num_pairs = static_cast<int64_t>(atoms.size() / 2);
+  count_slots({num_atoms, num_types, num_pairs, cutoff, atoms.data(), vectors.data(), types}, slots);
   double least = std::numeric_limits<double>::infinity();
-  std::vector<double> s, along;
-  for (int64_t i = 0; i < num_atoms; ++i) {
-    const int64_t found = search.look_around(i);
-    s.resize(found);
-    along.resize(found);
-    for (int64_t k = 0; k < found; ++k) {
-      const double r = std::sqrt(search.squares[k]), *v = &search.vectors[3 * k];
-      const double u = std::min(std::max((r - smooth) / (cutoff - smooth), 0.0), 1.0);
-      s[k] = (u * u * u * (-6 * u * u + 15 * u - 10) + 1) / r;
-      along[k] = s[k] * (v[0] + v[1] + v[2]) / r;
-    }
-    double* own = sums + 3 * types[i];
-    for (int64_t k = 0; k < found; ++k) {
-      const int64_t j = search.others[k];
-      ++counts[i * num_types + types[j]];
-      ++counts[j * num_types + types[i]];
-      least = std::min(least, search.squares[k]);
-      double* other = sums + 3 * types[j];
-      own[0] += s[k];
-      own[1] += s[k] * s[k];
-      own[2] += along[k];
-      other[0] += s[k];
-      other[1] += s[k] * s[k];
-      other[2] -= along[k];
+  for (int64_t p = 0; p < num_pairs; ++p) {
+    const double* v = &vectors[3 * p];
+    const double r = std::sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2]);
+    const double u = std::min(std::max((r - smooth) / (cutoff - smooth), 0.0), 1.0);
+    const double s = (u * u * u * (-6 * u * u + 15 * u - 10) + 1) / r, along = s * (v[0] + v[1] + v[2]) / r;
+    least = std::min(least, r);
+    for (int end = 0; end < 2; ++end) {
+      double* own = sums + 3 * types[atoms[2 * p + end]];
+      own[0] += s;
+      own[1] += s * s;
+      own[2] += end == 0 ? along : -along;
     }
   }
-  for (int64_t atom = 0; atom < num_atoms; ++atom) {
-    for (int64_t t = 0; t < num_types; ++t) slots[t] = std::max(slots[t], counts[atom * num_types + t]);
-  }
-  return std::sqrt(least);
+  return least;
 }
 
 }  // namespace rlekf::cpu

@@ -51,7 +51,7 @@ def load_frames(
     processes: Processes = ALONE,
     threads: int | None = None,
 ) -> tuple[Frames, Frames]:
-    """Training and held-out frames, surveyed with this many threads. They share a cache that has no room as yet."""
+    """Training and held-out frames, surveyed with this many threads. They share a cache, which has no room yet."""
     settings, network = config.training, config.model.architecture()
     num_types, rcut, rcut_smth = len(network.type_map), network.descriptor.rcut, network.descriptor.rcut_smth
 
@@ -85,7 +85,7 @@ def load_frames(
     ):
         known = Path(f"{settings.save_ckpt}.data.npz")
         if look_once(whole, rcut_smth, known, processes, bar.update):
-            say(f"{known} has the survey of these data: they need not be searched for neighbours again.")
+            say(f"{known} has the survey of these data: they have been searched for neighbours before.")
 
     def near_enough(frames: FrameList, data: TrainingData) -> Frames:
         near = frames[frames.shortest() >= data.min_pair_dist] if len(frames) else frames

@@ -81,7 +81,7 @@ def check_unchanged(path: Path, stamp: tuple[int, int]) -> None:
     with readable_still(path):
         now = stamp_of(path)
     if now != stamp:
-        changed = f"it had {stamp[0]} bytes, now {now[0]}" if now[0] != stamp[0] else "it was written again"
+        changed = f"it had {stamp[0]} bytes, now {now[0]}" if now[0] != stamp[0] else "it was rewritten"
         raise DataError(
             f"{path} has changed since it was first read ({changed}): start again with the new data, or put the old "
             "file back, with its time, and restart."

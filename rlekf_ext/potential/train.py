@@ -169,7 +169,7 @@ def train(
     with interruption() as interrupted, bar, saved_when_it_ends(save, processes, say, checkpoint_file):
         ended = progress["step"] and (progress["step"] == num_steps or progress["step"] % len(batches) == 0)
         if ended and progress["step"] / len(batches) not in [row["epoch"] for row in progress["epochs"]]:
-            finish_epoch()  # the run that wrote the checkpoint was stopped before it
+            finish_epoch()  # the run that wrote the checkpoint had stopped before this
         while progress["step"] < num_steps and not processes.any(interrupted()):
             started = time.perf_counter()
             batch, frames = next(feed)
@@ -186,7 +186,7 @@ def train(
                 bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")
             if whole:
                 if last and len(sample) < len(held_out):
-                    save()  # what follows takes long
+                    save()  # evaluating all frames may take a while
                 finish_epoch()
             if progress["step"] % settings.save_freq == 0:
                 save()
