@@ -163,7 +163,8 @@ def predictors(optimizer: RLEKF, model: DeepPotential, test: list[Frame]) -> Pre
 
 def pooled(parts: Iterable[Predictors]) -> Predictors:
     found, *rest = zip(*parts, strict=True)
-    together = Uncertainty(*(np.concatenate([getattr(one, kind) for one in found]) for kind in ("energy", "force")))
+    names = ("frame", "energy", "force")
+    together = Uncertainty(*(np.concatenate([getattr(one, name) for one in found]) for name in names))
     return Predictors(together, *map(np.concatenate, rest))
 
 

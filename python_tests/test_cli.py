@@ -199,6 +199,29 @@ def test_ctrl_c_before_training_begins(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_terminal_that_does_not_know_all_characters_is_no_reason_to_stop(folder):
+    def rlekf(*arguments):
+        command = [sys.executable, "-m", "rlekf_ext", *arguments]
+        return subprocess.run(command, capture_output=True, cwd=folder, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+
+    trained, tested, helped = rlekf("train", "input.json"), rlekf("test", "-s", "data"), rlekf("test", "-h")
+    assert [done.returncode for done in (trained, tested, helped)] == [0, 0, 0], trained.stderr + tested.stderr
+    assert b"eV/?" in trained.stdout
+    assert b"meV/?" in tested.stdout
+
+
+def test_a_reader_that_goes_away_leaves_a_checkpoint(folder):
+    write_input(folder, TINY, {"training/numb_steps": 100_000})
+    command = [sys.executable, "-m", "rlekf_ext", "train", "input.json"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder)
+    while not running.stdout.readline().startswith(b"epoch"):
+        pass
+    running.stdout.close()
+    assert (running.wait(timeout=120), running.stderr.read()) == (1, b"")
+    running.stderr.close()
+    assert (folder / "model.ckpt.pt").exists()
+
+
 # What it says if the input is wrong
 
 
@@ -221,6 +244,10 @@ def test_ctrl_c_before_training_begins(folder, monkeypatch, capsys):
         ({"model/descriptor/sel": [2, 60]}, "6 neighbours of element Na within 3.5 Å, more than sel = 2"),
         ({"training/disp_file": "input.json/lcurve.out"}, "input.json/lcurve.out cannot be written: "),
         ({"training/save_ckpt": "input.json/below/model"}, "input.json/below/model.pt cannot be written: "),
+        ({"training/save_ckpt": "out/"}, 'training/save_ckpt must be the name of a file but is: "out/"'),
+        ({"training/save_ckpt": ""}, 'training/save_ckpt must be the name of a file but is: ""'),
+        ({"training/save_ckpt": "x" * 300}, "cannot be written: File name too long"),
+        ({"training/disp_file": "model.ckpt.pt"}, "training/disp_file is model.ckpt.pt, the checkpoint itself"),
     ],
 )
 def test_wrong_input_is_named(folder, capsys, change, message):
@@ -281,7 +308,9 @@ def test_test_needs_a_checkpoint_and_data(in_trained, capsys):
     assert said.startswith("text.pt is not a checkpoint of `rlekf train`: ")
     assert "none does not exist" in complaint(capsys, ["test", "-s", "none"])
     said = complaint(capsys, ["test", "-s", "data", "-d", "input.json/detail"])
-    assert said.startswith("input.json/detail.e_peratom.out cannot be written: ")
+    assert said.startswith("input.json/detail.png cannot be written: ")
+    said = complaint(capsys, ["test", "-s", "data", "-u", "input.json/u"])
+    assert said.startswith("input.json/u.uncertainty.out cannot be written: ")
 
 
 def test_test_on_elements_the_model_does_not_know(in_trained, capsys):

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,10 @@ EXTRAS = {"matplotlib": "plot", **dict.fromkeys(("dpdata", "tqdm", "h5py", "lmdb
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know Å
+    warnings.showwarning = _show_warning
     parser = argparse.ArgumentParser(prog="rlekf", description="Train Deep Potential networks with the RLEKF filter.")
     parser.add_argument("--version", action="version", version=f"rlekf_ext {_C.build_info()['version']}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -96,6 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return wrong(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read what we print has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer goes there
+        return 1
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"rlekf: warning: {message}", file=sys.stderr)
 
 
 def takes_model_and_systems(command: argparse.ArgumentParser, systems: str) -> None:
@@ -125,10 +138,14 @@ def run_train(arguments: argparse.Namespace) -> int:
 def run_test(arguments: argparse.Namespace) -> int:
     from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
     from rlekf_ext.potential.evaluate import UNITS, compare, rmse, watched
+    from rlekf_ext.potential.files import check_writable
     from rlekf_ext.potential.frames import FrameList
     from rlekf_ext.potential.load import load_systems
     from rlekf_ext.potential.uncertainty import filter_of, uncertainty
 
+    for prefix, name in ((arguments.detail, "png"), (arguments.uncertainty, "uncertainty.out")):
+        if prefix:
+            check_writable(Path(f"{prefix}.{name}"))
     checkpoint = load_checkpoint(arguments.model, model_only=not arguments.uncertainty)
     model = restored_model(checkpoint)
     optimizer = filter_of(checkpoint, model) if arguments.uncertainty else None
@@ -151,12 +168,14 @@ def run_test(arguments: argparse.Namespace) -> int:
         from rlekf_ext.potential.plot import plot_uncertainty
 
         found = uncertainty(optimizer, model, labelled)
+        if without := len(labelled) - len(found.frame):
+            print(f"left out     {counted(without, 'frame')} without an energy or forces")
         for kind, rank, factor in zip(("energy", "force"), found.spearman, found.factors, strict=True):
             print(f"{kind:<13}error against predicted deviation: Spearman {rank:.3f}, RMS ratio {factor:.4g}")
         if len(found.energy) < FEW:
             print(f"             of {counted(len(found.energy), 'frame')}: too few for a rank correlation to say much")
-        picture = plot_uncertainty({"model": found}, f"{arguments.uncertainty}.uncertainty.png")
-        print(f"wrote        {found.save(arguments.uncertainty)}, {picture}")
+        table = found.save(arguments.uncertainty)
+        print(f"wrote        {table}, {plot_uncertainty({'model': found}, f'{arguments.uncertainty}.uncertainty.png')}")
     return 0
 
 

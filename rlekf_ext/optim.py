@@ -271,9 +271,9 @@ class RLEKF(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         plan, p = self.filter.plan, self.filter.covariance
-        changed = [
-            f"{f.name} {value}" for f in fields(self.options) if (value := getattr(self.options, f.name)) != f.default
-        ]
+        kept = {name: theirs for name, (theirs, _) in self.filter.differing_constants().items()}
+        values = [(f, kept.get(f.name, getattr(self.options, f.name))) for f in fields(self.options)]
+        changed = [f"{f.name} {value}" for f, value in values if value != f.default]
         return (
             f"{type(self).__name__}({plan.num_weights} weights in {counted(plan.num_blocks, 'block')} of at most "
             f"{max(plan.sizes)}, "

@@ -243,11 +243,19 @@ def test_systems_are_found_from_the_file(tmp_path, monkeypatch):
     (tmp_path / "run" / "data").mkdir(parents=True)
     (tmp_path / "here").mkdir()
     (tmp_path / "run" / "OUTCAR").touch()
-    systems = ["data", "here", "vasp/outcar:OUTCAR", "nowhere"]
+    systems = ["data", "here", "vasp/outcar:OUTCAR", "d*", "nowhere", "nowhere*"]
     (tmp_path / "run" / "input.json").write_text(json.dumps(changed("training/training_data/systems", systems)))
     monkeypatch.chdir(tmp_path)
     found = read_input("run/input.json").training.training_data.systems
-    assert found == ("run/data", "here", "vasp/outcar:run/OUTCAR", "nowhere")
+    assert found == ("run/data", "here", "vasp/outcar:run/OUTCAR", "run/d*", "nowhere", "nowhere*")
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "axis_neuron"),
+    [({}, 16), ({"neuron": [5, 10]}, 10), ({"neuron": [25, 50]}, 16), ({"neuron": [5, 10], "axis_neuron": 3}, 3)],
+)
+def test_axis_neuron_is_at_most_the_last_of_neuron_unless_it_is_given(descriptor, axis_neuron):
+    assert read_input(changed("model/descriptor", descriptor)).model.descriptor.axis_neuron == axis_neuron
 
 
 @pytest.mark.parametrize(("name", "kind"), [("rlekf.json", "RLEKF"), ("adam.json", "Adam")])

@@ -355,6 +355,26 @@ def test_extxyz_of_two_formulas_and_without_a_cell(tmp_path):
     assert molecule.boxes is None
 
 
+@pytest.mark.parametrize("pbc", ["T T F", "F F T"])
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("form", ["extxyz", "ase/traj"])
+def test_frames_periodic_along_some_directions_are_refused(tmp_path, form, labelled, pbc):
+    pytest.importorskip("dpdata", reason="dpdata is not installed")
+    pytest.importorskip("ase", reason="ASE is not installed")
+    import ase.io
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    slabs = []
+    for flags in (True, [flag == "T" for flag in pbc.split()]):
+        slabs.append(ase.Atoms("NaCl", [[0, 0, 0], [2.5, 0, 0]], cell=[5, 5, 9], pbc=flags))
+        if labelled:
+            slabs[-1].calc = SinglePointCalculator(slabs[-1], energy=-1.0, forces=np.zeros((2, 3)))
+    file = tmp_path / "slabs"
+    ase.io.write(file, slabs, format="extxyz" if form == "extxyz" else "traj")
+    with pytest.raises(DataError, match=r"slabs, frame 1: it is periodic along some directions only, .* pbc T T T\.$"):
+        load_systems(f"{form}:{file}", TYPE_MAP, labelled=labelled)
+
+
 def flaw(label, index, value):
     def spoil(part):
         part[label][index] = value

@@ -423,7 +423,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_restart_goes_on(tmp_path):
     assert "Traceback" not in errors
     step = checkpoint_of(parts)["progress"]["step"]
     assert step >= 3
-    assert f"Interrupted after batch {step}; `rlekf train --restart` continues from {parts}/out/model.ckpt.pt" in output
+    assert f"Interrupted after batch {step}; --restart continues from {parts}/out/model.ckpt.pt" in output
     assert curve_of(parts)["step"].tolist() == [*range(1, step + 1)]
     assert json.loads((parts / "out" / "lcurve.out.json").read_text())["interrupted"] is True
 
@@ -508,16 +508,17 @@ def test_restart_with_another_network(finished, name):
     ("optimizer", "message"),
     [
         ({"type": "Adam"}, r"model\.ckpt\.pt is of RLEKF or LKF but .* the optimizer Adam; start without --restart"),
-        ({"type": "RLEKF", "block_size": 50}, r"The saved covariance has \d+ blocks .* this filter has \d+ blocks"),
+        ({"type": "RLEKF", "block_size": 50}, "P of the checkpoint was made with another block_size, .*--init-model"),
         (
             {"type": "RLEKF", "block_size": 40, "covariance_dtype": "float32"},
-            "The saved tiles have .*torch.float64 but this filter needs .*torch.float32",
+            "covariance_dtype than the input file asks",
         ),
+        ({"type": "LKF", "kf_blocksize": 50}, "P of the checkpoint was made with another kf_blocksize than"),
     ],
 )
 def test_restart_with_another_optimizer(finished, optimizer, message):
     before = contents(finished)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         run(input_of(finished, optimizer), restart=True)
     assert contents(finished) == before
 
@@ -573,6 +574,33 @@ def test_sel_auto_has_room_for_held_out_frames(tmp_path):
         ValueError, match=r"dense, frame 0, atom \d has 6 neighbours of element Na .* more than sel = 4"
     ):
         run(given)
+
+
+def test_a_curve_that_cannot_be_written_any_more_leaves_a_checkpoint(tmp_path, before_batch):
+    undisturbed = run(input_of(tmp_path / "other"))
+    given = input_of(tmp_path, disp_file=str(tmp_path / "curves" / "lcurve.out"))
+    undo = before_batch(4, lambda: shutil.rmtree(tmp_path / "curves"))
+    with pytest.raises(InputError, match=r"curves/lcurve\.out cannot be written: No such file or directory"):
+        run(given)
+    undo()
+    assert checkpoint_of(tmp_path)["progress"]["step"] == 4
+    assert run(given, restart=True)["epochs"][-1]["force_rmse"] == undisturbed["epochs"][-1]["force_rmse"]
+
+
+def test_a_restart_keeps_the_curve_when_virials_come_or_go(tmp_path):
+    run(input_of(tmp_path, numb_steps=2, disp_freq=1))
+    old = curve_of(tmp_path)
+    with_virials = {**input_of(tmp_path, numb_steps=3, disp_freq=1), "loss": {"start_pref_v": 1, "limit_pref_v": 1}}
+    run(with_virials, restart=True)
+    curve = curve_of(tmp_path)
+    assert curve["step"].tolist() == [1, 2, 3]
+    assert np.isnan(curve["rmse_v_val"]).all()  # no frame has one
+    np.testing.assert_array_equal(curve["rmse_f_val"][:2], old["rmse_f_val"])
+    run(input_of(tmp_path, numb_steps=4, disp_freq=1), restart=True)
+    curve = curve_of(tmp_path)
+    assert curve.dtype.names == COLUMNS
+    assert curve["step"].tolist() == [1, 2, 3, 4]
+    np.testing.assert_array_equal(curve["rmse_e_trn"][:2], old["rmse_e_trn"])
 
 
 @pytest.mark.parametrize("key", ["disp_file", "save_ckpt"])

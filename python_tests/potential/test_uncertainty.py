@@ -155,6 +155,10 @@ def test_errors_are_those_of_compare_and_no_frame_disturbs_another(checkpoint):
     np.testing.assert_allclose(turned.energy[::-1], found.energy, rtol=1e-12)
     np.testing.assert_allclose(turned.force[::-1], found.force, rtol=1e-12)
     assert all(p.grad is None for p in model.parameters())
+    frames[1] = replace(frames[1], forces=None)
+    rest = uncertainty(optimizer, model, frames)
+    assert rest.frame.tolist() == [0, 2, 3]
+    np.testing.assert_array_equal(rest.energy, found.energy[[0, 2, 3]])
 
 
 def test_float32_model(tmp_path):
@@ -223,7 +227,7 @@ def made_up(count=30):
     random = np.random.default_rng(0)
     energy, force = np.exp(random.normal(size=(2, count)))
     drawn = energy * random.choice([-4, 4], count)
-    return Uncertainty(np.column_stack([drawn, energy]), np.column_stack([force / 2, force]))
+    return Uncertainty(np.arange(len(energy)), np.column_stack([drawn, energy]), np.column_stack([force / 2, force]))
 
 
 def test_sign_of_an_error_does_not_count_and_factors_undo_the_scale():

@@ -24,7 +24,10 @@ class DescriptorArchitecture:
     rcut_smth: float = option(0.5, "Where the switching function begins, in Å.", low=0)
     neuron: tuple[int, ...] = option((25, 25, 25), "Widths of the embedding nets.", low=1, high=10_000)
     axis_neuron: int = option(
-        16, "Outputs of the embedding nets that form the second factor.", low=1, also=("n_axis_neuron",)
+        16,
+        "Outputs of the embedding nets that form the second factor. Default: 16, or the last of `neuron` if less.",
+        low=1,
+        also=("n_axis_neuron",),
     )
     resnet_dt: bool = option(False, "Whether shortcuts of the embedding nets have a trainable time step.")
     type_one_side: bool = option(False, "Whether embedding nets depend on the neighbour's element alone.")

@@ -222,7 +222,10 @@ def _unfit(path: Path) -> InputError:
 
 
 def restored_model(checkpoint: dict[str, Any]) -> DeepPotential:
-    """The model of a loaded checkpoint, on the CPU."""
+    """The model of a loaded checkpoint, on the CPU. Raises InputError if its weights and its network do not fit."""
     model = DeepPotential(checkpoint["model"])
-    model.load_state_dict(checkpoint["weights"])
+    try:
+        model.load_state_dict(checkpoint["weights"])
+    except RuntimeError as error:
+        raise InputError(f"The weights of the checkpoint are not those of its network: {error}") from error
     return model

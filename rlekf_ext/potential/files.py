@@ -39,7 +39,7 @@ def is_hdf5(path: Path) -> bool:
 
 def check_writable(path: Path) -> None:
     """Make the folder of `path`, and raise InputError now if `path` cannot be written, not after hours of training."""
-    if path.is_dir() or "\0" in str(path):
+    if os.path.isdir(path) or "\0" in str(path):
         raise InputError(f"{str(path)!r} cannot be written: it is no name of a file; choose another.")
     temporary = _beside(path)
     with writing(path):

@@ -7,6 +7,7 @@ optimizer is RLEKF if the file names none; its options are in rlekf_ext/options.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import textwrap
@@ -179,7 +180,7 @@ class Training:
         also=("stop_batch", "num_step", "num_steps", "numb_step"),
     )
     num_epochs: float | None = option(
-        None, "Length in epochs.", above=0, also=("numb_epoch", "num_epoch", "numb_epochs")
+        None, "Length in epochs.", above=0, high=1_000_000, also=("numb_epoch", "num_epoch", "numb_epochs")
     )
     init_model: str | None = option(
         None, "A checkpoint of `rlekf train` to [begin with](online.md): weights, statistics and P; not a key of dp's."
@@ -287,12 +288,13 @@ def read_input(source: str | Path | dict[str, Any]) -> Config:
 
 
 def _read_config(given: dict[str, Any], folder: Path) -> Config:
-    given, optimizer = _optimizer_apart(_converted(given))
+    given, optimizer = _optimizer_apart(_with_axes(_converted(given)))
     config: Config = read(Config, given, other=_other_key)
     training = config.training
     training = replace(training, training_data=_found(training.training_data, folder))
-    if training.init_model and not os.path.exists(training.init_model) and (folder / training.init_model).exists():
-        training = replace(training, init_model=str(folder / training.init_model))
+    if training.init_model and not os.path.exists(training.init_model):
+        there = str(folder / training.init_model)
+        training = replace(training, init_model=there if os.path.exists(there) else training.init_model)
     if training.validation_data is not None:
         training = replace(training, validation_data=_found(training.validation_data, folder))
         if "validation_fraction" in given["training"]:
@@ -327,6 +329,19 @@ def _converted(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, "training": {**rest, "training_data": data}}
 
 
+def _with_axes(given: dict[str, Any]) -> dict[str, Any]:
+    """The file with `axis_neuron`, if it only gives `neuron`, and that is narrower than the default."""
+    model = given.get("model")
+    descriptor = model.get("descriptor") if isinstance(model, Mapping) else None
+    if not isinstance(model, Mapping) or not isinstance(descriptor, Mapping):
+        return given
+    neuron, most = descriptor.get("neuron"), DescriptorArchitecture.axis_neuron
+    last = neuron[-1] if isinstance(neuron, list) and neuron else None
+    if not isinstance(last, int) or not 0 < last < most or {"axis_neuron", "n_axis_neuron"} & set(descriptor):
+        return given
+    return {**given, "model": {**model, "descriptor": {**descriptor, "axis_neuron": last}}}
+
+
 def _found(data, folder: Path):
     """`data` with each path of its systems that only exists below `folder` rewritten to it."""
 
@@ -334,8 +349,12 @@ def _found(data, folder: Path):
         form, path = split_format(text)
         there = folder / path
         file = path.partition("#")[0]  # of "water.hdf5#/group"
-        if os.path.exists(path) or os.path.exists(file) or not os.path.exists(folder / file):
+        if os.path.exists(path) or os.path.exists(file) or glob.glob(path):
             return text
+        if not os.path.exists(folder / file):
+            there = Path(glob.escape(str(folder))) / path
+            if not glob.glob(str(there)):
+                return text
         return f"{form}:{there}" if form else str(there)
 
     return replace(data, systems=tuple(find(text) for text in data.systems))
@@ -402,6 +421,14 @@ def _check_together(config: Config) -> None:
             f"training/training_data/min_pair_dist must be below rcut, {descriptor.rcut} Å, but is: "
             f"{training.training_data.min_pair_dist} Å.",
         ),
+        (
+            Path(training.save_ckpt).name and not training.save_ckpt.endswith("/"),
+            f"training/save_ckpt must be the name of a file but is: {shown(training.save_ckpt)}.",
+        ),
+        (
+            os.path.abspath(training.disp_file) != os.path.abspath(f"{training.save_ckpt}.pt"),
+            f"training/disp_file is {training.disp_file}, the checkpoint itself; choose another name.",
+        ),
         (not both, "training/numb_steps and training/num_epochs exclude each other; keep one."),
         (not neither, "training/numb_steps or training/num_epochs is missing; give one of them."),
     ]
@@ -437,8 +464,9 @@ PAGE = """\
 
 `rlekf train` reads DeePMD-kit's `input.json`, of its versions 1 to 3, also with all defaults written out (`out.json`).
 Names and meanings are [DeePMD-kit's](https://docs.deepmodeling.com/projects/deepmd/en/stable/train/train-input.html).
-Defaults are too, except that `model` without further keys is the network of the RLEKF paper, that RLEKF is the
-optimizer if the file has no section `optimizer`, and that `validation_fraction` is ours. Keys that begin with `_` are
+Defaults are too, with three exceptions: each key of the network that is left out has the value of the RLEKF paper's
+network (DeePMD-kit's `neuron`, `axis_neuron` and `resnet_dt` differ: write them out if you want those), RLEKF is the
+optimizer if the file has no section `optimizer`, and `validation_fraction` is ours. Keys that begin with `_` are
 comments. A key that is unknown or out of range is an error that names it. Inputs of version 1 have the keys of
 `training/training_data` in `training`.
 

@@ -25,6 +25,7 @@ from rlekf_ext.potential.load_dpdata import read_dpdata
 from rlekf_ext.potential.load_lmdb import read_lmdb
 from rlekf_ext.potential.stored import OF_ATOMS, Rows, pieces
 from rlekf_ext.potential.stores import Folder, Store, find_systems, open_hdf5
+from rlekf_ext.schema import counted
 
 LAYOUT = ("deepmd/npy", "deepmd/raw", "deepmd", "deepmd/comp", "deepmd/npy/mixed", "deepmd/hdf5", "deepmd/hdf5/mixed")
 LMDB = ("deepmd/lmdb", "lmdb")
@@ -89,8 +90,12 @@ def _load(text: str, type_map: list[str], patterns: Sequence[str], labelled: boo
     if os.path.exists(name) or not os.path.isfile(front):
         front, inside = name, ""
     path = Path(front)
-    if not os.path.exists(path):  # Path.exists raises for a name that is too long
-        raise DataError(f"{path} does not exist (current directory: {Path.cwd()}).")
+    try:
+        os.stat(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist (current directory: {Path.cwd()}).") from error
+    except (OSError, ValueError) as error:  # permissions; a name that is too long or has a NUL
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', error)}.") from error
     try:
         if form in LMDB or (form is None and (path.suffix == ".lmdb" or (path / "data.mdb").exists())):
             yield _load_blocks(path, read_lmdb(path), type_map)
@@ -225,7 +230,7 @@ def _types(
             where = f"frame {frame[0] if frames is None else frames[frame[0]]}, " if frame else ""
             got = f"{where}atom {atom} has {numbers[first]:g}"
         raise DataError(
-            f"{file} must number the {len(names)} elements {list(names)} from 0 to {len(names) - 1}"
+            f"{file} must number the {counted(len(names), 'element')} {list(names)} from 0 to {len(names) - 1}"
             f"{', or -1 for no atom' * padded}, but {got}."
         )
     numbers = numbers.astype(np.int16 if padded else np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def read_dpdata(path: Path, form: str | None, unlabelled: list[str] | None = Non
     if path.is_dir() and form in FILES:
         raise DataError(f"{path} is a folder, but {form} is read from a file: give the files in it.")
     if form in XYZ:
-        _check_counts(path)
+        _check_lines(path)
     with warnings.catch_warnings(record=True) as said:
         found = _read(path, form, unlabelled)
     for warning in said:
@@ -62,12 +63,12 @@ def _read(path: Path, form: str, unlabelled: list[str] | None) -> list[dict[str,
             raise
         try:
             return _read_structures(path, form, unlabelled)
+        except DataError:
+            raise
         except Exception as without:
             if "NotImplementedError" not in str(error):
                 raise error from without  # what was wrong with the labels says more
-            raise DataError(
-                f"{path} cannot be read by dpdata as {form}: {type(without).__name__}: {without}."
-            ) from without
+            raise _unreadable(path, form, without) from without
 
 
 def _read_labelled(path: Path, form: str) -> list[dict[str, Any]]:
@@ -81,13 +82,21 @@ def _read_labelled(path: Path, form: str) -> list[dict[str, Any]]:
             reader = Format.get_formats()[name]()
             place = f"{path}, frame 0"
             for frame in reader.from_multi_systems(str(path), **options):
+                _check_periodic(place, getattr(frame, "pbc", ()))
                 found.append(_renamed(reader.from_labeled_system(frame), several=True))
                 place = f"{path}, frame {len(found)}"
         else:
             found.append(_renamed(dpdata.LabeledSystem(str(path), fmt=form).data, several=False))
+    except DataError:
+        raise
     except Exception as error:  # its parsers raise whatever they stumble over
-        raise DataError(f"{place} cannot be read by dpdata as {form}: {type(error).__name__}: {error}.") from error
+        raise _unreadable(place, form, error) from error
     return found
+
+
+def _unreadable(place: object, form: str, error: Exception) -> DataError:
+    words = f"{type(error).__name__}: {error}".rstrip(". :")
+    return DataError(f"{place} cannot be read by dpdata as {form}: {words}.")
 
 
 def _read_structures(path: Path, form: str, type_map: list[str]) -> list[dict[str, Any]]:
@@ -98,20 +107,37 @@ def _read_structures(path: Path, form: str, type_map: list[str]) -> list[dict[st
         return [_renamed(dpdata.System(str(path), fmt=form, type_map=type_map).data, several=False)]
     reader = Format.get_formats()["ase/structure"]()
     atoms = reader.from_multi_systems(str(path), **({"ase_fmt": "extxyz"} if form in XYZ else SEVERAL[form][1]))
-    return [_renamed(reader.from_system(frame), several=True) for frame in atoms]
+    found = []
+    for i, frame in enumerate(atoms):
+        _check_periodic(f"{path}, frame {i}", frame.pbc)
+        found.append(_renamed(reader.from_system(frame), several=True))
+    return found
 
 
-def _check_counts(path: Path) -> None:
-    """dpdata takes as many lines as an xyz file announces, also past its end: memory without bound."""
+def _check_periodic(place: str, flags: Iterable[Any]) -> None:
+    if 0 < sum(map(bool, flags)) < 3:
+        raise DataError(
+            f"{place}: it is periodic along some directions only, which frames for training cannot be: give it a cell "
+            "with more vacuum than the cutoff along the others, and pbc T T T."
+        )
+
+
+def _check_lines(path: Path) -> None:
+    """dpdata takes as many lines as an xyz file announces, also past its end: memory without bound. And a frame that is
+    periodic in one or two directions is periodic in all for it."""
     with open(path, errors="replace") as file:
         lines = file.readlines()
-    at = 0
+    at = number = 0
     while at < len(lines):
         count = re.match(r"\s*(\d+)", lines[at])
         if count and int(count[1]) > len(lines) - at - 2:
             raise DataError(
                 f"{path}: line {at + 1} announces {count[1]} atoms but the file ends after {len(lines)} lines."
             )
+        if count:
+            if periodic := re.search(r'\bpbc="?\s*([TF10])\w*\s+([TF10])\w*\s+([TF10])', lines[at + 1], re.IGNORECASE):
+                _check_periodic(f"{path}, frame {number}", (flag in "Tt1" for flag in periodic.groups()))
+            number += 1
         at += int(count[1]) + 2 if count else 1
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlekf_ext.errors import InputError
 from rlekf_ext.potential.input import LKF, Adam, Config, Loss
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, collate
@@ -85,7 +86,16 @@ class KalmanSteps:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self._model.load_state_dict(saved["weights"])
-        self.optimizer.load_state_dict(saved["filter"])
+        try:
+            self.optimizer.load_state_dict(saved["filter"])
+        except ValueError as error:
+            name = "kf_blocksize" if self._lkf else "block_size, strategy, max_pending or covariance_dtype"
+            raise InputError(
+                f"The P of the checkpoint was made with another {name} than the input file asks for: restore it there, "
+                "or begin a new run with the model and P of the checkpoint (--init-model)."
+            ) from error
+        now = self.optimizer.filter.covariance.scalars().forgetting
+        self._say(f"λ goes on from {now:.6g}, as the checkpoint has it; memory_factor is only where it begins.")
         for name, (kept, asked) in self.optimizer.filter.differing_constants().items():
             self._say(f"{name} stays {kept:g}, as the checkpoint has it; the input file asks for {asked:g}.")
         self.updater.load_state_dict(saved["updater"])

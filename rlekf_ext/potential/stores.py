@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -23,7 +24,7 @@ def _readable(place: str, what: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # numpy's reader of headers and the HDF5 library raise whatever they stumble over
-        raise DataError(f"{place} is not {what}: {error}.") from error
+        raise DataError(f"{place} is not {what}: {str(error).rstrip('.')}.") from error
 
 
 class Folder:
@@ -38,7 +39,11 @@ class Folder:
         return str(self.path)
 
     def __contains__(self, name: str) -> bool:
-        return os.path.lexists(self.path / name)  # a link to nowhere is an error when it is read, not an absent file
+        try:
+            os.lstat(self.path / name)  # a link to nowhere is an error when it is read, not an absent file
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def file(self, name: str) -> str:
         """What messages call a file in it."""
@@ -57,14 +62,16 @@ class Folder:
 
     def words(self, name: str) -> list[str]:
         with _readable(self.file(name), "readable text"):
-            return (self.path / name).read_text(encoding="utf-8").split()
+            return (self.path / name).read_text(encoding="utf-8-sig").split()
 
     def array(self, name: str) -> np.ndarray:
         """The numbers of a text or .npy file as float64."""
         file = self.path / name
         with _readable(str(file), "a readable array"):
             if file.suffix != ".npy":
-                return np.loadtxt(file, ndmin=1 if file.stem == "type" else 2)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "loadtxt: input contained no data")  # an error follows
+                    return np.loadtxt(file, ndmin=1 if file.stem == "type" else 2, encoding="utf-8-sig")
             return self._mapped(name).astype(np.float64)
 
     def stored(self, name: str) -> FileArray | np.ndarray:

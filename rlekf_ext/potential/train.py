@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from rlekf_ext.environment import this_machine
-from rlekf_ext.errors import DataError, InputError, StoppedError
+from rlekf_ext.errors import DataError, InputError, RlekfError, StoppedError
 from rlekf_ext.potential.architecture import differences
 from rlekf_ext.potential.batches import Batches, Feed, kinds_used, labels_used, load_frames
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, run_of, save_checkpoint
@@ -82,9 +83,10 @@ def train(
             for frame in some.with_more_than(model.architecture.descriptor.sel):
                 model.descriptor.check(frame)
     except DataError as error:
-        if not earlier:
+        if not (checkpoint or earlier):
             raise
-        fixed = f"The sel of {settings.init_model} cannot change: train from scratch, or leave such frames out."
+        source = checkpoint_file if checkpoint else settings.init_model
+        fixed = f"The sel of {source} cannot change: train from scratch, or leave such frames out."
         raise DataError(f"{error} {fixed}") from error
     batches = training.batches(settings.seed or 0)
     num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
@@ -139,7 +141,7 @@ def train(
         say(f"Restarted from {checkpoint_file}, batch {progress['step']} of {num_steps}.")
         if progress["step"] >= num_steps:
             say("Nothing is left to do: raise numb_steps or num_epochs to go on.")
-    elif checkpoint_file.exists():
+    elif os.path.exists(checkpoint_file):
         say(f"{checkpoint_file} exists and will be replaced; --restart would continue from it.")
 
     feed = feed_of(batches, optimize, model)
@@ -194,7 +196,7 @@ def train(
     say(f"wrote {checkpoint_file}, {curve_file}, {summary_file}")
     stopped = processes.any(interrupted())
     if stopped:
-        say(f"Interrupted after batch {progress['step']}; `rlekf train --restart` continues from {checkpoint_file}.")
+        say(f"Interrupted after batch {progress['step']}; --restart continues from {checkpoint_file}.")
     machine = {"processes": processes.size, **this_machine()}
     if isinstance(optimize, KalmanSteps):
         machine["threads_of_p"] = optimize.optimizer.filter.threads or machine["threads"]
@@ -335,15 +337,18 @@ class LearningCurve:
         self._kinds = ["energy", "force"] + ["virial"] * ("virial" in config.loss.kinds())
         names = ["rmse", *(f"rmse_{kind[0]}" for kind in self._kinds)]
         columns = [f"{name}_{part}" for name in names for part in ("val", "trn")]
-        rows = ["#  step" + "".join(f"{name:>12}" for name in columns) + f"{'lr':>9}"]
-        if step and path.exists():
+        rows, before = ["#  step" + "".join(f"{name:>12}" for name in columns) + f"{'lr':>9}"], columns
+        if step and os.path.exists(path):
             with reading(path):
-                old = [row for row in path.read_text(encoding="utf-8").splitlines() if not row.startswith("#")]
-            whole = len(rows[0].split()) - 1  # a kill may have cut the last row
+                old = path.read_text(encoding="utf-8").splitlines()
             for row in old:
-                columns = row.split()
-                if len(columns) == whole and columns[0].isdigit() and int(columns[0]) <= step:
-                    rows.append(row)
+                values = row.split()
+                if row.startswith("#  step"):  # virials may be new, or gone
+                    before = values[2:-1]
+                elif len(values) == len(before) + 2 and values[0].isdigit() and int(values[0]) <= step:  # else cut off
+                    by_name = dict(zip(before, values[1:-1], strict=True))
+                    found = "".join(f"{by_name.get(name, 'nan'):>12}" for name in columns)
+                    rows.append(f"{values[0]:>7}{found}{values[-1]:>9}")
         if processes.rank == 0:
             write_atomically(path, lambda temporary: temporary.write_text("\n".join(rows) + "\n"))
 
@@ -394,13 +399,14 @@ def end_of_epoch(
 def saved_when_it_ends(
     save: Callable[[], None], processes: Processes, say: Callable[[str], Any], checkpoint_file: Path
 ) -> Iterator[None]:
-    """A filter that has stopped, or a file that has changed, leaves a checkpoint."""
+    """A filter that has stopped, a file that has changed or one that cannot be written leaves a checkpoint."""
     try:
         yield
-    except (StoppedError, DataError) as error:
-        if processes.size == 1 or isinstance(error, StoppedError):  # of a DataError other processes do not know
-            save()
-            say(f"wrote {checkpoint_file}; `rlekf train --restart` continues from it.")
+    except (RlekfError, OSError) as error:  # OSError: whoever read what we print has gone
+        if processes.size == 1 or isinstance(error, StoppedError):  # of others the other processes do not know
+            with suppress(RlekfError, OSError):  # the error to show is the first one
+                save()
+                say(f"wrote {checkpoint_file}; --restart continues from it.")
         raise
 
 

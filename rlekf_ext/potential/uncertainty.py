@@ -33,6 +33,7 @@ class Uncertainty:
     and is an error bar only after it is multiplied by a factor that labelled frames give (`factors`).
     """
 
+    frame: np.ndarray  # (frames,): numbers, from 0, of the frames that have both labels
     energy: np.ndarray  # (frames, 2): prediction - label in eV/atom; predicted deviation
     force: np.ndarray  # (frames, 2): RMSE of the frame's components in eV/Å; their predicted RMS deviation
 
@@ -51,7 +52,7 @@ class Uncertainty:
     def save(self, prefix: str | Path) -> Path:
         """Write PREFIX.uncertainty.out, one line per frame. Raises InputError if it cannot be written."""
         path = Path(f"{prefix}.uncertainty.out")
-        rows = np.column_stack([np.arange(len(self.energy)), self.energy, self.force])
+        rows = np.column_stack([self.frame, self.energy, self.force])
         names = "frame error_e deviation_e rmse_f deviation_f (eV/atom, eV/Å; the scale of deviations is relative)"
         form = ["%8d", *["%24.16e"] * 4]
         write_atomically(path, lambda file: np.savetxt(file, rows, form, header=names, encoding="utf-8"))
@@ -94,11 +95,11 @@ def uncertainty(optimizer: RLEKF, model: DeepPotential, frames: Iterable[Frame])
         prediction = model(frame, create_graph=False)
         error = float(prediction.energy[0] - beside(prediction.energy, frame.energy)[0]) / len(frame.types)
         rmse = float((prediction.forces - beside(prediction.forces, frame.forces)).square().mean().sqrt())
-        rows.append((error, deviation[0], rmse, deviation[1]))
+        rows.append((i, error, deviation[0], rmse, deviation[1]))
     if not rows:
         raise DataError("The predicted uncertainty needs frames with both energy and forces, but there are none.")
     columns = np.array(rows)
-    return Uncertainty(columns[:, :2], columns[:, 2:])
+    return Uncertainty(columns[:, 0].astype(np.int64), columns[:, 1:3], columns[:, 3:])
 
 
 def deviations(optimizer: RLEKF, jacobian: Tensor, name: str) -> tuple[float, float]:
