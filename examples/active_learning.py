@@ -47,8 +47,7 @@ def learn(folder, data, earlier=None, steps=120):
     """Train on all data; with an earlier model, three of four batches are of the latest frames."""
     systems = {"systems": data, "batch_size": 4}
     if earlier:
-        n = len(data)
-        systems["auto_prob"] = f"prob_sys_size; 0:{n - 1}:0.25; {n - 1}:{n}:0.75"
+        systems["sys_probs"] = [-1.0] * (len(data) - 1) + [0.75]  # those below 0 share the rest
     training = {"training_data": systems, "validation_fraction": 0, "numb_steps": steps, "init_model": earlier}
     files = {"save_ckpt": str(folder / f"model{len(data)}"), "disp_file": str(folder / f"lcurve{len(data)}.out")}
     optimizer = {"type": "RLEKF", "covariance": "inflate"}

@@ -287,6 +287,13 @@ def test_wrong_data_are_named_with_their_frame(folder, capsys, label, place, val
     assert not (folder / "lcurve.out").exists()
 
 
+def test_an_empty_name_of_a_model_to_begin_with(folder, capsys):
+    said = complaint(capsys, ["train", "input.json", "--init-model", ""])
+    assert said == "--init-model must be the name of a checkpoint but is empty."
+    write_input(folder, TINY, {"training/init_model": ""})
+    assert "training/init_model must be the name of a file but is" in complaint(capsys, ["train", "input.json"])
+
+
 def test_restart_without_a_checkpoint(folder, capsys):
     assert "The checkpoint model.ckpt.pt does not exist;" in complaint(capsys, ["train", "input.json", "--restart"])
 

@@ -126,6 +126,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     chooses = threads is None and not any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
     most = min(usable_cores(), torch.get_num_threads()) if chooses else None  # torch's number has no hyperthreads
     config, device = read_input(arguments.input), find_device(arguments.device)
+    if arguments.init_model == "":
+        raise OptionError("--init-model must be the name of a checkpoint but is empty.")
     if arguments.init_model is not None:
         config = replace(config, training=replace(config.training, init_model=arguments.init_model))
     if gpu := device.type == "cuda":

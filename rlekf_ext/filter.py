@@ -16,6 +16,7 @@ from rlekf_ext import ops
 from rlekf_ext.covariance import MAX_MEASUREMENTS, Covariance, Scalars, identity
 from rlekf_ext.diagnostics import FLOAT32_CONDITION, Diagnostics, ritz_values
 from rlekf_ext.environment import torch_threads
+from rlekf_ext.errors import OptionError
 from rlekf_ext.options import FilterOptions, checked, takes
 from rlekf_ext.partition import BlockPlan
 from rlekf_ext.processes import Processes
@@ -225,7 +226,8 @@ class KalmanFilter:
     def inherit(self, saved: dict[str, Any]) -> None:
         """P and λ of a saved filter of the same weights, whatever its blocks and storage, for other measurements: the
         options stay this filter's own, and counts start from zero. With covariance_dtype "auto" P keeps the dtype that
-        it has. Raises ValueError for another number of weights."""
+        it has. Raises ValueError for another number of weights, and OptionError if covariance_dtype is "float32" but
+        this P cannot be stored so."""
         here, dtype = self.covariance, saved["tiles"].dtype
         if self.options.covariance_dtype == "auto" and dtype != here.tiles.dtype:
             here = self.covariance = here.reblock(self.plan, dtype=dtype)
@@ -234,6 +236,12 @@ class KalmanFilter:
             self.load_state_dict(saved)
         else:
             self.take_over(Covariance.from_state_dict(saved))
+        rounded = self.covariance.tiles.dtype == torch.float32 != dtype
+        if rounded and (condition := self.diagnostics().condition) >= FLOAT32_CONDITION:
+            raise OptionError(
+                f"The condition number of the old P is above {min(condition, 1e99):.1e}, too high for storage in "
+                "float32: use covariance_dtype float64 or auto."
+            )
         self.covariance.set(**self._constants(), **dict.fromkeys(self.health(), 0.0))
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

@@ -193,14 +193,24 @@ class RLEKF(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The parameter groups and, as the state of parameter 0, the whole covariance. Tensors are not copied."""
-        return {**super().state_dict(), "state": {0: self.filter.state_dict()}}
+        return {**super().state_dict(), "state": {0: self.filter.state_dict()}, "transpose": self._transpose}
+
+    def check_order(self, saved: dict[str, Any]) -> None:
+        """Raise OptionError if the weights of a saved P are in another order: it was made with another `transpose`."""
+        if saved.get("transpose", self._transpose) != self._transpose:
+            raise OptionError(
+                f"The weights of the saved P are in the order of transpose={saved['transpose']}, its own "
+                f"in that of transpose={self._transpose}: make it with the other (`rlekf train` has True)."
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly where the saved optimizer was, whatever its device and backend. λ, ν and the noise are those
         that were saved, whatever this optimizer was made with.
 
-        Raises ValueError for another model, plan or dtype of P; `take_over` accepts P with the same weights.
+        Raises ValueError for another model, plan or dtype of P; `take_over` accepts P with the same weights. Raises
+        OptionError for another `transpose`.
         """
+        self.check_order(state_dict)
         self.filter.load_state_dict(state_dict["state"].get(0, {}))
         # The base class would cast the covariance to the parameters' dtype.
         super().load_state_dict({**state_dict, "state": {}})

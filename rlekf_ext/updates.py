@@ -143,6 +143,7 @@ class FrameUpdater:
             raise OptionError(
                 "With covariance fresh nothing of the earlier P is used: call warm_start(frames, trained=True)."
             )
+        self.optimizer.check_order(optimizer)
         self.optimizer.filter.inherit(optimizer["state"][0])
         p, times = self.optimizer.filter.covariance, ""
         if self.options.covariance == "inflate":
@@ -263,8 +264,9 @@ class FrameUpdater:
             "variances": {kind: torch.as_tensor(v, dtype=torch.float64) for kind, v in self._variances.items()},
             "unbalanced": self._unbalanced,
             "average": self._average.state_dict() if self._average else None,
-            # For those who read P: what H of each kind was multiplied by at the end.
+            # For those who read P: what H of each kind was multiplied by at the end, but for `balance` and `batch`.
             "scales": {kind: torch.as_tensor(self._scale(kind), dtype=torch.float64) for kind in KINDS},
+            "force_per_atom": self.options.force_per_atom,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

@@ -133,6 +133,21 @@ def config_of(folder, loss=None, data=None, **training):
     return read_input({**given, "loss": loss} if loss else given)
 
 
+def test_systems_that_are_never_drawn_are_named(tmp_path):
+    """Blocks of auto_prob count folders with a type.raw, not paths."""
+    paths = [tmp_path / "old", tmp_path / "new"]
+    for name in ("old/a", "old/b", "new/a", "new/b"):
+        write_data(tmp_path / name)
+    blocks = {"systems": list(map(str, paths)), "auto_prob": "prob_sys_size; 0:1:0.25; 1:2:0.75"}
+    said = []
+    load_frames(config_of(tmp_path, data=blocks), True, said.append)
+    assert f"never draws: 2 ({paths[1]}/a, {paths[1]}/b)" in " ".join(said)
+    by_path = {"systems": blocks["systems"], "sys_probs": [0.25, 0.75]}
+    said.clear()
+    load_frames(config_of(tmp_path, data=by_path), True, said.append)
+    assert "never" not in " ".join(said)
+
+
 def test_close_pairs_and_large_systems_are_left_out(tmp_path):
     write_data(tmp_path / "data")
     said = []

@@ -91,12 +91,24 @@ def test_p_is_taken_over_into_other_blocks_and_storage(tmp_path, earlier, change
     assert torch.allclose(found, wanted * (inside * before), rtol=0, atol=exact * float(wanted.abs().max()))
 
 
-def test_fresh_is_not_inherited(earlier):
+def test_a_p_that_float32_cannot_hold(tmp_path, earlier, monkeypatch):
+    monkeypatch.setattr("rlekf_ext.filter.FLOAT32_CONDITION", 10.0)
+    with pytest.raises(OptionError, match=r"condition number of the old P is above .*: use covariance_dtype float64"):
+        begun(with_new_data(tmp_path, earlier, {**RLEKF, "covariance_dtype": "float32"}), earlier)
+
+
+def test_fresh_is_not_inherited_nor_another_order_of_weights(earlier):
     model = restored_model(checkpoint_of(earlier))
-    updater = FrameUpdater(model, transpose=True, block_size=40, covariance="fresh")
     saved = checkpoint_of(earlier)["optimizer"]
-    with pytest.raises(OptionError, match="call warm_start"):
-        updater.inherit(saved["filter"], saved["updater"])
+    for options, message in (
+        ({"transpose": True, "covariance": "fresh"}, "call warm_start"),
+        ({"transpose": False}, "in the order of transpose=True, its own in that of transpose=False"),
+    ):
+        updater = FrameUpdater(model, block_size=40, **options)
+        with pytest.raises(OptionError, match=message):
+            updater.inherit(saved["filter"], saved["updater"])
+    with pytest.raises(OptionError, match="in the order of transpose=True"):
+        updater.optimizer.load_state_dict(saved["filter"])
 
 
 def test_a_frame_with_more_neighbours(tmp_path, earlier):
@@ -202,6 +214,31 @@ def test_an_element_that_comes_later(tmp_path):
     given["model"]["descriptor"]["set_davg_zero"] = True
     steps, _ = begun(given, tmp_path / "old")
     assert steps._model.descriptor.davg[2, 0] == 0
+
+
+def test_energies_that_come_later(tmp_path):
+    """The first run had forces alone: the energies of its elements are fitted when there are some."""
+    old = input_of(tmp_path / "old")
+    (tmp_path / "old" / "data" / "set.000" / "energy.npy").unlink()
+    run(old)
+    assert not checkpoint_of(tmp_path / "old")["weights"]["energy_bias"].any()
+    given = with_new_data(tmp_path / "new", tmp_path / "old")
+    energies = tmp_path / "new" / "data" / "set.000" / "energy.npy"
+    np.save(energies, np.load(energies) - 4e4)
+    steps, said = begun(given, tmp_path / "old")
+    assert "New elements" not in said
+    frames = load_frames(read_input(given), quiet=True)[0].every
+    off = [float(steps._model(frame, False, forces=False).energy - frame.energy) for frame in frames]
+    assert np.mean(off) == pytest.approx(0, abs=1e-7)
+
+
+def test_elements_without_statistics_in_either_backend_of_deepmd(earlier):
+    descriptor = restored_model(checkpoint_of(earlier)).descriptor
+    assert descriptor.without_statistics() == []
+    descriptor.davg[1] = 0
+    for std, found in ((0.1, [1]), (1 / descriptor.architecture.rcut, [1]), (0.01, [])):
+        descriptor.dstd[1] = std
+        assert descriptor.without_statistics() == found
 
 
 def continues(rank, given, wanted):

@@ -152,6 +152,48 @@ def test_the_command(trained, pool, tmp_path, monkeypatch, capsys):
     assert "--number must be >= 1" in capsys.readouterr().err
 
 
+def test_without_room_for_the_frames_the_table_says_which_they_are(trained, pool, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save, calls = np.save, iter((True, False))
+
+    def full(file, array):
+        if not next(calls):
+            raise OSError("4800 requested and 4080 written")
+        save(file, array)
+
+    model = str(trained / "out" / "model.ckpt.pt")
+    monkeypatch.setattr(np, "save", full)
+    assert main(["select", "-m", model, "-s", "pool", "-n", "3", "-o", "chosen"]) == 2
+    assert "Which frames were chosen is in chosen/deviations.csv." in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "chosen").iterdir()] == ["deviations.csv"]
+
+
+def test_a_p_in_float32_stays_positive(trained, pool, tmp_path):
+    """As-if updates are in float64, whatever P was stored in."""
+    checkpoint = checkpoint_of(trained)
+    model = restored_model(checkpoint)
+    systems = load_systems(pool, model.type_map, labelled=False)
+    wanted = select(checkpoint, model, systems, 10, epochs=1000)
+    filter_state = checkpoint["optimizer"]["filter"]["state"][0]
+    filter_state["tiles"] = filter_state["tiles"].float()
+    found = select(checkpoint, model, systems, 10, epochs=1000)
+    assert found.chosen == wanted.chosen
+    np.testing.assert_allclose(found.when_chosen, wanted.when_chosen, rtol=1e-2)
+
+
+def test_forces_of_lkf_count_as_it_scales_them(tmp_path, pool):
+    """It divides their H by the number of atoms."""
+    run(input_of(tmp_path / "lkf", {"type": "LKF", "kf_blocksize": 100}))
+    checkpoint = checkpoint_of(tmp_path / "lkf")
+    model = restored_model(checkpoint)
+    systems = load_systems(pool, model.type_map, labelled=False)
+    found = select(checkpoint, model, systems, 1)
+    assert checkpoint["optimizer"]["updater"]["force_per_atom"]
+    scales = checkpoint["optimizer"]["updater"]["scales"]
+    own = found.deviations * [float(scales["energy"]), float(scales["force"]) / 8]
+    assert found.chosen == [int(np.square(own).sum(1).argmax())]
+
+
 def test_more_than_there_are(trained, pool, tmp_path):
     checkpoint = checkpoint_of(trained)
     model = restored_model(checkpoint)
@@ -186,6 +228,9 @@ def test_a_pool_without_labels_in_other_formats(pool, tmp_path, form):
     path = f"{prefix}{file}"
     with pytest.raises(DataError):
         load_systems(path, ["Na", "Cl"])
+    if form == "dump":
+        with pytest.raises(DataError, match=r"AssertionError \(types 1, 2, \.\.\. must be elements of the model"):
+            load_systems(path, ["Na"], labelled=False)
     found = load_systems(path, ["Na", "Cl"], labelled=False)
     assert sum(map(len, found)) == 10
     apart = np.concatenate([each.coordinates for each in found])[3] - system.coordinates[3]
@@ -217,11 +262,15 @@ def test_error_bars_in_ase(trained, pool):
             assert both == [None, None]
         else:
             np.testing.assert_allclose(both, found.deviations[i], rtol=1e-9)
+    calculator.model.table = None
+    with torch.no_grad():
+        calculator.calculate(atoms)
+    np.testing.assert_allclose(calculator.results["force_deviation"], found.deviations[3, 1], rtol=1e-3)
     frame = frame_of(system, 3, RCUT, 2)
     assert calculator.results["energy"] == model(frame, create_graph=False).energy.item()
     with pytest.raises(InputError, match="give the checkpoint"):
         Calculator(model, uncertainty=True)
-    for wrong in (-1, 2.5):
+    for wrong in (-1, 2.5, float("nan"), "yes", None):
         with pytest.raises(OptionError, match="uncertainty must be"):
             Calculator(trained / "out" / "model.ckpt.pt", uncertainty=wrong)
 

@@ -43,6 +43,12 @@ class Frames:
         sizes = batch_sizes(self.data, systems)
         return Batches(parts, sizes, seed, probabilities(self.data, systems, num_batches(parts, sizes)))
 
+    def never_drawn(self) -> list[str]:
+        """The names of the systems whose probability is 0."""
+        systems, parts = zip(*self.every.parts(), strict=True)
+        chances = probabilities(self.data, systems, num_batches(parts, batch_sizes(self.data, systems)))
+        return [system.name for system, chance in zip(systems, chances or (), strict=bool(chances)) if not chance]
+
 
 def load_frames(
     config: Config,
@@ -96,6 +102,9 @@ def load_frames(
         return Frames(near, data)
 
     result = near_enough(whole[0], data), near_enough(whole[1], apart or data)
+    if never := result[0].never_drawn():
+        some = f"{', '.join(never[:3])}{' and others' * (len(never) > 3)}"
+        say(f"Systems that auto_prob or sys_probs never draws: {len(never)} ({some})")
     if sentence := check_neighbors(result[0].every):
         say(sentence)
     return result

@@ -50,7 +50,7 @@ class Calculator(ase_calculator.Calculator):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if int(uncertainty) != uncertainty or uncertainty < 0:
+        if not isinstance(uncertainty, int | np.integer) or uncertainty < 0:
             raise OptionError(f"uncertainty must be True, False or a number of calculations but is: {uncertainty}.")
         if uncertainty and isinstance(model, DeepPotential):
             raise InputError("uncertainty needs P: give the checkpoint of `rlekf train`, not its model.")

@@ -166,8 +166,11 @@ class SeE2A(nn.Module):
         self._on_cpu: tuple[tuple[int, ...], list[Tensor]] | None = None
 
     def without_statistics(self) -> list[int]:
-        """The elements of which `fit_statistics` had no atoms."""
-        return ((self.dstd == WITHOUT_ATOMS).all(1) & (self.davg == 0).all(1)).nonzero().flatten().tolist()
+        """The elements of which `fit_statistics`, or DeePMD-kit, had no atoms."""
+        # DeePMD-kit's dstd is then 0.1 with PyTorch and 1/rcut with TensorFlow.
+        of_tensorflow = torch.isclose(self.dstd, torch.full_like(self.dstd, 1 / self.architecture.rcut), 1e-6, 0)
+        none = (self.dstd == WITHOUT_ATOMS).all(1) | of_tensorflow.all(1)
+        return (none & (self.davg == 0).all(1)).nonzero().flatten().tolist()
 
     @torch.no_grad()
     def fit_statistics(self, sums: Tensor, elements: Sequence[int] | None = None) -> None:

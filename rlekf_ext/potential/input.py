@@ -183,7 +183,10 @@ class Training:
         None, "Length in epochs.", above=0, high=1_000_000, also=("numb_epoch", "num_epoch", "numb_epochs")
     )
     init_model: str | None = option(
-        None, "A checkpoint of `rlekf train` to [begin with](online.md): weights, statistics and P; not a key of dp's."
+        None,
+        "A checkpoint of `rlekf train` to [begin with](online.md): weights, statistics and P; not a key of dp's.",
+        pattern=r"(?s).+",
+        form="the name of a file",
     )
     seed: int | None = option(None, "Of the order of frames and of the atoms in force groups.")
     disp_file: str = option("lcurve.out", "The learning curve; a summary goes to the same name with `.json`.")

@@ -236,7 +236,9 @@ def _types(
     numbers = numbers.astype(np.int16 if padded else np.int64)
     for i, element in enumerate(names):
         if element not in type_map and (numbers == i).any():
-            raise DataError(f"{name} has the element {element}, which is not in type_map {type_map}; add it there.")
+            raise DataError(
+                f"{name} has the element {element}, which is not in type_map {type_map}; add it there, or in training."
+            )
     table = [type_map.index(element) if element in type_map else -1 for element in names]
     return np.array([*table, -1], dtype=numbers.dtype)[numbers]
 

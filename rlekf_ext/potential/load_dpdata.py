@@ -96,6 +96,8 @@ def _read_labelled(path: Path, form: str) -> list[dict[str, Any]]:
 
 def _unreadable(place: object, form: str, error: Exception) -> DataError:
     words = f"{type(error).__name__}: {error}".rstrip(". :")
+    if isinstance(error, AssertionError) and form.startswith("lammps"):
+        words += " (types 1, 2, ... must be elements of the model, in their order)"
     return DataError(f"{place} cannot be read by dpdata as {form}: {words}.")
 
 

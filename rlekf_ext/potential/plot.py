@@ -157,7 +157,7 @@ def plot_selection(found: Selection, output: str | Path) -> Path:
         rank = np.arange(1, len(found.chosen) + 1)
         chosen = 1e3 * found.deviations[found.chosen, which]
         marks = axes.scatter(found.chosen, chosen, s=26, c=rank, cmap="plasma")
-        axes.set(ylabel=label, yscale="log")
+        axes.set(ylabel=label, yscale="log" if (found.deviations[:, which] > 0).any() else "linear")
         axes.grid(True, which="both", alpha=0.25)
     panels[0].set_title("Predicted deviations of the pool; chosen frames are coloured")
     panels[-1].set_xlabel("frame")

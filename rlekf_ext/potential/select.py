@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlekf_ext.errors import DataError
+from rlekf_ext.errors import DataError, InputError
 from rlekf_ext.potential.data import System, frame_of
 from rlekf_ext.potential.files import write_atomically, writing
 from rlekf_ext.potential.model import DeepPotential
@@ -48,19 +49,13 @@ class Selection:
     def save(self, folder: str | Path, type_map: Sequence[str]) -> Path:
         """Write the chosen frames as deepmd/npy, a folder for each system, and deviations.csv, a line for each frame.
 
-        Raises InputError if they cannot be written, DataError if the folder holds anything.
+        The table is first: if there is no room for the frames it says which they are, and none of them is there. Raises
+        InputError if something cannot be written, DataError if the folder holds anything.
         """
         folder = Path(folder)
         order = {frame: rank for rank, frame in enumerate(self.chosen, 1)}
         with writing(folder):
             check_empty(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            first = 0
-            for number, system in enumerate(self.systems):
-                own = [frame - first for frame in sorted(self.chosen) if first <= frame < first + len(system)]
-                first += len(system)
-                if own:
-                    _write(folder / f"{number:03d}.{_formula(system, type_map)}", system[np.array(own)], type_map)
         lines = ["frame,name,chosen,deviation_e,deviation_f,when_chosen_e,when_chosen_f"]
         for frame, (system, i) in enumerate(_places(self.systems)):
             rank = order.get(frame)
@@ -69,6 +64,20 @@ class Selection:
             lines.append(",".join([str(frame), f'"{system.frame_name(i)}"', str(rank or ""), *before, *then]))
         path = folder / "deviations.csv"
         write_atomically(path, lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+        made: list[Path] = []
+        try:
+            with writing(folder):
+                first = 0
+                for number, system in enumerate(self.systems):
+                    own = [frame - first for frame in sorted(self.chosen) if first <= frame < first + len(system)]
+                    first += len(system)
+                    if own:
+                        made.append(folder / f"{number:03d}.{_formula(system, type_map)}")
+                        _write(made[-1], system[np.array(own)], type_map)
+        except InputError as error:
+            for each in made:
+                shutil.rmtree(each, ignore_errors=True)
+            raise InputError(f"{error} Which frames were chosen is in {path}.") from error
         return path
 
 
@@ -99,19 +108,25 @@ def select(
     """
     optimizer = filter_of(checkpoint, model)
     p = optimizer.filter.covariance
-    optimizer.filter.covariance = p = p.reblock(p.plan)  # the old one lies in the file
+    # The old one lies in the file. As-if updates in float32 would make it indefinite.
+    optimizer.filter.covariance = p = p.reblock(p.plan, dtype=torch.float64)
     p.set(forgetting=0.0, process_noise=0.0)
     updater = checkpoint["optimizer"]["updater"]
     saved = updater.get("scales") or {kind: 1 / max(float(x), LEAST_ERROR) for kind, x in updater["means"].items()}
-    scales = [float(saved.get(kind, 1.0)) for kind in ("energy", "force")]
+    of_energy, of_force = (float(saved.get(kind, 1.0)) for kind in ("energy", "force"))
+    per_atom = updater.get("force_per_atom", False)
     places = _places(systems)
+
+    def scales(num_atoms: int) -> tuple[float, float]:
+        return of_energy, of_force / num_atoms if per_atom else of_force
 
     def look(frame: int) -> tuple[float, tuple[float, float], Tensor, int]:
         system, i = places[frame]
         made = _made(model, system, i)
         jacobian = jacobian_of(optimizer, model, made)
         found = deviations(optimizer, jacobian, system.frame_name(i))
-        return sum((s * d) ** 2 for s, d in zip(scales, found, strict=True)), found, jacobian, len(made.types)
+        n = len(made.types)
+        return sum((s * d) ** 2 for s, d in zip(scales(n), found, strict=True)), found, jacobian, n
 
     before, left_out = np.full((len(places), 2), math.nan), []
     waiting: list[tuple[float, int]] = []  # minus the variance as last seen, the frame
@@ -139,7 +154,7 @@ def select(
         chosen.append(frame)
         when_chosen.append(found)
         if epochs:
-            rows = as_measured(jacobian, scales, num_atoms, epochs)
+            rows = as_measured(jacobian, scales(num_atoms), num_atoms, epochs)
             optimizer.filter.update(rows, torch.zeros(1 + DRAWS))
     return Selection(list(systems), chosen, before, np.array(when_chosen), left_out)
 

@@ -268,15 +268,17 @@ def begin_with(
 
 
 def add_elements(model: DeepPotential, frames: Sequence[Frame], config: Config, say: Callable[[str], Any]) -> None:
-    """Statistics of the elements that these frames have and those of an earlier run did not."""
+    """Statistics, and energies, of the elements that these frames have and those of an earlier run did not."""
     found = survey(frames, model.architecture.descriptor)
     if new := [element for element in model.descriptor.without_statistics() if element in found.elements]:
         model.descriptor.fit_statistics(found.sums, new)
         if config.model.descriptor.set_davg_zero:
             model.descriptor.davg[new] = 0
-        some = frames.spread(MOST_FITTED) if isinstance(frames, FrameList) else frames
-        model.fit_energy_bias(some, with_network=True, elements=new)
         say(f"New elements: {', '.join(model.type_map[element] for element in new)}.")
+    unfitted = [element for element in found.elements if element in new or not model.energy_bias[element]]
+    if unfitted:  # those without an energy are of frames that had forces alone
+        some = frames.spread(MOST_FITTED) if isinstance(frames, FrameList) else frames
+        model.fit_energy_bias(some, with_network=True, elements=unfitted)
 
 
 def build_table(

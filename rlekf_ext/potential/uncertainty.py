@@ -131,8 +131,9 @@ def jacobian_of(optimizer: RLEKF, model: DeepPotential, frame: Frame) -> Tensor:
         by_energies[0] = 1 / n
         by_forces[1:] = draws.view(DRAWS, n, 3)
         return own.gradients(saved, by_energies, by_forces, by_virials).double()
-    prediction = model(frame, create_graph=True)
-    values = (prediction.energy[0] / n, *(draws @ prediction.forces.flatten()))
+    with torch.enable_grad():
+        prediction = model(frame, create_graph=True)
+        values = (prediction.energy[0] / n, *(draws @ prediction.forces.flatten()))
     parameters = optimizer.parameters()
     rows = [torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) for value in values]
     return torch.stack([optimizer.flatten(row) for row in rows])
