@@ -18,6 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,6 +30,8 @@ from rows import MACHINE, append, commit, machine
 
 from rlekf_ext import RLEKF
 from rlekf_ext.batch_parts import force_groups
+from rlekf_ext.potential.data import frame_of
+from rlekf_ext.potential.input import Config
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, make_frame
 from rlekf_ext.potential.optimizers import AdamSteps, KalmanSteps, build_optimizer
@@ -40,6 +43,7 @@ RESULTS = ROOT / "benchmarks/results/frame.csv"
 COLUMNS = ["system", "network", "weights", "part", "ms", *MACHINE]
 BLOCK_SIZES = 1024, 5120
 FOUR_FRAMES = "on the table: RLEKF: four frames, jointly, N_b = 1024"
+TWICE_AS_MANY = f"{FOUR_FRAMES}, half of the elements of the network in no frame"
 MATMUL, MATMUL_FLOPS = "matrix product, 1024³", 2 * 1024**3
 
 
@@ -104,7 +108,22 @@ def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callabl
         name = "Adam: an iteration" if label.startswith("Adam") else f"{label}: a frame, N_b = 1024"
         found["on the table: " * table + name] = partial(steps_of(label, table), [frame], 0)
     found[FOUR_FRAMES] = partial(steps_of("4 frames (default)", table=True), frames[:4], 0)
+    found[TWICE_AS_MANY] = among_others(config_of(system, network, method_of("4 frames (default)"), 1), system, data)
     return len(jacobian), found
+
+
+def among_others(config: Config, system: str, data: Path) -> Callable[[], object]:
+    """Four frames, jointly, with a network that knows as many elements again."""
+    names = config.model.type_map
+    config = replace(config, model=replace(config.model, type_map=(*names, *(f"other {name}" for name in names))))
+    descriptor = config.model.descriptor
+    own = chosen(system, data, 8)["train"][0]
+    frames = [frame_of(own, i, descriptor.rcut, 2 * len(names)) for i in range(4)]
+    model = build_model(config, frames)
+    steps = build_optimizer(config, model, 10**6)
+    steps.start(frames)
+    model.table = build_table(model, [frames])
+    return partial(steps, frames, 0)
 
 
 def positions(system: str, data: Path) -> tuple[np.ndarray, np.ndarray | None]:

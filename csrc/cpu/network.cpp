@@ -173,8 +173,7 @@ void predict_nodes(const Plan<Scalar>& plan, const NodeBlock& block, Scalar* sav
   }
   const Panel<Scalar> y{record.data + plan.node_y, record.stride};
   forward(plan.network.embedding(center, neighbor), block.units, traces_of(plan.node_places, record, record), y);
-  const int64_t row = center * plan.num_columns + neighbor * plan.frame.num_nodes + block.unit * kW;
-  Scalar* to = saved + plan.values + row * plan.pitch;
+  Scalar* to = saved + plan.values + plan.row(block) * plan.pitch;
   std::fill_n(to, block.units * kW * plan.pitch, Scalar{});
   from_panel(block.units, 1, plan.num_values, y, to, plan.pitch);
 }
@@ -310,12 +309,11 @@ void gradients_of_nodes(const Plan<Scalar>& plan, const NodeBlock& block, const 
                         const std::vector<Desk<Scalar>>& desks, Scalar* saved) {
   constexpr int64_t kW = kWidth<Scalar>;
   const int64_t center = block.pair / plan.num_types, neighbor = block.pair % plan.num_types;
-  const int64_t row = center * plan.num_columns + neighbor * plan.frame.num_nodes + block.unit * kW;
-  const int64_t count = block.units * kW * plan.pitch;
+  const int64_t first = plan.row(block) * plan.pitch, count = block.units * kW * plan.pitch;
   Scalar* total = desk.flat;
-  std::copy_n(desks[0].node_values_bar + row * plan.pitch, count, total);
+  std::copy_n(desks[0].node_values_bar + first, count, total);
   for (size_t other = 1; other < desks.size(); ++other) {
-    const Scalar* part = desks[other].node_values_bar + row * plan.pitch;
+    const Scalar* part = desks[other].node_values_bar + first;
     for (int64_t i = 0; i < count; ++i) total[i] += part[i];
   }
   to_panel(block.units, 1, plan.num_values, desk.y, total, plan.pitch);
@@ -348,7 +346,8 @@ void predict(const Network<Scalar>& network, const Geometry<Scalar>& geometry, c
   const std::vector<Desk<Scalar>> desks = desks_of(plan, scratch, num_workers);
   Scalar* by_edges = scratch + num_workers * desks[0].size;
   Scalar* virials = by_edges + padded<Scalar>(3 * geometry.num_edges);
-  parallel.run(num_node_blocks(plan), [&](int64_t i) { predict_nodes(plan, node_block(plan, i), result.saved); });
+  parallel.run(static_cast<int64_t>(plan.node_blocks.size()),
+               [&](int64_t i) { predict_nodes(plan, plan.node_blocks[static_cast<size_t>(i)], result.saved); });
   parallel.run(num_workers, [&](int64_t w) {
     over_atoms(plan, w, num_workers, [&](const AtomBlock& block) {
       predict_atoms(plan, block, desks[static_cast<size_t>(w)], result, by_edges);
@@ -372,18 +371,18 @@ template <typename Scalar>
 void gradients(const Network<Scalar>& network, const Geometry<Scalar>& geometry, const Scalar* saved,
                const Factors<Scalar>& factors, Scalar* gradient, Scalar* scratch, const Parallel& parallel) {
   const Plan<Scalar> plan(network, geometry, factors.forces != nullptr);
-  const int64_t num_workers = parallel.num_workers, num_blocks = num_node_blocks(plan);
+  const int64_t num_workers = parallel.num_workers, num_blocks = static_cast<int64_t>(plan.node_blocks.size());
   const std::vector<Desk<Scalar>> desks = desks_of(plan, scratch, num_workers);
   Scalar* kept = const_cast<Scalar*>(saved);  // panels have no const
   parallel.run(num_workers, [&](int64_t w) {
     const Desk<Scalar>& desk = desks[static_cast<size_t>(w)];
-    std::fill_n(desk.first_bar, desk.bar_size, Scalar{});
+    desk.clear(plan);
     over_atoms(plan, w, num_workers,
                [&](const AtomBlock& block) { gradients_of_atoms(plan, block, desk, kept, factors); });
   });
   parallel.run(num_workers, [&](int64_t w) {
     for (int64_t i = w * num_blocks / num_workers; i < (w + 1) * num_blocks / num_workers; ++i) {
-      gradients_of_nodes(plan, node_block(plan, i), desks[static_cast<size_t>(w)], desks, kept);
+      gradients_of_nodes(plan, plan.node_blocks[static_cast<size_t>(i)], desks[static_cast<size_t>(w)], desks, kept);
     }
   });
   const auto num_embeddings = static_cast<int64_t>(network.embeddings.size());

@@ -61,6 +61,11 @@ Traces<Scalar> traces_of(const Places& places, Panel<Scalar> record, Panel<Scala
   return traces;
 }
 
+/// The nodes of the net of one pair of elements, a few units at once.
+struct NodeBlock {
+  int64_t pair, unit, units;
+};
+
 /// Sizes of a network and a frame, and where predict() saves what.
 template <typename Scalar>
 struct Plan {
@@ -98,10 +103,15 @@ struct Plan {
     t_bar = arena.used;
     if (forces) arena.take(geometry.num_atoms * 4 * pitch);
     saved_size = arena.used;
+    find_node_blocks();
   }
 
   Panel<Scalar> nodes(Scalar* saved, int64_t pair, int64_t unit) const {
     return {saved + (pair * node_units + unit) * node_record, node_record};
+  }
+  /// Of a block in (T, T K, pitch).
+  int64_t row(const NodeBlock& block) const {
+    return block.pair / num_types * num_columns + block.pair % num_types * frame.num_nodes + block.unit * kW;
   }
   Panel<Scalar> atoms_from(Scalar* saved, int64_t unit) const {
     return {saved + atoms + unit * atom_record, atom_record};
@@ -116,6 +126,31 @@ struct Plan {
   int64_t node_y, node_record, atom_d_bar, atom_record;
   Places node_places, atom_places;
   int64_t values, atoms, t_bar, saved_size;
+  std::vector<NodeBlock> node_blocks;  // those that the frame needs
+
+ private:
+  /// Of the elements in the frame: the nodes of all stencils, and the first of each net, for the empty slots.
+  void find_node_blocks() {
+    const int64_t per_net = (node_units + kUnitsAtOnce<Scalar> - 1) / kUnitsAtOnce<Scalar>;
+    std::vector<bool> used(static_cast<size_t>(num_types * num_types * per_net));
+    for (int64_t center = 0; center < num_types; ++center) {
+      const int64_t first = frame.first_atom[center], end = frame.first_atom[center + 1];
+      const auto mark = [&](int64_t column) {
+        const int64_t pair = center * num_types + column / frame.num_nodes, node = column % frame.num_nodes;
+        used[static_cast<size_t>(pair * per_net + node / (kUnitsAtOnce<Scalar> * kW))] = true;
+      };
+      for (int64_t t = 0; t < num_types && first < end; ++t) mark(t * frame.num_nodes);
+      for (int64_t e = frame.first_edge[first]; e < frame.first_edge[end]; ++e) {
+        mark(frame.edges[e].place);
+        mark(frame.edges[e].place + kStencil - 1);
+      }
+    }
+    for (int64_t i = 0; i < static_cast<int64_t>(used.size()); ++i) {
+      const int64_t unit = i % per_net * kUnitsAtOnce<Scalar>;
+      if (used[static_cast<size_t>(i)])
+        node_blocks.push_back({i / per_net, unit, std::min(kUnitsAtOnce<Scalar>, node_units - unit)});
+    }
+  }
 };
 
 /// Some units of atoms of one element.
@@ -140,24 +175,6 @@ void over_atoms(const Plan<Scalar>& plan, int64_t worker, int64_t num_workers, c
       function(AtomBlock{t, unit, units, atom, std::min(units * kWidth<Scalar>, plan.frame.first_atom[t + 1] - atom)});
     }
   }
-}
-
-/// The nodes of the net of one pair of elements, a few units at once.
-struct NodeBlock {
-  int64_t pair, unit, units;
-};
-
-template <typename Scalar>
-int64_t num_node_blocks(const Plan<Scalar>& plan) {
-  const int64_t per_net = (plan.node_units + kUnitsAtOnce<Scalar> - 1) / kUnitsAtOnce<Scalar>;
-  return plan.num_types * plan.num_types * per_net;
-}
-
-template <typename Scalar>
-NodeBlock node_block(const Plan<Scalar>& plan, int64_t i) {
-  const int64_t per_net = (plan.node_units + kUnitsAtOnce<Scalar> - 1) / kUnitsAtOnce<Scalar>;
-  const int64_t unit = i % per_net * kUnitsAtOnce<Scalar>;
-  return {i / per_net, unit, std::min(kUnitsAtOnce<Scalar>, plan.node_units - unit)};
 }
 
 /// What a worker needs beside what is saved.
@@ -187,17 +204,25 @@ struct Desk {
     by_fitting = padded_size(net);
     embedding_bar = arena.take(static_cast<int64_t>(plan.network.embeddings.size()) * by_embedding);
     fitting_bar = arena.take(plan.num_types * by_fitting);
-    first_bar = node_values_bar;
-    bar_size = arena.used - (first_bar - start);
+    nets_size = arena.used - (embedding_bar - start);
     size = arena.used;
+  }
+
+  /// The sums of a pass start at zero, those of the nodes where the frame needs them.
+  void clear(const Plan<Scalar>& plan) const {
+    constexpr int64_t kW = kWidth<Scalar>;
+    for (const NodeBlock& block : plan.node_blocks) {
+      std::fill_n(node_values_bar + plan.row(block) * plan.pitch, block.units * kW * plan.pitch, Scalar{});
+    }
+    std::fill_n(embedding_bar, nets_size, Scalar{});
   }
 
   Scalar *flat, *columns;  // (atoms, 4, pitch), (atoms, 4, T, K)
   Panel<Scalar> d, d_dot, d_bar, t_bar, t_dot, y;
   std::vector<Panel<Scalar>> x_dot, z_dot;
   Scalar* net_scratch;
-  Scalar *first_bar, *node_values_bar, *embedding_bar, *fitting_bar;  // sums: (T, T K, pitch), padded gradients
-  int64_t by_embedding, by_fitting, bar_size, size;
+  Scalar *node_values_bar, *embedding_bar, *fitting_bar;  // sums: (T, T K, pitch), padded gradients
+  int64_t by_embedding, by_fitting, nets_size, size;
 };
 
 /// Some columns of the coefficients, all of one net.

@@ -8,9 +8,11 @@
 //      with the same number of workers.
 //   3. Pending vectors are folded into a tile in the visit that reads it: S is written once every `capacity` steps.
 //   4. Several measurements: their entries of one weight lie side by side in a vector, and the tile is read once for all.
-//   5. Vector arithmetic uses the compiler's vector types, as wide as the registers: lanes.h.
+//   5. Where H is zero, as for the nets of elements that a frame does not have, P is not read: neither blocks, nor tiles
+//      whose row and column are both zero.
+//   6. Vector arithmetic uses the compiler's vector types, as wide as the registers: lanes.h.
 //
-// Traffic of a step: the triangle, 4 n(n+1) bytes in float64, is read once (and written once by a fold); the vectors
+// Traffic of a step with a full H: the triangle, 4 n(n+1) bytes in float64, is read once (and written once by a fold); the vectors
 // are O(N). The limit is the machine's read bandwidth.
 
 #include "../step.h"
@@ -189,10 +191,69 @@ int64_t weight_of_tile_row(const Block& block, int64_t row) {
   return block.first_weight + std::min(block.size, row * kTile);
 }
 
-std::vector<Run> plan_runs(const Covariance& p, int num_measurements, int64_t num_workers, double* scratch) {
+/// What of P is read: for each block, which rows of tiles have entries other than zero, in H and in the pending vectors
+/// that are due.
+struct Reads {
+  std::vector<std::vector<bool>> jacobian, pending;
+  bool folds, rescales;
+
+  bool multiplied(size_t block, int64_t row, int64_t col) const { return either(jacobian[block], row, col); }
+  bool folded(size_t block, int64_t row, int64_t col) const {
+    return folds && (rescales || (at(pending[block], row) && at(pending[block], col)));
+  }
+  bool all() const {
+    return folds || std::all_of(jacobian.begin(), jacobian.end(), [](const std::vector<bool>& rows) {
+             return std::all_of(rows.begin(), rows.end(), [](bool row) { return row; });
+           });
+  }
+
+ private:
+  static bool at(const std::vector<bool>& rows, int64_t i) { return rows[static_cast<size_t>(i)]; }
+  static bool either(const std::vector<bool>& rows, int64_t i, int64_t j) { return at(rows, i) || at(rows, j); }
+};
+
+/// Adds to `rows` those rows of tiles in which a vector is not zero; its entries are `many` numbers for each weight.
+void mark_rows(const Block& block, const double* vector, int64_t many, std::vector<bool>& rows) {
+  rows.resize(static_cast<size_t>(tile_rows(block.size)));
+  for (size_t row = 0; row < rows.size(); ++row) {
+    const int64_t first = static_cast<int64_t>(row) * kTile, count = std::min(kTile, block.size - first);
+    const double* own = vector + (block.first_weight + first) * many;
+    rows[row] = rows[row] || std::any_of(own, own + count * many, [](double x) { return x != 0; });
+  }
+}
+
+/// Where the workers' runs of tiles end: each has as many tiles to read as the others.
+std::vector<int64_t> even_cuts(const Covariance& p, const Reads& reads, int64_t num_workers) {
+  std::vector<int64_t> cuts{0};
+  if (num_workers == 1 || reads.all()) {
+    for (int64_t worker = 1; worker <= num_workers; ++worker) cuts.push_back(p.num_tiles * worker / num_workers);
+    return cuts;
+  }
+  std::vector<int64_t> before{0};  // how many are read before each tile
+  const Block* block = block_of_tile(p, 0);
+  int64_t row = tile_row(-block->first_tile), col = -block->first_tile - tile_index(row, 0);
+  for (int64_t t = 0; t < p.num_tiles; ++t) {
+    before.push_back(before.back() + reads.multiplied(static_cast<size_t>(block - p.blocks), row, col));
+    if (++col <= row) continue;
+    col = 0;
+    if (++row == tile_rows(block->size)) {
+      row = 0;
+      ++block;
+    }
+  }
+  for (int64_t worker = 1; worker < num_workers; ++worker) {
+    const auto end = std::lower_bound(before.begin(), before.end(), before.back() * worker / num_workers);
+    cuts.push_back(end - before.begin());
+  }
+  cuts.push_back(p.num_tiles);
+  return cuts;
+}
+
+std::vector<Run> plan_runs(const Covariance& p, int num_measurements, const std::vector<int64_t>& cuts,
+                           double* scratch) {
   std::vector<Run> runs;
-  for (int64_t worker = 0; worker < num_workers; ++worker) {
-    Run run{p.num_tiles * worker / num_workers, p.num_tiles * (worker + 1) / num_workers, 0, 0, scratch};
+  for (size_t worker = 0; worker + 1 < cuts.size(); ++worker) {
+    Run run{cuts[worker], cuts[worker + 1], 0, 0, scratch};
     if (run.begin == run.end) continue;
     const Block* last = block_of_tile(p, run.end - 1);
     run.lo = block_of_tile(p, run.begin)->first_weight;
@@ -260,15 +321,17 @@ struct SideBySide {
   }
 };
 
-/// One worker's run: each tile is folded if a fold is due, then multiplied.
+/// One worker's run: each tile is folded if a fold is due, then multiplied; what would change nothing is left out.
 template <typename Scalar, int kBytes, typename Products>
-RLEKF_INLINE void visit_tiles(const Covariance& p, Products& products, const Fold& due, const Run& run) {
+RLEKF_INLINE void visit_tiles(const Covariance& p, Products& products, const Reads& reads, const Fold& due,
+                              const Run& run) {
   auto* tile = static_cast<Scalar*>(p.tiles) + run.begin * kTileSize;
   std::vector<Segment> ui(static_cast<size_t>(due.num_vectors));
   const Block* block = block_of_tile(p, run.begin);
   int64_t row = tile_row(run.begin - block->first_tile);
   int64_t col = run.begin - block->first_tile - tile_index(row, 0);
   for (int64_t t = run.begin; t < run.end;) {
+    const auto number = static_cast<size_t>(block - p.blocks);
     const int64_t first = block->first_weight + row * kTile;
     const int64_t height = std::min(kTile, block->size - row * kTile);
     products.start_row(first, height);
@@ -277,14 +340,14 @@ RLEKF_INLINE void visit_tiles(const Covariance& p, Products& products, const Fol
     }
     for (; col <= row && t < run.end; ++col, ++t, tile += kTileSize) {
       const int64_t other = block->first_weight + col * kTile;
-      for (int64_t done = 0; done < due.num_vectors; done += kFoldAtOnce) {
+      for (int64_t done = 0; done < due.num_vectors && reads.folded(number, row, col); done += kFoldAtOnce) {
         const int count = static_cast<int>(std::min<int64_t>(kFoldAtOnce, due.num_vectors - done));
         const double factor = done + count == due.num_vectors ? due.factor : 1.0;
         const Segment* u = ui.data() + done;
         if (col == row) fold<kBytes>(tile, u, u->entries, kTile, count, factor);
         else fold<kBytes>(tile, u, p.pending + done * p.num_weights + other, p.num_weights, count, factor);
       }
-      products.visit(tile, other, col == row ? height : kTile, col == row);
+      if (reads.multiplied(number, row, col)) products.visit(tile, other, col == row ? height : kTile, col == row);
     }
     products.end_row(first, height);
     if (col > row) {
@@ -299,25 +362,27 @@ RLEKF_INLINE void visit_tiles(const Covariance& p, Products& products, const Fol
 
 /// `jacobian` as its measurements lie side by side.
 template <typename Scalar, int kBytes>
-RLEKF_INLINE void visit_run(const Covariance& p, int count, const double* jacobian, const Fold& due, const Run& run) {
+RLEKF_INLINE void visit_run(const Covariance& p, int count, const double* jacobian, const Reads& reads, const Fold& due,
+                            const Run& run) {
   const int many = side_by_side(count);
   std::fill(run.sums, run.sums + many * (run.hi - run.lo), 0.0);
   if (many == 1) {
     OneByOne<Scalar, kBytes> products{jacobian, run, {}, {}};
-    visit_tiles<Scalar, kBytes>(p, products, due, run);
+    visit_tiles<Scalar, kBytes>(p, products, reads, due, run);
   } else if (many == 4) {
     SideBySide<Scalar, kBytes, 4> products(jacobian, run);
-    visit_tiles<Scalar, kBytes>(p, products, due, run);
+    visit_tiles<Scalar, kBytes>(p, products, reads, due, run);
   } else {
     SideBySide<Scalar, kBytes, 8> products(jacobian, run);
-    visit_tiles<Scalar, kBytes>(p, products, due, run);
+    visit_tiles<Scalar, kBytes>(p, products, reads, due, run);
   }
 }
 
-void visit(const Covariance& p, int count, const double* jacobian, const Fold& due, const Run& run) {
+void visit(const Covariance& p, int count, const double* jacobian, const Reads& reads, const Fold& due,
+           const Run& run) {
   on_widest([&]<int kBytes>() RLEKF_INLINED {
-    if (p.storage == Storage::kFloat64) visit_run<double, kBytes>(p, count, jacobian, due, run);
-    else visit_run<float, kBytes>(p, count, jacobian, due, run);
+    if (p.storage == Storage::kFloat64) visit_run<double, kBytes>(p, count, jacobian, reads, due, run);
+    else visit_run<float, kBytes>(p, count, jacobian, reads, due, run);
   });
 }
 
@@ -333,17 +398,22 @@ RLEKF_INLINE void lay_side_by_side(const Covariance& p, const Measurements& m, d
 /// z = S h of the tiles, in a buffer of each run.
 std::vector<Run> visit_runs(const Covariance& p, const Measurements& m, const Fold& due, double* scratch,
                             const Parallel& parallel) {
-  const double* jacobian = m.jacobian;
-  if (side_by_side(m.count) > 1) {
-    parallel.run(p.num_blocks, [&](int64_t block) {
-      on_widest([&]<int>() RLEKF_INLINED { lay_side_by_side(p, m, scratch, block); });
-    });
-    jacobian = scratch;
-    scratch += side_by_side(m.count) * p.num_weights;
-  }
-  const std::vector<Run> runs = plan_runs(p, m.count, parallel.num_workers, scratch);
+  const int64_t many = side_by_side(m.count);
+  const double* jacobian = many > 1 ? scratch : m.jacobian;
+  const auto num_blocks = static_cast<size_t>(p.num_blocks);
+  Reads reads{std::vector<std::vector<bool>>(num_blocks), std::vector<std::vector<bool>>(num_blocks),
+              due.num_vectors > 0, due.factor != 1};
+  parallel.run(p.num_blocks, [&](int64_t i) {
+    if (many > 1) on_widest([&]<int>() RLEKF_INLINED { lay_side_by_side(p, m, scratch, i); });
+    mark_rows(p.blocks[i], jacobian, many, reads.jacobian[static_cast<size_t>(i)]);
+    for (int64_t k = 0; k < due.num_vectors; ++k) {
+      mark_rows(p.blocks[i], p.pending + k * p.num_weights, 1, reads.pending[static_cast<size_t>(i)]);
+    }
+  });
+  if (many > 1) scratch += many * p.num_weights;
+  const std::vector<Run> runs = plan_runs(p, m.count, even_cuts(p, reads, parallel.num_workers), scratch);
   parallel.run(static_cast<int64_t>(runs.size()),
-               [&](int64_t i) { visit(p, m.count, jacobian, due, runs[static_cast<size_t>(i)]); });
+               [&](int64_t i) { visit(p, m.count, jacobian, reads, due, runs[static_cast<size_t>(i)]); });
   return runs;
 }
 
@@ -448,6 +518,16 @@ RLEKF_INLINE void finish_block(const Covariance& p, const Measurements& m, const
   const int64_t begin = block.first_weight;
   double* inner = out.gram + index * m.count * m.count;
   double* plain = inner + p.num_blocks * m.count * m.count;
+  bool is_zero = true;
+  for (int k = 0; k < m.count && is_zero; ++k) {
+    const double* h = m.jacobian + k * p.num_weights + begin;
+    is_zero = std::all_of(h, h + block.size, [](double x) { return x == 0; });
+  }
+  if (is_zero) {  // and so is S h
+    std::fill_n(inner, m.count * m.count, 0.0);
+    std::fill_n(plain, m.count * m.count, 0.0);
+    return;
+  }
   for (int k = 0; k < m.count; ++k) {
     const int64_t row = k * p.num_weights + begin;
     add(p.state->shift, m.jacobian + row, out.cross + row, block.size);
@@ -538,10 +618,11 @@ RLEKF_INLINE void correct_block(double* weights, const Covariance& p, const Meas
 }  // namespace
 
 int64_t scratch_size(const Covariance& covariance, int num_measurements, int64_t num_workers) {
+  // The runs of two workers share the weights of the block in which one ends and the other begins, at most.
   const int many = side_by_side(num_measurements);
-  int64_t size = many > 1 ? many * covariance.num_weights : 0;
-  for (const Run& run : plan_runs(covariance, num_measurements, num_workers, nullptr)) size += many * (run.hi - run.lo);
-  return size;
+  int64_t largest = 0;
+  for (int64_t i = 0; i < covariance.num_blocks; ++i) largest = std::max(largest, covariance.blocks[i].size);
+  return many * ((many > 1 ? 2 : 1) * covariance.num_weights + (num_workers - 1) * largest);
 }
 
 void project(const Covariance& p, const Measurements& m, const Projection& out, double* scratch,

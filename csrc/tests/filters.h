@@ -108,7 +108,8 @@ struct PackedFilter {
   }
 };
 
-/// `steps` passes of `count` measurements through both filters; the two must agree.
+/// `steps` passes of `count` measurements through both filters; the two must agree. Of every three passes one has whole
+/// blocks of zeros in H, as for the nets of absent elements, and one has stretches of zeros inside blocks, too.
 template <typename Filter>
 void compare(const std::vector<int64_t>& sizes, Filter& packed, DenseFilter& dense, int steps, int count,
              double tolerance) {
@@ -120,6 +121,17 @@ void compare(const std::vector<int64_t>& sizes, Filter& packed, DenseFilter& den
     Vector h(num_weights * static_cast<size_t>(count)), innovation(static_cast<size_t>(count));
     for (double& x : h) x = normal(random);
     for (double& x : innovation) x = normal(random);
+    if (t % 3 > 0) {
+      for (const Block& block : packed.blocks) {
+        const bool whole = random() % 2 == 0;
+        const auto n = static_cast<size_t>(block.size), first = whole ? 0 : random() % n;
+        const size_t last = whole ? n : t % 3 == 1 ? first : std::min(n, first + 1 + random() % 150);
+        for (size_t k = 0; k < innovation.size(); ++k) {
+          const auto own = h.begin() + static_cast<int64_t>(k * num_weights) + block.first_weight;
+          std::fill(own + static_cast<int64_t>(first), own + static_cast<int64_t>(last), 0.0);
+        }
+      }
+    }
     const Vector start = wanted;
     for (size_t k = 0; k < innovation.size(); ++k) {
       // M measurements of one w: each sees what those before it moved.

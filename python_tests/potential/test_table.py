@@ -274,6 +274,24 @@ def test_elements_and_neighbours_that_a_frame_does_not_have_in_both_forms():
     assert_close(in_torch, kernels, 1e-11)
 
 
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_two_of_five_elements_in_both_forms(one_sided):
+    """Nets of elements that are not there get no derivatives, though nothing of them is computed."""
+    random = np.random.default_rng(0)
+    points = np.array(list(itertools.product(range(3), repeat=3))) * 2.0 + random.uniform(-0.3, 0.3, (27, 3))
+    labels = {"energy": -27.0, "forces": random.normal(size=(27, 3)), "virial": random.normal(size=(3, 3))}
+    frame = make_frame(points, 6.2 * np.eye(3), 3 - 2 * (np.arange(27) % 2), RCUT, 5, **labels)
+    model = make_model(tuple("ABCDE"), [60] * 5, RCUT, frames=[frame], type_one_side=one_sided)
+    with_table(model, frame, 128)
+    kernels, _, in_torch = (in_form(model, frame, form).measure(UPDATES["all"][:3]) for form in FORMS)
+    assert_close(in_torch, kernels, 1e-11)
+    sizes = [p.numel() for p in model.parameters()]
+    derivatives = dict(zip(dict(model.named_parameters()), kernels[1].split(sizes, dim=1), strict=True))
+    for element in range(5):
+        own = [each for name, each in derivatives.items() if name.startswith(f"fittings.{element}.")]
+        assert all(bool(each.any()) == (element in (1, 3)) for each in own)
+
+
 def test_the_parts_of_a_frame_are_those_of_the_reference(monkeypatch):
     frame = collate([labelled(0), labelled(1, 27)])
     model = model_of([frame])

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from rlekf_ext.environment import this_machine
-from rlekf_ext.errors import DataError, InputError, RlekfError, StoppedError
+from rlekf_ext.errors import DataError, InputError, NotEnoughMemoryError, RlekfError, StoppedError
 from rlekf_ext.potential.architecture import differences
 from rlekf_ext.potential.batches import Batches, Feed, kinds_used, labels_used, load_frames
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, run_of, save_checkpoint
@@ -92,7 +92,13 @@ def train(
     num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
     disp_freq = settings.disp_freq or min(len(batches), 1000)
     kinds = sorted(set(kinds_used(config)))
-    optimize = build_optimizer(config, model, num_steps, processes, say)
+    present = survey(everything, model.architecture.descriptor).elements
+    absent = ", ".join(name for element, name in enumerate(model.type_map) if element not in present)
+    try:
+        optimize = build_optimizer(config, model, num_steps, processes, say)
+    except NotEnoughMemoryError as error:
+        fewer = f" No training frame has {absent}: without them in type_map P is smaller." if absent else ""
+        raise NotEnoughMemoryError(f"{error}{fewer}") from error
     everything.cache.limit(settings.cache)  # of what P leaves
     if most_threads and device.type == "cpu":
         say(use_threads(optimize, model, everything.num_atoms, len(batches), most_threads, processes))
@@ -131,9 +137,8 @@ def train(
     if not len(validating):
         say("No frame is held out: the errors shown are those of the training frames.")
     say(labels_used(config, everything.labels))
-    present = survey(everything, model.architecture.descriptor).elements
-    if absent := [name for element, name in enumerate(model.type_map) if element not in present]:
-        say(f"No training frame has {', '.join(absent)}: what the model says of it means nothing.")
+    if absent:
+        say(f"No training frame has {absent}: what the model says of it means nothing.")
     if not config.optimizer.given:
         say("The input has no section optimizer: RLEKF trains, and learning_rate is not used.")
     say(repr(optimize))
