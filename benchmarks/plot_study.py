@@ -359,6 +359,17 @@ def on_the_table(_: Study) -> str:
     return table(["ms, before : now", *cases], rows)
 
 
+def absent_elements(_: Study) -> str:
+    """The time of a frame, in batches of four, with a network that knows more elements than the frames have."""
+    rows = []
+    with (ROOT / "benchmarks/results/absent.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if "jointly" in row["part"]:
+                elements = "twice as many" if "half of the elements" in row["part"] else "those of the frames"
+                rows.append([row["system"], row["network"], elements, short(float(row["ms"]) / 4), row["commit"]])
+    return table(["system", "network", "elements of the network", "ms a frame", "commit"], rows)
+
+
 def threads_of_a_training(_: Study) -> str:
     """ "before : now", for each number of threads and neighbour."""
     with (ROOT / "benchmarks/results/threads.csv").open(newline="") as file:
@@ -428,6 +439,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "a frame": lambda _: columns("frame.csv", ["network", "part", "ms"]),
     "network on a table": on_the_table,
     "table against exact": table_against_exact,
+    "absent elements": absent_elements,
     "threads of a training": threads_of_a_training,
     "passes": passes,
     "instruction sets": instruction_sets,
