@@ -16,7 +16,7 @@ one frame; RLEKF has the defaults of `rlekf train`.
    best rate, and three seeds.
 
 A row is one look at one run, at LOOKED_AT frames of each part; looks are at even steps of the logarithm of time. Rows
-go to results/race.csv as each run ends, those of 0 to results/race_pace.csv; a second call continues where the first one
+go to results/race.csv as each run ends, those of 0 to results/race_pace.csv. A second call continues where the first
 stopped.
 """
 
