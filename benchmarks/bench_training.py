@@ -48,7 +48,7 @@ PARTS = {"train": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
 SHOWN = 32
 KEY = ("system", "network", "method", "seed", "frames", "epochs")  # what identifies a run
 ERRORS = tuple(f"{part}_{kind}" for part in PARTS for kind in ("E", "F"))
-OF_DEFAULT = ("prior", "blocks", "split", "cost")  # sections of study.toml with changes of the default
+OF_DEFAULT = ("prior", "blocks", "split", "cost", "groups")  # sections of study.toml with changes of the default
 COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS, *MACHINE)
 
 
