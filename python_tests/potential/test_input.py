@@ -13,7 +13,7 @@ from rlekf_ext.options import resolve
 from rlekf_ext.potential.batches import batch_sizes
 from rlekf_ext.potential.data import System
 from rlekf_ext.potential.deepmd_keys import IGNORED, LACKING
-from rlekf_ext.potential.input import LKF, Adam, Config, read_input
+from rlekf_ext.potential.input import LKF, Adam, Config, LearningRate, read_input
 
 NACL = Path(__file__).resolve().parents[2] / "examples" / "nacl"
 
@@ -109,7 +109,8 @@ def test_water_as_deepmd_kit_reads_it(tmp_path):
     assert descriptor.sel_factor is None
     assert (descriptor.type_one_side, descriptor.resnet_dt, descriptor.axis_neuron) == (True, False, 16)
     assert (fitting.neuron, fitting.resnet_dt, fitting.seed) == ((240, 240, 240), True, 1)
-    assert (config.learning_rate.start_lr, config.learning_rate.stop_lr) == (1e-3, 3.51e-8)
+    of_adam = read_input({**WATER, "optimizer": {"type": "Adam"}}).learning_rate
+    assert (of_adam.start_lr, of_adam.stop_lr) == (1e-3, 3.51e-8)
     assert (config.loss.start_pref_f, config.loss.limit_pref_f) == (1000.0, 1.0)
     assert training.training_data.systems == ("../data/data_0/", "../data/data_1/")
     assert training.validation_data.systems == ("../data/data_3",)
@@ -171,7 +172,6 @@ def test_batch_size_that_is_not_given(optimizer, size):
         ("model/descriptor/n_axis_neuron", 8, lambda c: c.model.descriptor.axis_neuron == 8),
         ("model/fitting_net/n_neuron", [5], lambda c: c.model.fitting_net.neuron == (5,)),
         ("model/fitting_net/seed", None, lambda c: c.model.fitting_net.seed is None),
-        ("learning_rate/decay_rate", 0.95, lambda c: c.learning_rate.decay_rate == 0.95),
         ("training/validation_data", None, lambda c: c.training.validation_data is None),
         ("training/training_data/auto_prob_style", "prob_sys_size", lambda c: True),
     ],
@@ -311,7 +311,6 @@ def test_the_examples(name, kind):
         ("model/descriptor/precision", "float16", '= "float16" is not supported; supported: "default", "float64", "fl'),
         ("model/descriptor/trainable", False, "model/descriptor/trainable = false is not supported; supported: true."),
         ("model/fitting_net", {"type": "dos", "numb_dos": 2}, 'type = "dos" is not supported; supported: "ener"'),
-        ("learning_rate", {"type": "cosine"}, 'learning_rate/type = "cosine" is not supported; supported: "exp".'),
         ("loss", {"type": "tensor"}, 'loss/type = "tensor" is not supported; supported: "ener".'),
         ("loss/loss_func", "mae", 'loss/loss_func = "mae" is not supported; supported: "mse".'),
         ("optimizer/type", "AdamW", 'optimizer/type = "AdamW" is not supported; supported: "RLEKF", "LKF", "Adam".'),
@@ -355,11 +354,12 @@ def test_missing_keys():
 
 @pytest.mark.parametrize("path", sorted(LACKING))
 def test_what_is_lacking_is_named_unless_it_is_off(path):
+    of_adam = {"optimizer": {"type": "Adam"}} if path.startswith("learning_rate/") else {}
     with pytest.raises(InputError) as error:
-        read_input(changed(path, {"enable": True}))
+        read_input({**changed(path, {"enable": True}), **of_adam})
     assert str(error.value) == f'{path} is not supported (got {{"enable": true}}): {LACKING[path]}; leave the key out.'
     for off in (0, False, None, [], {}, {"enable": False}):
-        read_input(changed(path, off))
+        read_input({**changed(path, off), **of_adam})
 
 
 def test_validation_data_lacks_what_training_data_lacks():
@@ -386,3 +386,13 @@ def test_files_that_are_not_input(tmp_path):
     file.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(InputError, match="is not text in UTF-8: byte 7"):
         read_input(file)
+
+
+def test_learning_rate_is_read_for_adam_alone():
+    """Another optimizer uses none, so that whatever schedule stands there is no reason to stop."""
+    given = changed("learning_rate", {"type": "cosine", "start_lr": "high", "warmup_steps": 100})
+    assert read_input(given).learning_rate == LearningRate()
+    with pytest.raises(InputError, match='learning_rate/type = "cosine" is not supported; supported: "exp"'):
+        read_input({**given, "optimizer": {"type": "Adam"}})
+    given = {**changed("learning_rate", {"decay_rate": 0.95}), "optimizer": {"type": "Adam"}}
+    assert read_input(given).learning_rate.decay_rate == 0.95

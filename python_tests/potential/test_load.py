@@ -341,6 +341,12 @@ def test_files_known_by_their_name(tmp_path, name, text):
     np.testing.assert_allclose(system.coordinates[0, 1] - system.coordinates[0, 0], [2.5, 0, 0], atol=1e-12)
 
 
+def test_an_empty_path():
+    for paths in ("", ["", "a"]):
+        with pytest.raises(DataError, match=r"^The path of a system must not be empty\.$"):
+            load_systems(paths, TYPE_MAP)
+
+
 def test_extxyz_of_two_formulas_and_without_a_cell(tmp_path):
     pytest.importorskip("dpdata", reason="dpdata is not installed")
     head = "energy=-1.5 Properties=species:S:1:pos:R:3:forces:R:3 "

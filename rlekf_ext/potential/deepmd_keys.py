@@ -68,6 +68,7 @@ IGNORED = {
         ("learning_rate", "scale_by_worker warmup_start_factor"),
         ("loss", "huber_delta"),  # without effect if use_huber is off
         ("training", "stat_file stat_file_mode numb_test disp_avg acc_freq neighbor_graph_method warmup_start_factor"),
+        ("training", "disp_training time_training"),
         ("training", "enable_tf32"),  # of GPUs
         ("training", "load_ckpt"),  # of DeePMD-kit 1.x, which restarts by an option of the command, as we do
         ("training", "max_ckpt_keep ckpt_keep_ratio ema_decay ema_ckpt_keep"),

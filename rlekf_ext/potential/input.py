@@ -204,8 +204,6 @@ class Training:
         "Whether embedding nets are interpolated in training ([why](performance.md#the-network-on-a-table)). "
         "Evaluation is always exact.",
     )
-    disp_training: bool = True
-    time_training: bool = True
 
 
 @dataclass(frozen=True)
@@ -292,6 +290,8 @@ def read_input(source: str | Path | dict[str, Any]) -> Config:
 
 def _read_config(given: dict[str, Any], folder: Path) -> Config:
     given, optimizer = _optimizer_apart(_with_axes(_converted(given)))
+    if optimizer.type != "Adam" and isinstance(given.get("learning_rate"), Mapping):
+        del given["learning_rate"]  # whatever schedule it asks for: nothing uses it
     config: Config = read(Config, given, other=_other_key)
     training = config.training
     training = replace(training, training_data=_found(training.training_data, folder))

@@ -56,6 +56,8 @@ def load_systems(
     their own. Frames must have a label unless `labelled` is false. Raises DataError.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    if "" in paths:
+        raise DataError("The path of a system must not be empty.")
     systems: list[System] = []
     number = 0
     every = [(entry, path) for entry, given in enumerate(paths) for path in _expanded(str(given))]
