@@ -21,6 +21,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from bench_training import ROOT, STUDY, SYSTEMS
 from rows import RESULTS, fill, table
 
@@ -256,7 +257,7 @@ def relative_to(base: str, study: Study, labels: Sequence[str], systems: Sequenc
 
 def at_the_same_time(_: Study) -> str:
     """Validation errors of small networks at the CPU time that the default needs for eight epochs, and relative to its
-    own."""
+    own. What ended before that time is left out."""
     study = Study(RESULTS / "study_time.csv")
     base, *others = STUDY["cost"]
     systems = [system for system in SYSTEMS if study.curves(system, base)]
@@ -265,9 +266,42 @@ def at_the_same_time(_: Study) -> str:
     def errors(system: str, label: str) -> list[float]:
         curve = next(iter(study.curves(system, label)), [])
         looks = [look for look in curve if look["cpu_seconds"] <= limits[system]]
-        return [looks[-1][f"validation_{kind}"] if looks else math.nan for kind in KINDS]
+        ended = not looks or curve[-1]["cpu_seconds"] < limits[system]
+        return [math.nan if ended else looks[-1][f"validation_{kind}"] for kind in KINDS]
 
     return table(["setting", *systems, "times the default's"], relative([base, *others], systems, errors))
+
+
+def force_groups(network: str) -> str:
+    """Validation errors when the run with four groups is over and at a quarter of its CPU time: relative to its own, in
+    the mean over systems and seeds; and how many systems are better, at the end."""
+    study = Study(RESULTS / "study_time.csv")
+    base, *others = STUDY["groups"]
+    rows = []
+    for label in others:
+        ratios: dict[str, list[list[float]]] = {}
+        for system in SYSTEMS:
+            for own, wanted in zip(
+                study.curves(system, label, network), study.curves(system, base, network), strict=True
+            ):
+                end = min(own[-1]["cpu_seconds"], wanted[-1]["cpu_seconds"])
+                columns = [(share * end, f"validation_{kind}") for share in (0.25, 1) for kind in KINDS]
+                found = [at_time(own, *column) / at_time(wanted, *column) for column in columns]
+                ratios.setdefault(system, []).append(found)
+        per_system = {
+            system: [geometric_mean(each) for each in zip(*found, strict=True)] for system, found in ratios.items()
+        }
+        means = [short(geometric_mean(each)) for each in zip(*per_system.values(), strict=True)]
+        worst = [max(per_system, key=lambda system, i=i: per_system[system][i]) for i in (2, 3)]
+        ends = [f"{short(per_system[system][i])} ({system})" for i, system in zip((2, 3), worst, strict=True)]
+        rows.append([label, str(len(per_system)), " / ".join(means[:2]), " / ".join(means[2:]), " / ".join(ends)])
+    return table(["groups", "systems", "at a quarter of the time", "at the end", "worst at the end"], rows)
+
+
+def at_time(curve: Curve, cpu_seconds: float, column: str) -> float:
+    """Interpolated, on logarithms of both, between the looks before and after."""
+    times, values = ([math.log(look[name]) for look in curve] for name in ("cpu_seconds", column))
+    return math.exp(np.interp(math.log(cpu_seconds), times, values))
 
 
 def relative(
@@ -453,6 +487,8 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "elements": elements,
     "splits with the default": lambda _: changed("split", "small"),
     "at the same time": at_the_same_time,
+    "force groups": lambda _: force_groups("small"),
+    "force groups, paper's network": lambda _: force_groups("paper"),
     "long runs": lambda _: long_runs(
         "small", 100, [(label, epoch) for label in ("default", "no balance") for epoch in (8, 16)], 100
     ),
