@@ -269,7 +269,8 @@ def at_the_same_time(_: Study) -> str:
         ended = not looks or curve[-1]["cpu_seconds"] < limits[system]
         return [math.nan if ended else looks[-1][f"validation_{kind}"] for kind in KINDS]
 
-    return table(["setting", *systems, "times the default's"], relative([base, *others], systems, errors))
+    known = [label for label in others if not all(math.isnan(errors(system, label)[0]) for system in systems)]
+    return table(["setting", *systems, "times the default's"], relative([base, *known], systems, errors))
 
 
 def force_groups(network: str) -> str:
