@@ -27,6 +27,7 @@ from rows import RESULTS, fill, table
 
 MARK = 1.2  # times the lower final RMSE of RLEKF and Adam counts as reached: the paper's rule
 KINDS = {"E": "energy, meV/atom", "F": "force, meV/Å"}
+VALIDATION = [f"validation_{kind}" for kind in KINDS]
 COLORS = {"RLEKF": "#c2410c", "paper's settings": "#a3a3a3", "Adam": "#1d4ed8"}
 COSTS = {"epoch": "epochs", "updates": "updates", "cpu_seconds": "CPU seconds"}
 SPLITTINGS = ["RLEKF", "GEKF", "LEKF", "SEKF", "DeePMD-kit's blocks"]
@@ -274,35 +275,32 @@ def at_the_same_time(_: Study) -> str:
 
 
 def force_groups(network: str) -> str:
-    """Validation errors when the run with four groups is over and at a quarter of its CPU time: relative to its own, in
-    the mean over systems and seeds; and how many systems are better, at the end."""
+    """Validation errors after a quarter of the updates that all runs made, and after all, relative to those with four
+    groups: the mean over systems and seeds; and the system where it is worst at the end."""
     study = Study(RESULTS / "study_time.csv")
     base, *others = STUDY["groups"]
     rows = []
     for label in others:
-        ratios: dict[str, list[list[float]]] = {}
+        means: dict[str, list[float]] = {}  # of each system over its seeds, E and F at a quarter, E and F at the end
         for system in SYSTEMS:
-            for own, wanted in zip(
-                study.curves(system, label, network), study.curves(system, base, network), strict=True
-            ):
-                end = min(own[-1]["cpu_seconds"], wanted[-1]["cpu_seconds"])
-                columns = [(share * end, f"validation_{kind}") for share in (0.25, 1) for kind in KINDS]
-                found = [at_time(own, *column) / at_time(wanted, *column) for column in columns]
-                ratios.setdefault(system, []).append(found)
-        per_system = {
-            system: [geometric_mean(each) for each in zip(*found, strict=True)] for system, found in ratios.items()
-        }
-        means = [short(geometric_mean(each)) for each in zip(*per_system.values(), strict=True)]
-        worst = [max(per_system, key=lambda system, i=i: per_system[system][i]) for i in (2, 3)]
-        ends = [f"{short(per_system[system][i])} ({system})" for i, system in zip((2, 3), worst, strict=True)]
-        rows.append([label, str(len(per_system)), " / ".join(means[:2]), " / ".join(means[2:]), " / ".join(ends)])
-    return table(["groups", "systems", "at a quarter of the time", "at the end", "worst at the end"], rows)
+            pairs = zip(study.curves(system, label, network), study.curves(system, base, network), strict=False)
+            ratios = [
+                [_after(own, share, name) / _after(wanted, share, name) for share in (0.25, 1) for name in VALIDATION]
+                for own, wanted in pairs
+            ]
+            if ratios:
+                means[system] = [geometric_mean(each) for each in zip(*ratios, strict=True)]
+        quarter_e, quarter_f, end_e, end_f = (short(geometric_mean(each)) for each in zip(*means.values(), strict=True))
+        worst = [max(means, key=lambda system, i=i: means[system][i]) for i in (2, 3)]  # type: ignore[misc]
+        ends = " / ".join(f"{short(means[system][i])} ({system})" for i, system in zip((2, 3), worst, strict=True))
+        rows.append([label, str(len(means)), f"{quarter_e} / {quarter_f}", f"{end_e} / {end_f}", ends])
+    return table(["E / F, times those of 4", "systems", "a quarter", "the end", "worst at the end"], rows)
 
 
-def at_time(curve: Curve, cpu_seconds: float, column: str) -> float:
-    """Interpolated, on logarithms of both, between the looks before and after."""
-    times, values = ([math.log(look[name]) for look in curve] for name in ("cpu_seconds", column))
-    return math.exp(np.interp(math.log(cpu_seconds), times, values))
+def _after(curve: Curve, share: float, column: str) -> float:
+    """The error after this share of the updates, interpolated on logarithms of both."""
+    updates, errors = ([math.log(look[name]) for look in curve] for name in ("updates", column))
+    return math.exp(np.interp(updates[-1] + math.log(share), updates, errors))
 
 
 def relative(
