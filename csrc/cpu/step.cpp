@@ -12,8 +12,8 @@
 //      whose row and column are both zero.
 //   6. Vector arithmetic uses the compiler's vector types, as wide as the registers: lanes.h.
 //
-// Traffic of a step with a full H: the triangle, 4 n(n+1) bytes in float64, is read once (and written once by a fold); the vectors
-// are O(N). The limit is the machine's read bandwidth.
+// Traffic of a step with a full H: the triangle, 4 n(n+1) bytes in float64, is read once (and written once by a fold);
+// the vectors are O(N). The limit is the machine's read bandwidth.
 
 #include "../step.h"
 
