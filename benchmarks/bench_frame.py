@@ -113,7 +113,7 @@ def parts(system: str, network: str, data: Path) -> tuple[int, dict[str, Callabl
 
 
 def among_others(config: Config, system: str, data: Path) -> Callable[[], object]:
-    """Four frames, jointly, with a network that knows as many elements again."""
+    """Four frames, jointly, with a network that knows twice as many elements as they have."""
     names = config.model.type_map
     config = replace(config, model=replace(config.model, type_map=(*names, *(f"other {name}" for name in names))))
     descriptor = config.model.descriptor

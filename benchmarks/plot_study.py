@@ -268,7 +268,7 @@ def at_the_same_time(_: Study) -> str:
         curve = next(iter(study.curves(system, label)), [])
         looks = [look for look in curve if look["cpu_seconds"] <= limits[system]]
         ended = not looks or curve[-1]["cpu_seconds"] < limits[system]
-        return [math.nan if ended else looks[-1][f"validation_{kind}"] for kind in KINDS]
+        return [math.nan if ended else looks[-1][column] for column in VALIDATION]
 
     known = [label for label in others if not all(math.isnan(errors(system, label)[0]) for system in systems)]
     return table(["setting", *systems, "times the default's"], relative([base, *known], systems, errors))
@@ -400,7 +400,7 @@ def absent_elements(_: Study) -> str:
             if "jointly" in row["part"]:
                 elements = "twice as many" if "half of the elements" in row["part"] else "those of the frames"
                 rows.append([row["system"], row["network"], elements, short(float(row["ms"]) / 4), row["commit"]])
-    return table(["system", "network", "elements of the network", "ms a frame", "commit"], rows)
+    return table(["system", "network", "elements in the network", "ms per frame", "commit"], rows)
 
 
 def threads_of_a_training(_: Study) -> str:

@@ -81,11 +81,8 @@ def jobs(plan: list[dict[str, Any]], data: Path, rows: Rows, guess: bool = False
         for system in systems:
             if not available(system, data):
                 continue
-            ends = group.get("frames"), group["epochs"]
             keep = group.get("parity", False)
-            trials = {
-                label: Job((system, group["network"], label, first, *ends), group["looks"], keep) for label in labels
-            }
+            trials = {label: job_of(group, system, label, first, keep) for label in labels}
             yield from trials.values()
             chosen = labels
             if group.get("tuned"):
@@ -93,7 +90,13 @@ def jobs(plan: list[dict[str, Any]], data: Path, rows: Rows, guess: bool = False
                 best = min(labels, key=lambda label: validation(rows[trials[label].name])) if known else labels[0]
                 chosen = [best] if known or guess else []
             for seed in others:
-                yield from (Job((system, group["network"], label, seed, *ends), group["looks"]) for label in chosen)
+                yield from (job_of(group, system, label, seed) for label in chosen)
+
+
+def job_of(group: dict[str, Any], system: str, label: str, seed: int, keep: bool = False) -> Job:
+    epochs = group["epochs"]
+    epochs = epochs[label] if isinstance(epochs, dict) else epochs
+    return Job((system, group["network"], label, seed, group.get("frames"), epochs), group["looks"], keep)
 
 
 def validation(row: dict[str, str]) -> float:

@@ -214,8 +214,7 @@ def test_a_reader_that_goes_away_leaves_a_checkpoint(folder):
     write_input(folder, TINY, {"training/numb_steps": 100_000})
     command = [sys.executable, "-m", "rlekf_ext", "train", "input.json"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder)
-    while not running.stdout.readline().startswith(b"epoch"):
-        pass
+    assert any(line.startswith(b"epoch") for line in iter(running.stdout.readline, b""))  # reads no further
     running.stdout.close()
     assert (running.wait(timeout=120), running.stderr.read()) == (1, b"")
     running.stderr.close()

@@ -346,8 +346,9 @@ void predict(const Network<Scalar>& network, const Geometry<Scalar>& geometry, c
   const std::vector<Desk<Scalar>> desks = desks_of(plan, scratch, num_workers);
   Scalar* by_edges = scratch + num_workers * desks[0].size;
   Scalar* virials = by_edges + padded<Scalar>(3 * geometry.num_edges);
-  parallel.run(static_cast<int64_t>(plan.node_blocks.size()),
-               [&](int64_t i) { predict_nodes(plan, plan.node_blocks[static_cast<size_t>(i)], result.saved); });
+  const std::vector<NodeBlock> blocks = node_blocks_of(plan);
+  parallel.run(static_cast<int64_t>(blocks.size()),
+               [&](int64_t i) { predict_nodes(plan, blocks[static_cast<size_t>(i)], result.saved); });
   parallel.run(num_workers, [&](int64_t w) {
     over_atoms(plan, w, num_workers, [&](const AtomBlock& block) {
       predict_atoms(plan, block, desks[static_cast<size_t>(w)], result, by_edges);
@@ -371,18 +372,19 @@ template <typename Scalar>
 void gradients(const Network<Scalar>& network, const Geometry<Scalar>& geometry, const Scalar* saved,
                const Factors<Scalar>& factors, Scalar* gradient, Scalar* scratch, const Parallel& parallel) {
   const Plan<Scalar> plan(network, geometry, factors.forces != nullptr);
-  const int64_t num_workers = parallel.num_workers, num_blocks = static_cast<int64_t>(plan.node_blocks.size());
+  const std::vector<NodeBlock> blocks = node_blocks_of(plan);
+  const int64_t num_workers = parallel.num_workers, num_blocks = static_cast<int64_t>(blocks.size());
   const std::vector<Desk<Scalar>> desks = desks_of(plan, scratch, num_workers);
   Scalar* kept = const_cast<Scalar*>(saved);  // panels have no const
   parallel.run(num_workers, [&](int64_t w) {
     const Desk<Scalar>& desk = desks[static_cast<size_t>(w)];
-    desk.clear(plan);
+    desk.clear(plan, blocks);
     over_atoms(plan, w, num_workers,
                [&](const AtomBlock& block) { gradients_of_atoms(plan, block, desk, kept, factors); });
   });
   parallel.run(num_workers, [&](int64_t w) {
     for (int64_t i = w * num_blocks / num_workers; i < (w + 1) * num_blocks / num_workers; ++i) {
-      gradients_of_nodes(plan, plan.node_blocks[static_cast<size_t>(i)], desks[static_cast<size_t>(w)], desks, kept);
+      gradients_of_nodes(plan, blocks[static_cast<size_t>(i)], desks[static_cast<size_t>(w)], desks, kept);
     }
   });
   const auto num_embeddings = static_cast<int64_t>(network.embeddings.size());

@@ -103,7 +103,6 @@ struct Plan {
     t_bar = arena.used;
     if (forces) arena.take(geometry.num_atoms * 4 * pitch);
     saved_size = arena.used;
-    find_node_blocks();
   }
 
   Panel<Scalar> nodes(Scalar* saved, int64_t pair, int64_t unit) const {
@@ -126,32 +125,41 @@ struct Plan {
   int64_t node_y, node_record, atom_d_bar, atom_record;
   Places node_places, atom_places;
   int64_t values, atoms, t_bar, saved_size;
-  std::vector<NodeBlock> node_blocks;  // those that the frame needs
-
- private:
-  /// Of the elements in the frame: the nodes of all stencils, and the first of each net, for the empty slots.
-  void find_node_blocks() {
-    const int64_t per_net = (node_units + kUnitsAtOnce<Scalar> - 1) / kUnitsAtOnce<Scalar>;
-    std::vector<bool> used(static_cast<size_t>(num_types * num_types * per_net));
-    for (int64_t center = 0; center < num_types; ++center) {
-      const int64_t first = frame.first_atom[center], end = frame.first_atom[center + 1];
-      const auto mark = [&](int64_t column) {
-        const int64_t pair = center * num_types + column / frame.num_nodes, node = column % frame.num_nodes;
-        used[static_cast<size_t>(pair * per_net + node / (kUnitsAtOnce<Scalar> * kW))] = true;
-      };
-      for (int64_t t = 0; t < num_types && first < end; ++t) mark(t * frame.num_nodes);
-      for (int64_t e = frame.first_edge[first]; e < frame.first_edge[end]; ++e) {
-        mark(frame.edges[e].place);
-        mark(frame.edges[e].place + kStencil - 1);
-      }
-    }
-    for (int64_t i = 0; i < static_cast<int64_t>(used.size()); ++i) {
-      const int64_t unit = i % per_net * kUnitsAtOnce<Scalar>;
-      if (used[static_cast<size_t>(i)])
-        node_blocks.push_back({i / per_net, unit, std::min(kUnitsAtOnce<Scalar>, node_units - unit)});
-    }
-  }
 };
+
+/// Calls mark(column) for the columns that are not zero for all of the sorted atoms [begin, end), of one element: those of
+/// their stencils, by both ends, and the first node of each net, for the empty slots.
+template <typename Scalar, typename Mark>
+void mark_columns(const Geometry<Scalar>& frame, int64_t begin, int64_t end, const Mark& mark) {
+  if (begin == end) return;
+  for (int64_t t = 0; t < frame.num_types; ++t) mark(t * frame.num_nodes);
+  for (int64_t e = frame.first_edge[begin]; e < frame.first_edge[end]; ++e) {
+    const auto place = static_cast<int64_t>(frame.edges[e].place);
+    mark(place);
+    mark(place + kStencil - 1);
+  }
+}
+
+/// The nodes that the frame needs.
+template <typename Scalar>
+std::vector<NodeBlock> node_blocks_of(const Plan<Scalar>& plan) {
+  constexpr int64_t kUnits = kUnitsAtOnce<Scalar>;
+  const Geometry<Scalar>& frame = plan.frame;
+  const int64_t per_net = (plan.node_units + kUnits - 1) / kUnits;
+  std::vector<bool> used(static_cast<size_t>(plan.num_types * plan.num_types * per_net));
+  for (int64_t center = 0; center < plan.num_types; ++center) {
+    mark_columns(frame, frame.first_atom[center], frame.first_atom[center + 1], [&](int64_t column) {
+      const int64_t pair = center * plan.num_types + column / frame.num_nodes, node = column % frame.num_nodes;
+      used[static_cast<size_t>(pair * per_net + node / (kUnits * plan.kW))] = true;
+    });
+  }
+  std::vector<NodeBlock> blocks;
+  for (int64_t i = 0; i < static_cast<int64_t>(used.size()); ++i) {
+    const int64_t unit = i % per_net * kUnits;
+    if (used[static_cast<size_t>(i)]) blocks.push_back({i / per_net, unit, std::min(kUnits, plan.node_units - unit)});
+  }
+  return blocks;
+}
 
 /// Some units of atoms of one element.
 struct AtomBlock {
@@ -208,10 +216,10 @@ struct Desk {
     size = arena.used;
   }
 
-  /// The sums of a pass start at zero, those of the nodes where the frame needs them.
-  void clear(const Plan<Scalar>& plan) const {
+  /// The sums of a pass start at zero, those of the nodes in these blocks.
+  void clear(const Plan<Scalar>& plan, const std::vector<NodeBlock>& blocks) const {
     constexpr int64_t kW = kWidth<Scalar>;
-    for (const NodeBlock& block : plan.node_blocks) {
+    for (const NodeBlock& block : blocks) {
       std::fill_n(node_values_bar + plan.row(block) * plan.pitch, block.units * kW * plan.pitch, Scalar{});
     }
     std::fill_n(embedding_bar, nets_size, Scalar{});
@@ -230,19 +238,13 @@ struct Run {
   int64_t begin, end;
 };
 
-/// The columns that are not zero for all atoms of a block: those of their stencils, and the first node of each net, for
-/// the empty slots.
+/// The columns that are not zero for all atoms of a block.
 template <typename Scalar>
 std::vector<Run> runs_of(const Plan<Scalar>& plan, const AtomBlock& block) {
   const Geometry<Scalar>& frame = plan.frame;
   std::vector<bool> used(static_cast<size_t>(plan.num_columns / kNodesAtOnce));
-  const auto mark = [&](int64_t column) { used[static_cast<size_t>(column / kNodesAtOnce)] = true; };
-  for (int64_t t = 0; t < plan.num_types; ++t) mark(t * frame.num_nodes);
-  for (int64_t e = frame.first_edge[block.atom]; e < frame.first_edge[block.atom + block.atoms]; ++e) {
-    const auto place = static_cast<int64_t>(frame.edges[e].place);
-    mark(place);
-    mark(place + kStencil - 1);
-  }
+  mark_columns(frame, block.atom, block.atom + block.atoms,
+               [&](int64_t column) { used[static_cast<size_t>(column / kNodesAtOnce)] = true; });
   std::vector<Run> runs;
   for (int64_t column = 0; column < plan.num_columns; column += kNodesAtOnce) {
     if (!used[static_cast<size_t>(column / kNodesAtOnce)]) continue;

@@ -39,15 +39,19 @@ class Frames:
 
     def batches(self, seed: int) -> Batches:
         """Batches without end. Raises InputError for probabilities that do not fit the systems."""
-        systems, parts = zip(*self.every.parts(), strict=True)
-        sizes = batch_sizes(self.data, systems)
-        return Batches(parts, sizes, seed, probabilities(self.data, systems, num_batches(parts, sizes)))
+        _, parts, sizes, chances = self._drawn()
+        return Batches(parts, sizes, seed, chances)
 
     def never_drawn(self) -> list[str]:
         """The names of the systems whose probability is 0."""
-        systems, parts = zip(*self.every.parts(), strict=True)
-        chances = probabilities(self.data, systems, num_batches(parts, batch_sizes(self.data, systems)))
+        systems, _, _, chances = self._drawn()
         return [system.name for system, chance in zip(systems, chances or (), strict=bool(chances)) if not chance]
+
+    def _drawn(self) -> tuple[Sequence[System], Sequence[FrameList], list[int], list[float] | None]:
+        """The systems, and of each its frames, how many make a batch, and how likely it is."""
+        systems, parts = zip(*self.every.parts(), strict=True)
+        sizes = batch_sizes(self.data, systems)
+        return systems, parts, sizes, probabilities(self.data, systems, num_batches(parts, sizes))
 
 
 def load_frames(

@@ -95,7 +95,7 @@ class KalmanSteps:
                 "or begin a new run with the model and P of the checkpoint (--init-model)."
             ) from error
         now = self.optimizer.filter.covariance.scalars().forgetting
-        self._say(f"λ goes on from {now:.6g}, as the checkpoint has it; memory_factor is only where it begins.")
+        self._say(f"λ continues from the checkpoint's {now:.6g}; memory_factor only sets the first value of a new run.")
         for name, (kept, asked) in self.optimizer.filter.differing_constants().items():
             self._say(f"{name} stays {kept:g}, as the checkpoint has it; the input file asks for {asked:g}.")
         self.updater.load_state_dict(saved["updater"])

@@ -281,7 +281,7 @@ def add_elements(model: DeepPotential, frames: Sequence[Frame], config: Config, 
             model.descriptor.davg[new] = 0
         say(f"New elements: {', '.join(model.type_map[element] for element in new)}.")
     unfitted = [element for element in found.elements if element in new or not model.energy_bias[element]]
-    if unfitted:  # those without an energy are of frames that had forces alone
+    if unfitted:  # an energy of 0: all frames so far had forces alone
         some = frames.spread(MOST_FITTED) if isinstance(frames, FrameList) else frames
         model.fit_energy_bias(some, with_network=True, elements=unfitted)
 
@@ -410,7 +410,7 @@ def saved_when_it_ends(
     try:
         yield
     except (RlekfError, OSError) as error:  # OSError: whoever read what we print has gone
-        if processes.size == 1 or isinstance(error, StoppedError):  # of others the other processes do not know
+        if processes.size == 1 or isinstance(error, StoppedError):  # other processes know only of these
             with suppress(RlekfError, OSError):  # the error to show is the first one
                 save()
                 say(f"wrote {checkpoint_file}; --restart continues from it.")
