@@ -76,9 +76,9 @@ SYSTEMS = {**STUDY["system"], **STUDY["beyond"]}
 
 
 def folder(data: Path, name: str) -> Path:
-    """A data set below `data`; NaCl is also in the project."""
-    own = ROOT / "examples/nacl/gpaw_pbe_8"
-    return own if name == "NaCl/gpaw_pbe_8" and not (data / name).is_dir() else data / name
+    """A data set of the project's own, or one below `data`."""
+    own = ROOT / "examples" / name.lower()
+    return own if own.is_dir() else data / name
 
 
 def available(name: str, data: Path) -> bool:

@@ -364,21 +364,31 @@ def test_extxyz_of_two_formulas_and_without_a_cell(tmp_path):
 @pytest.mark.parametrize("pbc", ["T T F", "F F T"])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("form", ["extxyz", "ase/traj"])
-def test_frames_periodic_along_some_directions_are_refused(tmp_path, form, labelled, pbc):
+def test_slabs_and_wires_get_a_cell_without_images(tmp_path, form, labelled, pbc):
     pytest.importorskip("dpdata", reason="dpdata is not installed")
     pytest.importorskip("ase", reason="ASE is not installed")
     import ase.io
     from ase.calculators.singlepoint import SinglePointCalculator
 
-    slabs = []
-    for flags in (True, [flag == "T" for flag in pbc.split()]):
-        slabs.append(ase.Atoms("NaCl", [[0, 0, 0], [2.5, 0, 0]], cell=[5, 5, 9], pbc=flags))
+    periodic, file = np.array([flag == "T" for flag in pbc.split()]), tmp_path / "slabs"
+
+    def read(cell):
+        slabs = [ase.Atoms("NaCl", [[0, 0, 0], [2.5, 0, 3]], cell=cell, pbc=flags) for flags in (True, periodic)]
         if labelled:
-            slabs[-1].calc = SinglePointCalculator(slabs[-1], energy=-1.0, forces=np.zeros((2, 3)))
-    file = tmp_path / "slabs"
-    ase.io.write(file, slabs, format="extxyz" if form == "extxyz" else "traj")
-    with pytest.raises(DataError, match=r"slabs, frame 1: it is periodic along some directions only, .* pbc T T T\.$"):
-        load_systems(f"{form}:{file}", TYPE_MAP, labelled=labelled)
+            for slab in slabs:
+                slab.calc = SinglePointCalculator(slab, energy=-1.0, forces=np.zeros((2, 3)))
+        ase.io.write(file, slabs, format="extxyz" if form == "extxyz" else "traj")
+        return load_systems(f"{form}:{file}", TYPE_MAP, labelled=labelled)
+
+    (system,) = read([5, 5, 9])
+    bulk, slab = system.boxes
+    assert bulk.tolist() == np.diag([5.0, 5, 9]).tolist()
+    assert slab[periodic].tolist() == bulk[periodic].tolist()
+    assert np.linalg.norm(slab[~periodic], axis=1).min() >= 50
+    np.testing.assert_allclose(slab @ slab.T, np.diag(np.diag(slab @ slab.T)), atol=1e-12)
+    assert np.ptp(system.coordinates[1] @ np.linalg.inv(slab), axis=0)[~periodic].max() < 0.1
+    with pytest.raises(DataError, match="periodic along a cell vector of length 0"):
+        read(np.where(periodic, 0, [5, 5, 9]))
 
 
 def flaw(label, index, value):

@@ -10,13 +10,12 @@ import ase.calculators.calculator as ase_calculator
 import numpy as np
 import torch
 from ase import Atoms
-from ase.geometry import complete_cell
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from rlekf_ext.errors import DataError, InputError, OptionError
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
 from rlekf_ext.potential.model import DeepPotential
-from rlekf_ext.potential.neighbors import make_frame
+from rlekf_ext.potential.neighbors import make_frame, thick_box
 from rlekf_ext.potential.uncertainty import deviations, filter_of, jacobian_of
 
 
@@ -74,7 +73,7 @@ class Calculator(ase_calculator.Calculator):
         rcut = model.architecture.descriptor.rcut
         frame = make_frame(
             structure.positions,
-            _box(structure, rcut),
+            thick_box(structure.cell.array, structure.pbc, structure.positions, 2 * rcut),
             self._types(structure),
             rcut,
             len(model.type_map),
@@ -103,18 +102,3 @@ class Calculator(ase_calculator.Calculator):
         if unknown := sorted(set(symbols) - set(known)):
             raise DataError(f"The model knows the elements {', '.join(known)}, but the atoms are also {unknown}.")
         return [known[symbol] for symbol in symbols]
-
-
-def _box(atoms: Atoms, rcut: float) -> np.ndarray | None:
-    """The cell, thick enough along directions that are not periodic that no atom sees an image; None for a molecule."""
-    if not atoms.pbc.any():
-        return None
-    if not atoms.cell.lengths()[atoms.pbc].all():
-        raise DataError(f"The atoms are periodic along a cell vector of length 0: {atoms.cell}; set the cell or pbc.")
-    if atoms.pbc.all():
-        return atoms.cell.array
-    # A zero vector is completed by one of length 1 Å across the others.
-    cell = complete_cell(np.where(atoms.pbc[:, None], atoms.cell.array, 0.0))
-    for k in np.flatnonzero(~atoms.pbc):
-        cell[k] *= np.ptp(atoms.positions @ cell[k]) + 2 * rcut
-    return cell

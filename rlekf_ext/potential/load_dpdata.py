@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlekf_ext.errors import DataError
+from rlekf_ext.potential.neighbors import thick_box
 
 XYZ = ("extxyz", "quip/gap/xyz", "quip/gap/xyz_file", "mace/xyz", "nequip/xyz", "gpumd/xyz")
 # Formats whose files may hold several formulas, and what reads them frame by frame. A LabeledSystem of these would have
@@ -22,7 +23,11 @@ SEVERAL: dict[str, tuple[str, dict[str, Any]]] = {
     "ase/structure": ("ase/structure", {}),
 }
 FILES = (*XYZ, "vasp/outcar", "outcar", "vasp/xml", "xml", "pwmat/movement", "movement", "cp2k/output")
+VACUUM = 50.0  # Å, more than any cutoff: along directions in which a frame is not periodic
 KEYS = {"coord": "coords", "energy": "energies", "force": "forces", "box": "cells", "virial": "virials"}
+
+
+Flags = Sequence[Any]  # whether a frame is periodic along each cell vector, or nothing
 
 
 def read_dpdata(path: Path, form: str | None, unlabelled: list[str] | None = None) -> list[dict[str, Any]]:
@@ -46,18 +51,17 @@ def read_dpdata(path: Path, form: str | None, unlabelled: list[str] | None = Non
         raise DataError(f'{path}: dpdata has no format "{form}"; {hint}')
     if path.is_dir() and form in FILES:
         raise DataError(f"{path} is a folder, but {form} is read from a file: give the files in it.")
-    if form in XYZ:
-        _check_lines(path)
+    periodic = _periodic_directions(path) if form in XYZ else []
     with warnings.catch_warnings(record=True) as said:
-        found = _read(path, form, unlabelled)
+        found = _read(path, form, unlabelled, periodic)
     for warning in said:
         warnings.warn(f"{path}: {warning.message}", stacklevel=2)
     return found
 
 
-def _read(path: Path, form: str, unlabelled: list[str] | None) -> list[dict[str, Any]]:
+def _read(path: Path, form: str, unlabelled: list[str] | None, periodic: list[Flags]) -> list[dict[str, Any]]:
     try:
-        return _read_labelled(path, form)
+        return _read_labelled(path, form, periodic)
     except DataError as error:
         if unlabelled is None:
             raise
@@ -71,24 +75,24 @@ def _read(path: Path, form: str, unlabelled: list[str] | None) -> list[dict[str,
             raise _unreadable(path, form, without) from without
 
 
-def _read_labelled(path: Path, form: str) -> list[dict[str, Any]]:
+def _read_labelled(path: Path, form: str, periodic: list[Flags]) -> list[dict[str, Any]]:
     import dpdata
     from dpdata.format import Format
 
-    place, found = str(path), []
+    place, found = str(path), list[dict[str, Any]]()
     try:
         if form in SEVERAL:
             name, options = SEVERAL[form]
             reader = Format.get_formats()[name]()
             place = f"{path}, frame 0"
             for frame in reader.from_multi_systems(str(path), **options):
-                _check_periodic(place, getattr(frame, "pbc", ()))
-                found.append(_renamed(reader.from_labeled_system(frame), several=True))
+                flags = frame.pbc if hasattr(frame, "pbc") else periodic[len(found)]
+                found.append(_renamed(reader.from_labeled_system(frame), several=True, periodic=flags))
                 place = f"{path}, frame {len(found)}"
         else:
             found.append(_renamed(dpdata.LabeledSystem(str(path), fmt=form).data, several=False))
-    except DataError:
-        raise
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
     except Exception as error:  # its parsers raise whatever they stumble over
         raise _unreadable(place, form, error) from error
     return found
@@ -109,27 +113,17 @@ def _read_structures(path: Path, form: str, type_map: list[str]) -> list[dict[st
         return [_renamed(dpdata.System(str(path), fmt=form, type_map=type_map).data, several=False)]
     reader = Format.get_formats()["ase/structure"]()
     atoms = reader.from_multi_systems(str(path), **({"ase_fmt": "extxyz"} if form in XYZ else SEVERAL[form][1]))
-    found = []
-    for i, frame in enumerate(atoms):
-        _check_periodic(f"{path}, frame {i}", frame.pbc)
-        found.append(_renamed(reader.from_system(frame), several=True))
-    return found
+    return [_renamed(reader.from_system(frame), several=True, periodic=frame.pbc) for frame in atoms]
 
 
-def _check_periodic(place: str, flags: Iterable[Any]) -> None:
-    if 0 < sum(map(bool, flags)) < 3:
-        raise DataError(
-            f"{place}: it is periodic along some directions only, which frames for training cannot be: give it a cell "
-            "with more vacuum than the cutoff along the others, and pbc T T T."
-        )
+def _periodic_directions(path: Path) -> list[Flags]:
+    """Of each frame of an extended xyz file, as for dpdata one that is periodic in one or two directions is so in all.
 
-
-def _check_lines(path: Path) -> None:
-    """dpdata takes as many lines as an xyz file announces, also past its end: memory without bound. And a frame that is
-    periodic in one or two directions is periodic in all for it."""
+    Raises DataError if the file ends too early: dpdata would take as many lines as it announces, memory without bound.
+    """
     with open(path, errors="replace") as file:
         lines = file.readlines()
-    at = number = 0
+    at, found = 0, list[Flags]()
     while at < len(lines):
         count = re.match(r"\s*(\d+)", lines[at])
         if count and int(count[1]) > len(lines) - at - 2:
@@ -137,16 +131,18 @@ def _check_lines(path: Path) -> None:
                 f"{path}: line {at + 1} announces {count[1]} atoms but the file ends after {len(lines)} lines."
             )
         if count:
-            if periodic := re.search(r'\bpbc="?\s*([TF10])\w*\s+([TF10])\w*\s+([TF10])', lines[at + 1], re.IGNORECASE):
-                _check_periodic(f"{path}, frame {number}", (flag in "Tt1" for flag in periodic.groups()))
-            number += 1
+            pbc = re.search(r'\bpbc="?\s*([TF10])\w*\s+([TF10])\w*\s+([TF10])', lines[at + 1], re.IGNORECASE)
+            found.append([flag in "Tt1" for flag in pbc.groups()] if pbc else ())
         at += int(count[1]) + 2 if count else 1
+    return found
 
 
-def _renamed(data: dict[str, Any], several: bool) -> dict[str, Any]:
+def _renamed(data: dict[str, Any], several: bool, periodic: Flags = ()) -> dict[str, Any]:
     arrays = {label: np.asarray(data[key], dtype=np.float64) for label, key in KEYS.items() if key in data}
     if data.get("nopbc", False):
         arrays.pop("box", None)
+    if 0 < sum(periodic) < 3:
+        arrays["box"] = np.array([thick_box(arrays["box"][0], periodic, arrays["coord"][0], VACUUM)])
     if "force" in arrays and arrays["force"].shape == (1,) and np.isnan(arrays["force"][0]):
         del arrays["force"]  # dpdata's value for an extended xyz frame without forces
     types = np.asarray(data["atom_types"], dtype=np.int64)

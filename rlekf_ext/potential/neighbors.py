@@ -137,6 +137,24 @@ def shortest_distance(coordinates: np.ndarray, box: np.ndarray | None) -> str:
     return "more than 32 Å"
 
 
+def thick_box(
+    box: npt.ArrayLike, periodic: npt.ArrayLike, coordinates: npt.ArrayLike, vacuum: float
+) -> np.ndarray | None:
+    """A cell (3, 3) that is periodic everywhere, for n atoms that are `periodic` (3,) along some of its vectors only:
+    the others are replaced by vectors across them, longer than the atoms' extent by `vacuum`. Without any, None.
+
+    Lengths in Å, coordinates (n, 3). Raises DataError for a periodic cell vector of length 0.
+    """
+    cell, kept = np.array(box, dtype=np.float64), np.asarray(periodic, dtype=bool)
+    if not np.linalg.norm(cell[kept], axis=1).all():
+        raise DataError(f"Atoms are periodic along a cell vector of length 0: {cell.tolist()}; set the cell or pbc.")
+    if not kept.any():
+        return None
+    across = np.linalg.svd(cell[kept])[2][kept.sum() :]
+    cell[~kept] = across * (np.ptp(np.asarray(coordinates) @ across.T, axis=0) + vacuum)[:, None]
+    return cell
+
+
 def collate(frames: Sequence[Frame]) -> Frame:
     """Put several frames side by side into one, with slots for the most neighbours of each element.
 
