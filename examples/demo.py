@@ -43,7 +43,7 @@ def with_steps(config: Config, steps: int) -> Config:
 def main() -> None:
     torch.set_num_threads(1)  # cells of 8 atoms leave nothing for a second one, which would only wait
     kalman, adam = (read_input(EXAMPLE / name) for name in ("rlekf.json", "adam.json"))
-    print("RLEKF, six epochs", flush=True)
+    print(f"RLEKF, {kalman.training.num_epochs:g} epochs", flush=True)
     summaries = {"RLEKF": run(kalman, "rlekf")}
 
     # Adam's learning rate must fall to its end within the time that RLEKF took, so its speed is measured first. A

@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prior": "layers",
         "measurement_noise": 1.0,  # H and ε are in units of the mean error
         "group_size": None,
+        "num_groups": 1,
         "order": ("force", "energy"),
         "energy_scale": 3.0,
         "adaptive_scale": True,

@@ -120,8 +120,8 @@ def test_trains(dp):
     before = error()
     trainer.run()
     assert error() < 0.5 * before
-    # robust: four groups, energies after each, two frames
-    assert trainer.optimizer.health()["num_updates"] == 25 * 8 * 2
+    # robust: forces, then energies, of two frames
+    assert trainer.optimizer.health()["num_updates"] == 25 * 2 * 2
     assert [tuple(t.shape) for t in trainer.shown] == [(2, 1), (2, 30, 3)]
 
 
@@ -267,11 +267,12 @@ def test_restart_from_lkf(dp, tmp_path):
 @pytest.mark.parametrize(
     ("given", "changed", "kinds"),
     [
-        ({}, {}, ["force", "energy"] * 4),
-        ({}, {"find_energy": 0.0}, ["force"] * 4),
+        ({}, {}, ["force", "energy"]),
+        ({}, {"num_groups": 4}, ["force", "energy"] * 4),
+        ({}, {"num_groups": 4, "find_energy": 0.0}, ["force"] * 4),
         ({}, {"find_force": 0.0}, ["energy"]),
-        ({"virial": True}, {}, ["force", "virial", "energy"] * 4),
-        ({"virial": True}, {"order": ["energy", "force"]}, ["energy", "force"] * 4),
+        ({"virial": True}, {"num_groups": 4}, ["force", "virial", "energy"] * 4),
+        ({"virial": True}, {"num_groups": 4, "order": ["energy", "force"]}, ["energy", "force"] * 4),
         ({"virial": True}, {"preset": "paper"}, ["virial", "energy"] + ["force"] * 4),
     ],
 )
@@ -285,9 +286,9 @@ def test_updates_follow_the_labels(dp, monkeypatch, given, changed, kinds):
 
 def test_jointly_each_structure_is_a_measurement(dp, monkeypatch):
     dp.load()
-    kinds = [kind for kind in ["force", "energy"] * 4 for _ in range(3)]
-    assert updates_of(dp, monkeypatch, {}, batches(1, 3)) == kinds
-    assert updates_of(dp, monkeypatch, {"batch": "mean"}, batches(1, 3)) == ["force", "energy"] * 4
+    kinds = [kind for kind in ["force", "energy"] * 2 for _ in range(3)]
+    assert updates_of(dp, monkeypatch, {"num_groups": 2}, batches(1, 3)) == kinds
+    assert updates_of(dp, monkeypatch, {"num_groups": 2, "batch": "mean"}, batches(1, 3)) == ["force", "energy"] * 2
 
 
 def updates_of(dp, monkeypatch, options, data):
@@ -310,7 +311,7 @@ def test_nan_labels_are_skipped_and_then_stop(dp, caplog):
     dp.load()
     data = batches(1, 1)
     data[0][1]["force"][:] = float("nan")
-    trainer = dp.trainer({"type": "RLEKF", "max_skipped": 6, "order": ["force"]}, data, steps=5)
+    trainer = dp.trainer({"type": "RLEKF", "max_skipped": 6, "num_groups": 4, "order": ["force"]}, data, steps=5)
     before = weights(trainer).clone()
     with caplog.at_level(logging.WARNING), pytest.raises(Exception, match="max_skipped"):
         trainer.run()

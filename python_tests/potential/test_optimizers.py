@@ -132,7 +132,7 @@ def test_lkf_defaults_are_deepmd_kits(model):
 
 def test_rlekf_is_robust_unless_told_otherwise(model):
     frame = labelled(model, 0)
-    assert built(config_of({"type": "RLEKF"}), model, [frame])([frame], 0) == 8
+    assert built(config_of({"type": "RLEKF"}), model, [frame])([frame], 0) == 2
     paper = config_of({"type": "RLEKF", "preset": "paper"})
     assert built(paper, model, [frame])([frame], 0) == 3  # 12 atoms are two groups of 6
     changed = config_of({"type": "RLEKF", "preset": "paper", "group_size": None, "order": ["force", "energy"]})

@@ -28,7 +28,7 @@ from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.uncertainty import DRAWS, deviations, filter_of, jacobian_of
 from rlekf_ext.updates import LEAST_ERROR
 
-EPOCHS = 10  # how often training, with the preset robust, would measure a frame
+EPOCHS = 10  # how often training with four force groups would measure a frame
 FILES = {"coordinates": "coord", "boxes": "box", "energies": "energy", "forces": "force", "virials": "virial"}
 
 
@@ -162,8 +162,8 @@ def select(
 def as_measured(jacobian: Tensor, scales: Sequence[float], num_atoms: int, epochs: float) -> Tensor:
     """The rows of `jacobian_of`, scaled so that they tell P as much as a frame does in this many epochs of training.
 
-    In an epoch that is four updates of energies and four of forces of a quarter of the atoms, Σ ± F_i / (3n/4): in all
-    16/(3n) times the mean variance of a component.
+    In an epoch with `num_groups` = 4 that is four updates of energies and four of forces of a quarter of the atoms,
+    Σ ± F_i / (3n/4): in all 16/(3n) times the mean variance of a component.
     """
     rows = jacobian.clone()
     rows[0] *= scales[0] * math.sqrt(4 * epochs)
