@@ -349,7 +349,7 @@ def table_against_exact(study: Study) -> str:
 
 FRAMES = {
     "a frame, paper's settings": "paper's settings: a frame, N_b = 1024",
-    "a frame, default settings": "RLEKF: a frame, N_b = 1024",
+    "a frame, four force groups": "RLEKF: a frame, N_b = 1024",
     "an iteration of Adam": "Adam: an iteration",
 }
 
@@ -379,15 +379,15 @@ def on_the_table(_: Study) -> str:
             for part in ("neighbour list", "environment", "filter, N_b = 1024"):
                 rows.append([part, *(short(time(case, threads, True, part)) for case in cases)])
             outside = [
-                time(case, threads, True, f"{FRAMES['a frame, default settings']}, outside of ops") for case in cases
+                time(case, threads, True, f"{FRAMES['a frame, four force groups']}, outside of ops") for case in cases
             ]
         joint = [time(case, threads, True, "RLEKF: four frames, jointly, N_b = 1024") / 4 for case in cases]
         if not all(map(math.isnan, joint)):
-            rows.append([f"a frame, default settings, four jointly{suffix}", *map(short, joint)])
+            rows.append([f"a frame, four force groups, four jointly{suffix}", *map(short, joint)])
         for name, part in FRAMES.items():
             pairs = ([time(case, threads, now, part) for now in (False, True)] for case in cases)
             rows.append([name + suffix, *(" : ".join(map(short, pair)) for pair in pairs)])
-            if threads == "1" and name == "a frame, default settings":
+            if threads == "1" and name == "a frame, four force groups":
                 rows.append(["of it outside of the kernels", *map(short, outside)])
     return table(["ms, before : now", *cases], rows)
 
@@ -451,7 +451,7 @@ def instruction_sets(_: Study) -> str:
         "a force update: network": "on the table: force: forward and gradient",
         "an iteration of Adam": "on the table: Adam: an iteration",
         "filter, N_b = 1024, one measurement": "filter, N_b = 1024",
-        "a frame, default settings, four jointly": "on the table: RLEKF: four frames, jointly, N_b = 1024",
+        "a frame, four force groups, four jointly": "on the table: RLEKF: four frames, jointly, N_b = 1024",
     }
     rows = [
         [label, *(short(found[part][width] / (4 if part.endswith("jointly, N_b = 1024") else 1)) for width in widths)]

@@ -31,7 +31,7 @@ from rlekf_ext.processes import Processes
 EMA_DECAY = 0.95
 EARLY_DECAY = Options.forgetting_rate  # per update: as fast as 1 - λ falls in the paper
 UPDATES_PER_GUARD = 250  # a check costs ten reads of P; in trials it warned of float32 500 updates or more in advance
-BATCHES_PER_BALANCE = 8  # the variances of a batch's kinds of update cost up to two reads of P
+BATCHES_PER_BALANCE = 16  # the variances of a batch's kinds of update cost up to two reads of P
 PRIOR_FRAMES = 16  # the most frames whose energy gradients decide how P starts
 LEARNED = 0.05  # Å: energies are learned once their mean error is at most this times that of forces
 LEAST_VARIANCE = 1e-12  # in units of the squared mean error

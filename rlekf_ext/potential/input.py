@@ -478,7 +478,7 @@ The least that trains ([another example](../examples/nacl/rlekf.json)):
 ```json
 {
   "model": {"type_map": ["O", "H"]},
-  "training": {"training_data": {"systems": "data"}, "num_epochs": 6}
+  "training": {"training_data": {"systems": "data"}, "num_epochs": 24}
 }
 ```
 

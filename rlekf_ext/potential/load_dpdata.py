@@ -79,14 +79,14 @@ def _read_labelled(path: Path, form: str, periodic: list[Flags]) -> list[dict[st
     import dpdata
     from dpdata.format import Format
 
-    place, found = str(path), list[dict[str, Any]]()
+    place, found, directions = str(path), list[dict[str, Any]](), iter(periodic)
     try:
         if form in SEVERAL:
             name, options = SEVERAL[form]
             reader = Format.get_formats()[name]()
             place = f"{path}, frame 0"
             for frame in reader.from_multi_systems(str(path), **options):
-                flags = frame.pbc if hasattr(frame, "pbc") else periodic[len(found)]
+                flags = frame.pbc if hasattr(frame, "pbc") else next(directions, ())
                 found.append(_renamed(reader.from_labeled_system(frame), several=True, periodic=flags))
                 place = f"{path}, frame {len(found)}"
         else:
