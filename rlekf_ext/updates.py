@@ -98,6 +98,7 @@ class FrameUpdater:
         # changes from frame to frame: the mean over a few frames cancels it.
         averaged = isinstance(model, nn.Module) and self.options.average_frames != 1
         self._average = AveragedModel(model) if averaged else None  # type: ignore[arg-type]
+        self._averaged: list[list[Tensor]] = []  # the weights of the mean, and those of the model
         if self.options.average_frames != 1 and not averaged:
             raise OptionError(
                 "average_frames must be 1 for a model that is not an nn.Module; average its weights outside."
@@ -177,7 +178,7 @@ class FrameUpdater:
             found = self._updates(parts, whole, unseen, factors or {}, self.optimizer.update)
         done = [(kind, one) for kind, errors in found[0] for one in errors.unbind()]
         if self._average:
-            _into_mean(self._average, self.model, 1 / self.options.average_frames)
+            self._into_mean(self._average)
         self._look_after(len(done))
         return done
 
@@ -248,6 +249,20 @@ class FrameUpdater:
         for jacobian in used:
             self.optimizer.filter.note(jacobian)
         return [(kind, error.clone()) for kind, error in done], used
+
+    @torch.no_grad()
+    def _into_mean(self, average: AveragedModel) -> None:
+        """An exponential mean of the weights, and the buffers as they are. AveragedModel's own waits for a GPU."""
+        model: Any = self.model
+        if not self._averaged:  # listed once: that takes as long as a small cell
+            self._averaged = [list(some.parameters()) for some in (average.module, model)]
+        means, now = self._averaged
+        if average.n_averaged:
+            torch._foreach_lerp_(means, now, 1 / self.options.average_frames)
+        else:
+            torch._foreach_copy_(means, now)
+        _copy_buffers(average, model)
+        average.n_averaged += 1
 
     def skipped(self) -> str:
         """How many measurements the filter has skipped, by cause; "" if none. Waits for the device."""
@@ -463,18 +478,6 @@ def schedule(order: Sequence[str], num_groups: int) -> list[str]:
                 kinds.append(kind)
         if "force" not in order or kinds.count("force") == num_groups:
             return kinds
-
-
-@torch.no_grad()
-def _into_mean(average: AveragedModel, model: Any, share: float) -> None:
-    """An exponential mean of the weights, and the buffers as they are. AveragedModel's own method waits for a GPU."""
-    means, now = ([p.detach() for p in some.parameters()] for some in (average.module, model))
-    if average.n_averaged:
-        torch._foreach_lerp_(means, now, share)
-    else:
-        torch._foreach_copy_(means, now)
-    _copy_buffers(average, model)
-    average.n_averaged += 1
 
 
 def _copy_buffers(average: AveragedModel, model: Any) -> None:

@@ -79,6 +79,7 @@ class Table:
         self.nodes = Nodes(-(-number // NODES_AT_ONCE) * NODES_AT_ONCE, last)
         self.num_kept = KEPT
         self._kept: list[TabulatedFrame] = []
+        self._weights: tuple[DeepPotential, list[Tensor]] | None = None
         self.most_edges: dict[tuple[int, ...], int] = {}  # that a GPU has met, by the numbers of atoms of the elements
 
     @property
@@ -92,7 +93,7 @@ class Table:
         return cls(float(last), int(number))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": []}  # a copy of the model tabulates its frames again
+        return {**self.__dict__, "_kept": [], "_weights": None}  # a copy of the model tabulates its frames again
 
     def error(self, model: DeepPotential, frames: Iterable[Frame]) -> float:
         """The largest relative difference (RMS) from the exact network over the frames: of forces, and of the
@@ -111,6 +112,12 @@ class Table:
         """Half as many nodes again: the error falls by 1.5^8 = 26."""
         number = -(-3 * self.nodes.number // (2 * NODES_AT_ONCE)) * NODES_AT_ONCE
         self.nodes = Nodes(number, self.nodes.last)
+
+    def weights_of(self, model: DeepPotential) -> list[Tensor]:
+        """Its parameters, listed once: that takes as long as a small cell."""
+        if self._weights is None or self._weights[0] is not model:
+            self._weights = model, list(model.parameters())
+        return self._weights[1]
 
     def with_frame(self, model: DeepPotential, frame: Frame) -> TabulatedFrame:
         """The frame on the table; kept for the latest few. Raises DataError if it does not fit the network."""
@@ -172,7 +179,7 @@ class TabulatedFrame:
         descriptor = model.descriptor
         architecture, fitting = descriptor.architecture, model.architecture.fitting_net
         device = descriptor.davg.device
-        self._parameters = list(model.parameters())
+        self._parameters = table.weights_of(model)
         self._ops: Any = OPS
         self._geometry: Any = geometry
         kernels = has_kernels(device, max(len(architecture.neuron), len(fitting.neuron) + 1))
