@@ -84,12 +84,12 @@ def test_a_run_writes_curve_summary_and_checkpoint(tmp_path, capsys):
     assert curve["rmse_f_val"][-1] == pytest.approx(held_out.force_rmse, rel=1e-2)
     total = np.sqrt(8 * held_out.energy_rmse**2 + held_out.force_rmse**2)  # the loss in its limit
     assert curve["rmse_val"][-1] == pytest.approx(total, rel=1e-2)
-    assert curve["rmse_f_trn"][-1] != curve["rmse_f_val"][-1]
+    assert (curve["rmse_f_trn"] != curve["rmse_f_val"]).any()
 
     assert json.loads((tmp_path / "out" / "lcurve.out.json").read_text()) == summary
-    assert (summary["step"], summary["updates"], summary["interrupted"]) == (9, 9 * 8, False)
+    assert (summary["step"], summary["updates"], summary["interrupted"]) == (9, 9 * 2, False)
     assert [row["epoch"] for row in summary["epochs"]] == [1, 2, 3]
-    assert [row["updates"] for row in summary["epochs"]] == [24, 48, 72]
+    assert [row["updates"] for row in summary["epochs"]] == [6, 12, 18]
     assert summary["epochs"][-1]["energy_rmse"] == held_out.energy_rmse
     assert summary["epochs"][-1]["force_rmse"] == held_out.force_rmse
     assert 0 < summary["epochs"][0]["seconds"] < summary["seconds"]
@@ -172,7 +172,7 @@ def test_batches_of_two_frames(tmp_path):
     given["training"]["training_data"]["batch_size"] = 2
     summary = run(given)
     assert [row["epoch"] for row in summary["epochs"]] == [1, 2]  # batches of two frames and of one
-    assert summary["updates"] == (2 + 1 + 2 + 1) * 8
+    assert summary["updates"] == (2 + 1 + 2 + 1) * 2
     single = tmp_path / "single"
     run(input_of(single, numb_steps=4))
     assert not torch.equal(weights_of(tmp_path), weights_of(single))
@@ -296,7 +296,7 @@ def test_interrupted_and_restarted_is_the_whole_run_bit_for_bit(tmp_path, before
     "auto" turns to float64 after the sixth batch: what decides that was counted before the stop, too.
     """
     monkeypatch.setattr("rlekf_ext.filter.FLOAT32_CONDITION", 1.5)
-    monkeypatch.setattr("rlekf_ext.updates.UPDATES_PER_GUARD", 45)
+    monkeypatch.setattr("rlekf_ext.updates.UPDATES_PER_GUARD", 11)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(input_of(whole, **RUNS[name]))
     given = input_of(parts, **RUNS[name])
