@@ -99,7 +99,7 @@ def learned(dp, column):
 @pytest.mark.parametrize(("trainer", "network"), [("pt", "auto"), ("pt", "dp"), ("pt-expt", "auto")])
 def test_trains_and_restarts(dp, trainer, network):
     """Water, which leaves its first plateau after about fifty batches."""
-    asked = {"type": "RLEKF", "block_size": 1024, "force_scale": 3, "network": network}
+    asked = {"type": "RLEKF", "block_size": 1024, "num_groups": 4, "force_scale": 3, "network": network}
     text = dp(asked, steps=220, neuron=[8, 16], trainer=trainer)
     assert ("a network of its own on dp's weights" in text) == (network == "auto")
     errors = learned(dp, "rmse_f_trn")
@@ -132,10 +132,10 @@ def test_begins_with_an_earlier_model_and_its_p(dp, tmp_path, trainer, earlier):
     assert ("P is that of the earlier run times 2" in text) == (earlier != "Adam")
     assert ("the initial model has no P" in text) == (earlier == "Adam")
     state = checkpoint(dp, 1)["optimizer"]["state"][0]["state"]
-    updates = {"RLEKF": 4 * 8, "LKF": 3 * 5, "Adam": 8}[earlier] + (8 if earlier == "LKF" else 0)
+    updates = {"RLEKF": 4 * 2, "LKF": 3 * 5, "Adam": 2}[earlier] + (2 if earlier == "LKF" else 0)
     start = {"RLEKF": 0.002, "LKF": 0.02, "Adam": 0.002}[earlier]
     assert float(state[STATE["forgetting"]]) == pytest.approx(start * 0.9987**updates, rel=1e-6)
-    assert int(state[STATE["num_updates"]]) == 8
+    assert int(state[STATE["num_updates"]]) == 2
 
 
 @pytest.mark.parametrize(("trainer", "batch"), [("pt", "joint"), ("pt-expt", "mean")])
