@@ -43,7 +43,7 @@ def label(atoms, file):
     return str(file)
 
 
-def learn(folder, data, earlier=None, steps=120):
+def learn(folder, data, earlier=None, steps=480):
     """Train on all data; with an earlier model, three of four batches are of the latest frames."""
     systems = {"systems": data, "batch_size": 4}
     if earlier:
@@ -80,7 +80,7 @@ def look(model, atoms):
     return np.sqrt(np.mean(np.square(errors))), max(deviations)
 
 
-def main(folder, rounds=ROUNDS, steps=120):
+def main(folder, rounds=ROUNDS, steps=480):
     folder.mkdir(parents=True, exist_ok=True)
     known = [bulk("Cu", cubic=True) * (2, 2, 2) for _ in range(FRAMES)]
     for seed, atoms in enumerate(known):
