@@ -62,7 +62,7 @@ class Method(NamedTuple):
     share: float = 0.0  # of batches of old frames
 
 
-RLEKF, ADAM = {"type": "RLEKF", "num_groups": 4, "block_size": 1024}, {"type": "Adam"}  # the default had four groups
+RLEKF, ADAM = {"type": "RLEKF", "num_groups": 4, "block_size": 1024}, {"type": "Adam"}  # as in the first rows
 INFLATE, FRESH = ({**RLEKF, "covariance": how} for how in ("inflate", "fresh"))
 METHODS = {
     "RLEKF from scratch": Method(RLEKF, EPOCHS, scratch=True),

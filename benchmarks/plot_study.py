@@ -232,7 +232,7 @@ def long_runs(network: str, frames: int, ours: Sequence[tuple[str, int]], adams:
         rates = [m for m in STUDY["method"] if m.startswith("Adam") and study.curves(system, m, network)]
         if not rates:
             continue
-        adam = min(rates, key=lambda m: math.prod(study.error(system, m, f"validation_{k}", network) for k in KINDS))
+        adam = min(rates, key=lambda m: math.prod(study.error(system, m, column, network) for column in VALIDATION))
         runs = [*ours, (adam, math.inf)]
         found = [[study.error(system, m, f"test_{kind}", network, epoch) for kind in KINDS] for m, epoch in runs]
         seconds = [study.error(system, m, "cpu_seconds", network, epoch) for m, epoch in (ours[0], runs[-1])]
@@ -249,7 +249,7 @@ def relative_to(base: str, study: Study, labels: Sequence[str], systems: Sequenc
     """Validation errors at epoch 4, and relative to those of `base`."""
 
     def errors(system: str, label: str) -> list[float]:
-        return [study.error(system, label, f"validation_{kind}", network, epoch=4) for kind in KINDS]
+        return [study.error(system, label, column, network, epoch=4) for column in VALIDATION]
 
     rows = relative([base, *labels], systems, errors)
     rows[0][0] = "default"

@@ -254,7 +254,7 @@ class FrameUpdater:
     def _into_mean(self, average: AveragedModel) -> None:
         """An exponential mean of the weights, and the buffers as they are. AveragedModel's own waits for a GPU."""
         model: Any = self.model
-        if not self._averaged:  # listed once: that takes as long as a small cell
+        if not self._averaged:  # listed once, as in Table.weights_of
             self._averaged = [list(some.parameters()) for some in (average.module, model)]
         means, now = self._averaged
         if average.n_averaged:

@@ -150,6 +150,8 @@ def thick_box(
         raise DataError(f"Atoms are periodic along a cell vector of length 0: {cell.tolist()}; set the cell or pbc.")
     if not kept.any():
         return None
+    if kept.all():
+        return cell
     across = np.linalg.svd(cell[kept])[2][kept.sum() :]
     cell[~kept] = across * (np.ptp(np.asarray(coordinates) @ across.T, axis=0) + vacuum)[:, None]
     return cell

@@ -114,7 +114,7 @@ class Table:
         self.nodes = Nodes(number, self.nodes.last)
 
     def weights_of(self, model: DeepPotential) -> list[Tensor]:
-        """Its parameters, listed once: that takes as long as a small cell."""
+        """Its parameters, listed once: for a small cell the walk through the modules takes a noticeable time."""
         if self._weights is None or self._weights[0] is not model:
             self._weights = model, list(model.parameters())
         return self._weights[1]
