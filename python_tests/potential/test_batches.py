@@ -3,6 +3,7 @@
 import copy
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,6 +62,30 @@ def test_every_frame_is_in_one_batch_an_epoch(batch_size, sizes):
     assert [numbers(next(again)) for _ in range(len(again))] == epochs[0]
 
 
+@pytest.mark.parametrize(
+    ("how", "together"),
+    [
+        ({}, {"0123"}),
+        ({"batch_size": "auto:10"}, {"012"}),  # three frames of four atoms
+        ({"sys_probs": (0.5, 0.5)}, {"01", "23"}),  # of paths
+        ({"sys_probs": (0.25, 0.25, 0.25, 0.25, 0.0)}, {"0", "1", "2", "3"}),  # of systems
+        ({"auto_prob": "prob_sys_size;0:3:0.9;3:5:0.1"}, {"012", "3"}),
+        ({"auto_prob": "prob_uniform"}, {"0", "1", "2", "3"}),
+    ],
+)
+def test_frames_of_the_same_atoms_share_batches(how, together):
+    """Also if each is a file of its own, unless they are not equally likely; those of other atoms or labels do not."""
+    systems = [system(4, i, entry=i // 2) for i in range(4)]
+    systems.append(replace(system(4, 4, entry=1), forces=np.zeros((1, 4, 3))))
+    settings = TrainingData(("a", "b"), **({"batch_size": 4} | how))
+    check_lists(settings, systems)
+    batches = Frames(FrameList(systems, 2.0, 1), settings).batches(0)
+    drawn = {"".join(sorted(str(number // 100) for number in numbers(next(batches)))) for _ in range(300)}
+    assert {batch for batch in drawn if batch != "4"} >= together
+    assert all("4" not in batch or batch == "4" for batch in drawn)
+    assert max(map(len, drawn)) == max(map(len, together))
+
+
 @pytest.mark.parametrize("how", [{}, {"auto_prob": "prob_uniform"}])
 def test_batches_go_on_from_the_middle_of_an_epoch(how):
     batches, ahead = batches_of(batch_size=1, **how), batches_of(batch_size=1, **how)
@@ -116,7 +141,7 @@ def test_lists_are_of_systems_or_of_paths():
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ({"auto_prob": "prob_sys_size;5:6:1"}, "The block 5:6:1 of auto_prob must hold a system, but there are 2"),
+        ({"auto_prob": "prob_sys_size;5:6:1"}, "The block 5:6:1 of auto_prob must hold a system, but none"),
         ({"auto_prob": "prob_sys_size;0:2:0"}, "must be above 0, but auto_prob or sys_probs makes all 0"),
         ({"sys_probs": (0.2, 0.9)}, "sum of sys_probs must be 1 but is: 1.1"),
         ({"sys_probs": (0.2, 0.3)}, "sum of sys_probs must be 1 but is: 0.5"),

@@ -1,5 +1,6 @@
 """Systems: slices, the cut into training and validation, frames with neighbours, sel."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,11 @@ def test_slices_and_split(tmp_path):
     assert [len(s) for s in train] == [8, 1, 1]
     assert [len(s) for s in validation] == [2, 1]
     np.testing.assert_array_equal(validation[0].energies, system.energies[8:])
+    alone = [system[i : i + 1] for i in range(5)]
+    other = replace(alone[0], types=alone[0].types[::-1].copy())
+    train, validation = split([alone[0], other, *alone[1:]])  # five of the same atoms
+    assert [s.energies[0] for s in train] == system.energies[[0, 1, 2, 3, 0]].tolist()
+    assert [s.energies[0] for s in validation] == system.energies[[4]].tolist()
     assert split([system], 1.0)[1] == []
     with pytest.raises(OptionError, match=r"must be in \(0, 1\] but is: 0"):
         split([system], 0)

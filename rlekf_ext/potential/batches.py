@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,13 +45,20 @@ class Frames:
     def never_drawn(self) -> list[str]:
         """The names of the systems whose probability is 0."""
         systems, _, _, chances = self._drawn()
-        return [system.name for system, chance in zip(systems, chances or (), strict=bool(chances)) if not chance]
+        never = {self._alike(system) for system, chance in zip(systems, chances or (), strict=bool(chances)) if not chance}
+        return [system.name for system, _ in self.every.parts() if self._alike(system) in never] if never else []
 
     def _drawn(self) -> tuple[Sequence[System], Sequence[FrameList], list[int], list[float] | None]:
-        """The systems, and of each its frames, how many make a batch, and how likely it is."""
-        systems, parts = zip(*self.every.parts(), strict=True)
+        """The systems, and of each its frames, how many make a batch, and how likely it is. Systems that may share a
+        batch are one."""
+        systems, parts = zip(*self.every.parts(self._alike), strict=True)
         sizes = batch_sizes(self.data, systems)
         return systems, parts, sizes, probabilities(self.data, systems, num_batches(parts, sizes))
+
+    def _alike(self, system: System) -> Hashable:
+        """The same for systems whose frames may share a batch."""
+        labels = system.labels, system.boxes is None
+        return system.types.tobytes(), labels, *batch_sizes(self.data, [system]), pool(self.data, system)
 
 
 def load_frames(
@@ -160,6 +167,20 @@ def num_batches(systems: Sequence[Sequence[Frame]], sizes: Sequence[int]) -> lis
     return [math.ceil(len(some) / size) for some, size in zip(systems, sizes, strict=True)]
 
 
+def pool(data: TrainingData, system: System) -> Hashable:
+    """The same for systems whose frames are all equally likely to be drawn."""
+    if data.sys_probs is not None:
+        return system.entry if _by_path(data.sys_probs, data) else system.number
+    if data.auto_prob.startswith("prob_sys_size"):
+        return tuple(first <= system.number < end for first, end, _ in _blocks(data.auto_prob))
+    return system.number
+
+
+def _blocks(auto_prob: str) -> list[tuple[float, float, float]]:
+    """First system, end and weight of each block."""
+    return [tuple(map(float, block.split(":"))) for block in auto_prob.split(";")[1:]]  # type: ignore[misc]
+
+
 def probabilities(data: TrainingData, systems: Sequence[System], counts: Sequence[int]) -> list[float] | None:
     """How likely each system, which has `counts` batches, is when a batch is drawn; None: each batch once per epoch.
 
@@ -184,12 +205,12 @@ def probabilities(data: TrainingData, systems: Sequence[System], counts: Sequenc
         for number in np.unique(numbers):
             share(1.0, numbers == number)
     else:
-        for block in data.auto_prob.split(";")[1:]:
-            first, end, weight = (float(number) for number in block.split(":"))
+        for first, end, weight in _blocks(data.auto_prob):
             inside = (numbers >= first) & (numbers < end)
             if not inside.any():
                 raise InputError(
-                    f"The block {block} of auto_prob must hold a system, but there are {numbers.max() + 1}, from 0 on."
+                    f"The block {first:g}:{end:g}:{weight:g} of auto_prob must hold a system, but none has such a number "
+                    "(they count from 0)."
                 )
             share(weight, inside)
     if not found.sum() > 0:
@@ -225,7 +246,7 @@ def _by_path(values: tuple, data: TrainingData) -> bool:
 
 
 class Batches:
-    """Batches without end, drawn again each epoch; each holds frames of one system, at most its entry of `sizes`.
+    """Batches without end, drawn again each epoch; each holds frames of one entry of `systems`, at most that of `sizes`.
 
     An epoch has each frame once, or, with `probabilities` of the systems, as many batches drawn by them.
     """

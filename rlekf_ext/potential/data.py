@@ -56,19 +56,23 @@ class System:
 def split(systems: Iterable[System], fraction: float = 0.8) -> tuple[list[System], list[System]]:
     """Cut each system into its first frames, which train, and its last, which validate: the paper's cut in time.
 
-    A system of two frames or more keeps one on either side; a single frame trains. Raises OptionError for a fraction
-    outside (0, 1]; at 1 nothing validates.
+    Systems of one frame with the same atoms are cut as if they were one. Of two frames or more one is on either side; one
+    alone trains. Raises OptionError for a fraction outside (0, 1]; at 1 nothing validates.
     """
     if not 0 < fraction <= 1:
         raise OptionError(f"The fraction of frames that train must be in (0, 1] but is: {fraction}.")
     train, validation = [], []
-    for system in systems:
-        cut = len(system)
-        if fraction < 1 and cut > 1:
-            cut = min(max(round(fraction * cut), 1), cut - 1)
-        train.append(system[:cut])
-        if cut < len(system):
-            validation.append(system[cut:])
+    groups: dict[int | bytes, list[System]] = {}
+    for place, system in enumerate(systems):
+        groups.setdefault(system.types.tobytes() if len(system) == 1 else place, []).append(system)
+    for group in groups.values():
+        count = cut = sum(map(len, group))
+        if fraction < 1 and count > 1:
+            cut = min(max(round(fraction * count), 1), count - 1)
+        alone = len(group) == 1
+        train += [group[0][:cut]] if alone else group[:cut]
+        if cut < count:
+            validation += [group[0][cut:]] if alone else group[cut:]
     return train, validation
 
 

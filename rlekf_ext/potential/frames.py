@@ -14,7 +14,7 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -213,9 +213,12 @@ class FrameList(Sequence[Frame]):
         """(F,), the system of each frame."""
         return np.searchsorted(self._starts, self._numbers, side="right") - 1
 
-    def parts(self) -> list[tuple[System, FrameList]]:
-        """The systems that frames are of, each with its frames."""
-        return [(self.systems[system], self[where]) for system, where in self._by_system()]
+    def parts(self, alike: Callable[[System], Hashable] = id) -> list[tuple[System, FrameList]]:
+        """The systems that frames are of, each with its frames. Systems that are `alike` count as the first of them."""
+        groups: dict[Hashable, list[tuple[int, np.ndarray]]] = {}
+        for number, where in self._by_system():
+            groups.setdefault(alike(self.systems[number]), []).append((number, where))
+        return [(self.systems[own[0][0]], self[np.concatenate([where for _, where in own])]) for own in groups.values()]
 
     def _by_system(self) -> Iterator[tuple[int, np.ndarray]]:
         """The systems that frames are of, and where these are in the list."""

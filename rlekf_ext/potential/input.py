@@ -1,8 +1,7 @@
 """DeePMD-kit's input.json, as far as `rlekf train` understands it.
 
 Each section is a dataclass: a field is a key of the file, with its type, its default and its range on one line.
-Defaults are DeePMD-kit's, except that network keys left out are those of the RLEKF paper's network, and that the
-optimizer is RLEKF if the file names none; its options are in rlekf_ext/options.py.
+Defaults are DeePMD-kit's, with the exceptions that PAGE lists; the optimizer's options are in rlekf_ext/options.py.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ class TrainingData:
     rglob_patterns: tuple[str, ...] | None = option(None, "Only folders that match one of these are read.")
     batch_size: int | str | tuple[int, ...] = option(
         "auto",
-        "Frames in a batch; without it 4 for RLEKF (1 unless its `batch` is `joint`), 1 for LKF, `auto` for Adam. "
+        "Frames in a batch, of the same atoms, if need be from several files; without it 4 for RLEKF (1 unless its `batch` is `joint`), 1 for LKF, `auto` for Adam. "
         "`auto:N`: the least with N atoms (`auto`: 32); `max:N`: the most with N atoms; `filter:N`: the same without "
         "larger structures; `mix:N`: as `max:N`; a list: for each path or each system.",
         low=1,
@@ -171,7 +170,11 @@ class Training:
     training_data: TrainingData
     validation_data: ValidationData | None = None
     validation_fraction: float = option(
-        0.2, "Without `validation_data`, this part at the end of each system validates.", low=0, below=1
+        0.2,
+        "Without `validation_data`, this part at the end of each system validates; systems of one frame with the same "
+        "atoms count as one.",
+        low=0,
+        below=1,
     )
     numb_steps: int | None = option(
         None,
@@ -202,7 +205,7 @@ class Training:
     table: bool = option(
         True,
         "Whether embedding nets are interpolated in training ([why](performance.md#the-network-on-a-table)). "
-        "Evaluation is always exact.",
+        "Evaluation is always exact. Not a key of dp's.",
     )
 
 
@@ -467,9 +470,10 @@ PAGE = """\
 
 `rlekf train` reads DeePMD-kit's `input.json`, of its versions 1 to 3, also with all defaults written out (`out.json`).
 Names and meanings are [DeePMD-kit's](https://docs.deepmodeling.com/projects/deepmd/en/stable/train/train-input.html).
-Defaults are too, with three exceptions: each key of the network that is left out has the value of the RLEKF paper's
+Defaults are too, with these exceptions: each key of the network that is left out has the value of the RLEKF paper's
 network (DeePMD-kit's `neuron`, `axis_neuron` and `resnet_dt` differ: write them out if you want those), RLEKF is the
-optimizer if the file has no section `optimizer`, and `validation_fraction` is ours. Keys that begin with `_` are
+optimizer if the file has no section `optimizer`, `batch_size` is 4 with it, a row of `disp_file` comes every epoch, and
+`cache`, `init_model`, `table` and `validation_fraction` are ours. Keys that begin with `_` are
 comments. A key that is unknown or out of range is an error that names it. Inputs of version 1 have the keys of
 `training/training_data` in `training`.
 
