@@ -45,7 +45,9 @@ class Frames:
     def never_drawn(self) -> list[str]:
         """The names of the systems whose probability is 0."""
         systems, _, _, chances = self._drawn()
-        never = {self._alike(system) for system, chance in zip(systems, chances or (), strict=bool(chances)) if not chance}
+        never = {
+            self._alike(system) for system, chance in zip(systems, chances or (), strict=bool(chances)) if not chance
+        }
         return [system.name for system, _ in self.every.parts() if self._alike(system) in never] if never else []
 
     def _drawn(self) -> tuple[Sequence[System], Sequence[FrameList], list[int], list[float] | None]:
@@ -209,8 +211,8 @@ def probabilities(data: TrainingData, systems: Sequence[System], counts: Sequenc
             inside = (numbers >= first) & (numbers < end)
             if not inside.any():
                 raise InputError(
-                    f"The block {first:g}:{end:g}:{weight:g} of auto_prob must hold a system, but none has such a number "
-                    "(they count from 0)."
+                    f"The block {first:g}:{end:g}:{weight:g} of auto_prob must hold a system, but none has such a "
+                    "number (they count from 0)."
                 )
             share(weight, inside)
     if not found.sum() > 0:
@@ -246,9 +248,9 @@ def _by_path(values: tuple, data: TrainingData) -> bool:
 
 
 class Batches:
-    """Batches without end, drawn again each epoch; each holds frames of one entry of `systems`, at most that of `sizes`.
+    """Batches without end, drawn again each epoch.
 
-    An epoch has each frame once, or, with `probabilities` of the systems, as many batches drawn by them.
+    Each holds frames of one entry of `systems`, at most that of `sizes`. An epoch has each frame once, or, with `probabilities` of the systems, as many batches drawn by them.
     """
 
     def __init__(

@@ -56,8 +56,8 @@ class System:
 def split(systems: Iterable[System], fraction: float = 0.8) -> tuple[list[System], list[System]]:
     """Cut each system into its first frames, which train, and its last, which validate: the paper's cut in time.
 
-    Systems of one frame with the same atoms are cut as if they were one. Of two frames or more one is on either side; one
-    alone trains. Raises OptionError for a fraction outside (0, 1]; at 1 nothing validates.
+    Systems of one frame with the same atoms are cut as if they were one. Of two frames or more one is on either
+    side; one alone trains. Raises OptionError for a fraction outside (0, 1]; at 1 nothing validates.
     """
     if not 0 < fraction <= 1:
         raise OptionError(f"The fraction of frames that train must be in (0, 1] but is: {fraction}.")
