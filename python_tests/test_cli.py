@@ -315,6 +315,8 @@ def test_test_needs_a_checkpoint_and_data(in_trained, capsys):
     assert "none does not exist" in complaint(capsys, ["test", "-s", "none"])
     said = complaint(capsys, ["test", "-s", "data", "-d", "input.json/detail"])
     assert said.startswith("input.json/detail.png cannot be written: ")
+    said = complaint(capsys, ["test", "-s", "data", "-d", "detail/"])
+    assert said == "The prefix of files must end in a name but is: detail/."
     said = complaint(capsys, ["test", "-s", "data", "-u", "input.json/u"])
     assert said.startswith("input.json/u.uncertainty.out cannot be written: ")
 

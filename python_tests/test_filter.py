@@ -23,6 +23,12 @@ def test_one_measurement_as_plain_vector_and_number():
     assert relative(weights, wanted) < 1e-14
 
 
+def test_no_measurement_changes_nothing():
+    kalman = KalmanFilter(PLAN)
+    assert not kalman.update(torch.zeros(0, 73), torch.zeros(0)).any()
+    assert kalman.health()["num_updates"] == 0
+
+
 def test_settings_reach_the_filter():
     settings = {"memory_factor": 0.9, "forgetting_rate": 0.5, "initial_covariance": 3.0, "process_noise": 0.25}
     kalman = KalmanFilter(PLAN, measurement_noise=7.0, **settings)

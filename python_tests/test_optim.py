@@ -114,6 +114,30 @@ def test_frozen_parameters_are_left_out():
     assert torch.equal(model[0].weight, before)
 
 
+def test_a_group_may_be_frozen_altogether():
+    model, other = network(), network()
+    for one in (model, other):
+        one[0].requires_grad_(False)
+    grouped = RLEKF([{"params": list(layer.parameters())} for layer in (model[0], model[2])])
+    train(model, grouped, batches(3))
+    train(other, RLEKF(other.parameters()), batches(3))
+    assert torch.equal(flat(model), flat(other))
+
+
+def test_float32_is_guarded_in_plain_steps(monkeypatch):
+    """With "auto" P is in float64 before float32 is too coarse; with "float32" there is a warning."""
+    monkeypatch.setattr("rlekf_ext.filter.FLOAT32_CONDITION", 2.0)
+    for dtype, after, sentence in (
+        ("auto", torch.float64, "is stored in float64 from now on"),
+        ("float32", torch.float32, "Use covariance_dtype float64 or auto"),
+    ):
+        model = network()
+        optimizer = RLEKF(model.parameters(), covariance_dtype=dtype)
+        with pytest.warns(UserWarning, match=sentence):
+            train(model, optimizer, batches(251))
+        assert optimizer.filter.covariance.tiles.dtype == after
+
+
 def test_transpose_makes_neurons_adjacent():
     """A model that stores [in, out] with transpose=True is the one that stores [out, in]."""
 

@@ -14,6 +14,7 @@ from test_optim import batches, flat, network, train
 from torch import nn
 
 from rlekf_ext import RLEKF
+from rlekf_ext.errors import OptionError
 
 DOUBLE = torch.float64
 
@@ -154,7 +155,7 @@ def test_a_change_of_what_is_trained_is_an_error():
     optimizer = RLEKF([p, q])
     before = values([p, q])
     q.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="have 3 weights but P has 5: make a new RLEKF"):
+    with pytest.raises(RuntimeError, match="Other parameters require a gradient than when P was made"):
         update(optimizer, [p])
     q.requires_grad_(True)
     assert same(values([p, q]), before)
@@ -163,6 +164,36 @@ def test_a_change_of_what_is_trained_is_an_error():
     q.grad = None
     with pytest.raises(RuntimeError, match="have 7 weights but P has 5"):
         update(optimizer, [p, q])
+
+
+def test_freezing_another_of_the_same_size_is_an_error():
+    p, q = parameter(3), parameter(3)
+    q.requires_grad_(False)
+    optimizer = RLEKF([p, q])
+    update(optimizer, [p])
+    p.requires_grad_(False)
+    q.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="make a new RLEKF after changing requires_grad"):
+        update(optimizer, [q])
+
+
+@pytest.mark.parametrize("lr", [-1.0, 0, "1", float("nan")])
+def test_a_learning_rate_must_be_above_zero(lr):
+    with pytest.raises(OptionError, match="lr must be > 0 but is"):
+        RLEKF([parameter(3)], lr=lr)
+    with pytest.raises(OptionError, match="lr must be > 0 but is"):
+        RLEKF([{"params": [parameter(3)], "lr": lr}])
+
+
+def test_a_state_of_other_groups_changes_nothing():
+    p, q = parameter(3), parameter(2)
+    two = RLEKF([{"params": [p]}, {"params": [q]}])
+    update(two, [p, q])
+    one = RLEKF([parameter(3), parameter(2)])
+    before = one.filter.covariance.state.clone(), one.filter.covariance.tiles.clone()
+    with pytest.raises(ValueError, match=r"has groups of \[1, 1\] parameters but this one has \[2\]"):
+        one.load_state_dict(two.state_dict())
+    assert same(before, (one.filter.covariance.state, one.filter.covariance.tiles))
 
 
 def test_without_any_gradient_nothing_changes():

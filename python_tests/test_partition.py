@@ -24,6 +24,11 @@ def test_paper_network(strategy, block_size, sizes):
     assert partition(PAPER, block_size, strategy, LAYERS).sizes == sizes
 
 
+def test_a_plan_may_be_given_as_a_list():
+    assert BlockPlan([3, 4]) == BlockPlan((3, 4))
+    assert hash(BlockPlan([3, 4])) == hash(BlockPlan((3, 4)))
+
+
 def test_lekf_without_layers_is_a_block_per_tensor():
     assert partition([3, 1, 4], 2, "lekf").sizes == (3, 1, 4)
 

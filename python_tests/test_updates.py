@@ -225,12 +225,17 @@ def test_paper_preset():
 
 
 class WithBias(Quadratic):
-    """A model whose energy bias can be fitted."""
+    """A model whose energy bias can be fitted: a weight, and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(()))
 
     def fit_energy_bias(self, frames, with_network):
         assert with_network
         errors = [(frame.energy - self(frame, forces=False).energy) / frame.num_atoms for frame in frames]
         self.bias.data += torch.cat(errors).mean()
+        self.shift += torch.cat(errors).mean()
 
 
 def test_robust_preset_is_whole():
@@ -252,6 +257,50 @@ def test_robust_preset_is_whole():
     first = flat(model)
     updater(frame)
     assert relative(flat(updater.result), first + (flat(model) - first) / 8) < 1e-13
+
+
+def test_the_result_has_what_the_warm_start_fitted():
+    model = WithBias()
+    updater = FrameUpdater(model)
+    updater.warm_start([make_frame(model)])
+    assert torch.equal(updater.result.shift, model.shift)
+    assert model.shift.abs() > 0.01
+
+
+def test_a_batch_is_a_frame_or_any_frames_but_not_none():
+    model = Quadratic()
+    frames = [make_frame(model, seed, counts=(9,)) for seed in range(2)]
+    found = []
+    for batch in (frames, tuple(frames), iter(frames)):
+        own = copy.deepcopy(model)
+        FrameUpdater(own, RLEKF(own.parameters()), **recipe(batch="joint"))(batch)
+        found.append(flat(own))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    for batch in ("mean", "sum", "joint"):
+        with pytest.raises(DataError, match="must have a frame, on one process at least"):
+            FrameUpdater(model, RLEKF(model.parameters()), **recipe(batch=batch))([])
+
+
+@pytest.mark.parametrize(("kind", "name"), [(E, "energy"), (F, "forces"), (V, "virial")])
+def test_a_prediction_of_another_shape_than_its_label_is_refused(kind, name):
+    """(B, 1) would broadcast to (B, B)."""
+    model = Quadratic()
+    frame = make_frame(model, counts=(5, 4))
+    setattr(frame, name, getattr(frame, name)[..., None])
+    with pytest.raises(DataError, match=rf"The model's {name} should have the shape of the label \("):
+        FrameUpdater(model, RLEKF(model.parameters()), **recipe(order=(kind,)))(frame)
+
+
+def test_an_inherited_run_has_left_its_early_scale_behind():
+    """Also if the earlier run had none: the paper's preset, LKF."""
+    model = Quadratic()
+    earlier, frame = FrameUpdater(model, RLEKF(model.parameters()), **recipe()), make_frame(model, counts=(30,))
+    for _ in range(200):
+        earlier(frame)
+    again = FrameUpdater(model, RLEKF(model.parameters()), **recipe(early_scale=5.0))
+    again.inherit(earlier.optimizer.state_dict(), earlier.state_dict())
+    assert 0 < again._early < 0.9987**1000 * 1.001
 
 
 def test_half_a_preset_is_an_error():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlekf_ext.environment import moved
+from rlekf_ext.errors import DataError
 from rlekf_ext.options import KINDS, UpdateOptions
 from rlekf_ext.processes import Processes
 
@@ -84,6 +85,8 @@ def divide(
     num_frames, num_structures, num_atoms, num_lengthwise, _, *missing = (
         sum(column) for column in zip(*sizes, strict=True)
     )
+    if not num_frames:
+        raise DataError("A batch must have a frame, on one process at least, but has none.")
     kinds = tuple(kind for kind, count in zip(KINDS, missing, strict=True) if not count)
     first_frame, first_atom = (sum(row[column] for row in sizes[: processes.rank]) for column in (0, 2))
     atoms_per_structure = num_atoms / max(num_lengthwise, 1)

@@ -143,10 +143,12 @@ def run_test(arguments: argparse.Namespace) -> int:
     from rlekf_ext.potential.files import check_writable
     from rlekf_ext.potential.frames import FrameList
     from rlekf_ext.potential.load import load_systems
-    from rlekf_ext.potential.uncertainty import filter_of, uncertainty
+    from rlekf_ext.potential.uncertainty import check_labels, filter_of, uncertainty
 
     for prefix, name in ((arguments.detail, "png"), (arguments.uncertainty, "uncertainty.out")):
         if prefix:
+            if not os.path.basename(prefix):
+                raise OptionError(f"The prefix of files must end in a name but is: {prefix}.")
             check_writable(Path(f"{prefix}.{name}"))
     checkpoint = load_checkpoint(arguments.model, model_only=not arguments.uncertainty)
     model = restored_model(checkpoint)
@@ -154,6 +156,8 @@ def run_test(arguments: argparse.Namespace) -> int:
     systems = load_systems(arguments.system, model.type_map)
     rcut = model.architecture.descriptor.rcut
     labelled = FrameList(systems, rcut, len(model.type_map), model.dtype)
+    if optimizer:
+        check_labels(labelled)
     shown = watched(labelled)
     comparison = compare(model, shown) if arguments.detail else None
     errors = {kind: getattr(comparison, f"{kind}_rmse") for kind in UNITS} if comparison else rmse(model, shown)
@@ -187,16 +191,18 @@ def run_select(arguments: argparse.Namespace) -> int:
     from rlekf_ext.potential.load import load_systems
     from rlekf_ext.potential.plot import plot_selection
     from rlekf_ext.potential.select import check_empty, select
+    from rlekf_ext.potential.uncertainty import filter_of
 
     if arguments.number < 1:
         raise OptionError(f"--number must be >= 1 but is: {arguments.number}.")
+    checkpoint = load_checkpoint(arguments.model)
+    model = restored_model(checkpoint)
+    filter_of(checkpoint, model)  # raises if it has no P
+    systems = load_systems(arguments.system, model.type_map, labelled=False)
     output = Path(arguments.output)
     with writing(output):
         check_empty(output)
     check_writable(output / "deviations.csv")
-    checkpoint = load_checkpoint(arguments.model)
-    model = restored_model(checkpoint)
-    systems = load_systems(arguments.system, model.type_map, labelled=False)
     found = select(checkpoint, model, systems, arguments.number)
     if found.left_out:
         print(f"left out     {counted(len(found.left_out), 'frame')}; the first: {found.left_out[0]}")

@@ -99,8 +99,9 @@ class KalmanFilter:
                 f"There should be an innovation for each of the {len(h)} rows of the jacobian but there are {len(e)}."
             )
         increment = h.new_zeros(self.plan.num_weights) if out is None else out.zero_()
-        self.take(h, e, increment)
-        self.note(h)
+        if len(h):
+            self.take(h, e, increment)
+            self.note(h)
         return increment
 
     def take(self, h: Tensor, e: Tensor, increment: Tensor) -> None:

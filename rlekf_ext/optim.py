@@ -20,6 +20,7 @@ from rlekf_ext.prior import layer_factors
 from rlekf_ext.schema import counted
 
 MANY_SKIPPED = 20  # measurements in a row
+UPDATES_PER_GUARD = 250  # a check costs ten reads of P; in trials it warned of float32 500 updates or more in advance
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -58,14 +59,14 @@ class RLEKF(torch.optim.Optimizer):
         process_group: Any = None,
         **options: Any,
     ):
-        if not lr > 0:
-            raise OptionError(f"lr must be > 0 but is: {lr}.")
+        _check_rate(lr)
         if "preset" in options:
             raise OptionError("RLEKF takes no preset: presets are of FrameUpdater, which makes its own RLEKF.")
         super().__init__(params, {"lr": lr})
         self.options: OptimizerOptions = checked(OptimizerOptions, options)
-        self._transpose, self._warned = transpose, False
+        self._transpose, self._warned, self._unguarded = transpose, False, 0
         self._moves: _Moves | None = None  # made at the first update
+        self._trained = self._with_gradient()
         parameters = self.parameters()
         _check(parameters)
         layers = self._layers() or range(len(parameters))
@@ -107,7 +108,7 @@ class RLEKF(torch.optim.Optimizer):
                 "return the mean absolute error."
             )
         self.update(-self.jacobian(), error.detach() if isinstance(error, Tensor) else error)
-        self._warn_if_all_is_skipped()
+        self._look_after()
         return error
 
     @torch.no_grad()
@@ -149,12 +150,20 @@ class RLEKF(torch.optim.Optimizer):
     def parameters(self) -> list[Tensor]:
         """The parameters that have weights in P, in order. Raises RuntimeError if they have changed since."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if self._with_gradient() != self._trained:
+            raise RuntimeError(
+                "Other parameters require a gradient than when P was made: make a new RLEKF after changing "
+                "requires_grad."
+            )
         if hasattr(self, "filter") and sum(p.numel() for p in parameters) != self.filter.plan.num_weights:
             raise RuntimeError(
                 f"The parameters that require a gradient have {sum(p.numel() for p in parameters)} weights but P has "
                 f"{self.filter.plan.num_weights}: make a new RLEKF after changing requires_grad or a shape."
             )
         return parameters
+
+    def _with_gradient(self) -> list[bool]:
+        return [p.requires_grad for group in self.param_groups for p in group["params"]]
 
     def variance(self, jacobian: Tensor) -> Tensor:
         """The variance HᵀPH of a prediction: () for a jacobian (N,), (M,) for (M, N), in the order of `flatten`."""
@@ -211,6 +220,9 @@ class RLEKF(torch.optim.Optimizer):
         OptionError for another `transpose`.
         """
         self.check_order(state_dict)
+        saved, own = ([len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
+        if saved != own:
+            raise ValueError(f"The saved optimizer has groups of {saved} parameters but this one has {own}.")
         self.filter.load_state_dict(state_dict["state"].get(0, {}))
         # The base class would cast the covariance to the parameters' dtype.
         super().load_state_dict({**state_dict, "state": {}})
@@ -255,6 +267,8 @@ class RLEKF(torch.optim.Optimizer):
             raise RuntimeError("The blocks of P are fixed when RLEKF is made; give it all parameters then.")
         if unknown := sorted(set(param_group) - {"params", "param_names", "lr", "initial_lr", "initial_covariance"}):
             raise OptionError(f"A parameter group may have lr and initial_covariance, but this one has: {unknown}.")
+        if "lr" in param_group:
+            _check_rate(param_group["lr"])
         if "initial_covariance" in param_group:
             checked(FilterOptions, {"initial_covariance": param_group["initial_covariance"]})
         super().add_param_group(param_group)
@@ -264,13 +278,21 @@ class RLEKF(torch.optim.Optimizer):
         return self._transpose and list(map(id, self.parameters())) == list(map(id, model.parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("filter", "options", "_transpose", "_warned")
+        own = ("filter", "options", "_transpose", "_warned", "_unguarded", "_trained")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}, "_moves": None}
 
-    def _warn_if_all_is_skipped(self) -> None:
-        """Once, on CPUs: on a GPU it would wait for the device."""
+    def _look_after(self) -> None:
+        """After an update, on CPUs (on a GPU it would wait for the device): warn once if all measurements are skipped,
+        and guard P in float32."""
         state = self.filter.covariance.state
-        if state.is_cpu and not self._warned and state[STATE["skipped_in_a_row"]] >= MANY_SKIPPED:
+        if not state.is_cpu:
+            return
+        self._unguarded += 1
+        if self._unguarded >= UPDATES_PER_GUARD:
+            self._unguarded = 0
+            if sentence := self.guard_storage():
+                warnings.warn(sentence, stacklevel=3)
+        if not self._warned and state[STATE["skipped_in_a_row"]] >= MANY_SKIPPED:
             self._warned = True
             counts = {cause: count for cause, count in self.health().items() if count}
             warnings.warn(
@@ -334,8 +356,14 @@ class _Moves:
         first = 0
         for group in self._groups:
             last = first + sum(p.requires_grad for p in group["params"])
-            torch._foreach_add_(self._stored[first:last], self._pieces[first:last], alpha=group["lr"])
+            if last > first:  # else all of the group is frozen
+                torch._foreach_add_(self._stored[first:last], self._pieces[first:last], alpha=group["lr"])
             first = last
+
+
+def _check_rate(lr: Any) -> None:
+    if isinstance(lr, str) or not lr > 0:
+        raise OptionError(f"lr must be > 0 but is: {lr!r}.")
 
 
 def _check(parameters: list[Tensor]) -> None:

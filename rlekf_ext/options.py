@@ -79,7 +79,8 @@ class FilterOptions:
     process_noise: float = option(0.0, "q, added to the diagonal of P after every update.", low=0)
     covariance_dtype: str = option(
         "float64",
-        "How P is stored: `float64`, `float32` (half the memory) or `auto`, float32 until that becomes too coarse.",
+        "How P is stored: `float64`, `float32` (half the memory) or `auto`, float32 until that becomes too coarse. "
+        "(Around `RLEKF.update` and `KalmanFilter.update`, call `guard_storage()` every few hundred updates.)",
         choices=("float64", "float32", "auto"),
     )
     max_pending: int = option(

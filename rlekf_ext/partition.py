@@ -19,6 +19,7 @@ class BlockPlan:
     sizes: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(self.sizes))
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(
                 f"A block plan needs at least one block, each of at least one weight, but got {self.sizes}."

@@ -24,13 +24,12 @@ from rlekf_ext.batch_parts import Part, Whole, divide
 from rlekf_ext.environment import moved
 from rlekf_ext.errors import DataError, OptionError, StoppedError
 from rlekf_ext.graphs import CaptureError, Graphs
-from rlekf_ext.optim import RLEKF
+from rlekf_ext.optim import RLEKF, UPDATES_PER_GUARD
 from rlekf_ext.options import KINDS, PRESETS, OptimizerOptions, Options, part, resolve, takes
 from rlekf_ext.processes import Processes
 
 EMA_DECAY = 0.95
 EARLY_DECAY = Options.forgetting_rate  # per update: as fast as 1 - λ falls in the paper
-UPDATES_PER_GUARD = 250  # a check costs ten reads of P; in trials it warned of float32 500 updates or more in advance
 BATCHES_PER_BALANCE = 16  # the variances of a batch's kinds of update cost up to two reads of P
 PRIOR_FRAMES = 16  # the most frames whose energy gradients decide how P starts
 LEARNED = 0.05  # Å: energies are learned once their mean error is at most this times that of forces
@@ -114,7 +113,7 @@ class FrameUpdater:
         of its untrained network on these frames, by model.fit_energy_bias(frames, with_network=True); `prior` gives
         each layer its variance in P, from the gradients of the energies of some of them. A `trained` model keeps its
         energy bias. Every process of a group must call it. Raises OptionError for a model without fit_energy_bias or
-        parameters without names."""
+        parameters without names. Weights, buffers and energy bias are then those of the first process."""
         frames = frames if isinstance(frames, Sequence) else list(frames)
         if self.options.warm_start and not trained:
             if not hasattr(self.model, "fit_energy_bias"):
@@ -123,6 +122,10 @@ class FrameUpdater:
                     "does not have: pass warm_start=False."
                 )
             self.model.fit_energy_bias(frames, with_network=True)
+        if isinstance(self.model, nn.Module):
+            self._processes.agree([*self.model.parameters(), *self.model.buffers()])
+        if self._average:
+            _copy_buffers(self._average, self.model)
         if self.options.prior == "layers":
             parameters = self.optimizer.parameters()
             squares = torch.zeros(len(parameters), dtype=torch.float64, device=parameters[0].device)
@@ -157,7 +160,7 @@ class FrameUpdater:
         return f"P is that of the earlier run{times}; 1 - λ continues from {p.scalars().forgetting:.2g}."
 
     def __call__(self, batch: Any, factors: Mapping[str, float] | None = None) -> list[tuple[str, Tensor]]:
-        """Update on one batch: a frame, or a list of frames, empty for a process without any. A frame may hold several
+        """Update on one batch: a frame, or several, none for a process without any. A frame may hold several
         structures; with "joint" each frame is a measurement. `factors` multiply the scales of the kinds of update.
         Returns the kind and the unscaled ε () of every measurement, in eV/atom or eV/Å.
 
@@ -169,7 +172,7 @@ class FrameUpdater:
                 "Call warm_start(frames) before the first batch, or pass warm_start=False and prior='identity'."
             )
         device = self.optimizer.parameters()[0].device
-        frames = batch if isinstance(batch, list) else [batch]
+        frames = [batch] if hasattr(batch, "forces") else list(batch)
         parts, whole = divide(frames, self.options, self._processes, self._generator, device)
         unseen = set(whole.kinds) if self.options.balance and self._unbalanced == 0 else set()
         self._unbalanced = (self._unbalanced + 1) % BATCHES_PER_BALANCE
@@ -310,8 +313,8 @@ class FrameUpdater:
         order = [kind for kind in self.options.order if kind in whole.kinds]
         if not order:
             raise DataError(
-                f"A batch needs labels for some of {', '.join(dict.fromkeys(self.options.order))} but has none; see "
-                "the option order."
+                f"A batch needs labels for some of {', '.join(dict.fromkeys(self.options.order))} but has none "
+                "that all of its frames have; see the option order."
             )
         groups = iter(range(whole.num_groups))
         updates = [(kind, next(groups) if kind == "force" else 0) for kind in schedule(order, whole.num_groups)]
@@ -374,10 +377,10 @@ class FrameUpdater:
         here = _numbers_of(errors)
         error: Any = here(errors.mean() if len(errors) > 1 else errors[0])
         finite = _is_finite(error)
+        left = here(self._early)
+        self._early = _kept(left, _where(finite, EARLY_DECAY ** len(errors) * left, left))
         if options.early_scale != 1:
-            left = here(self._early)
             scale = scale * (1 + (options.early_scale - 1) * left)
-            self._early = _kept(left, _where(finite, EARLY_DECAY ** len(errors) * left, left))
         if options.adaptive_scale or options.balance:
             mean = here(self._means.get(kind, error))
             mean = _where(_is_finite(mean), mean, error)  # the very first ε may not have been finite
@@ -472,11 +475,13 @@ def _divisor(mean: Any) -> Any:
 def schedule(order: Sequence[str], num_groups: int) -> list[str]:
     """The kinds of update of a batch that has this many force groups: `order`, repeated until no group is left."""
     kinds: list[str] = []
+    left = num_groups if "force" in order else 0
     while True:
         for kind in order:
-            if kind != "force" or kinds.count("force") < num_groups:
+            if kind != "force" or left:
                 kinds.append(kind)
-        if "force" not in order or kinds.count("force") == num_groups:
+                left -= kind == "force"
+        if not left:
             return kinds
 
 
@@ -498,23 +503,35 @@ def beside(prediction: Tensor, label: Tensor) -> Tensor:
     return moved(label, prediction.device)
 
 
+def _label(name: str, prediction: Any, frame: Any) -> Tensor:
+    """The label of this name, beside the prediction. Raises DataError for another shape, which might broadcast."""
+    predicted, label = getattr(prediction, name), getattr(frame, name)
+    if predicted.shape != label.shape:
+        raise DataError(
+            f"The model's {name} should have the shape of the label {tuple(label.shape)} but has "
+            f"{tuple(predicted.shape)}: {name} are {SHAPES[name]}."
+        )
+    return beside(predicted, label)
+
+
 def energy_error(prediction: Any, frame: Any, _: Any = None) -> Tensor:
     """mean |E - E_DFT| / atoms in eV/atom (Algorithm 2, line 6): its gradient is -H."""
-    energy, num_atoms = (beside(prediction.energy, label) for label in (frame.energy, frame.num_atoms))
+    energy, num_atoms = _label("energy", prediction, frame), beside(prediction.energy, frame.num_atoms)
     return ((prediction.energy - energy).abs() / num_atoms).mean()
 
 
 def force_error(prediction: Any, frame: Any, atoms: Tensor) -> Tensor:
     """mean |F - F_DFT| over the 3x components of these atoms, in eV/Å (Algorithm 2, line 6)."""
-    return (prediction.forces[atoms] - beside(prediction.forces, frame.forces)[atoms]).abs().mean()
+    return (prediction.forces[atoms] - _label("forces", prediction, frame)[atoms]).abs().mean()
 
 
 def virial_error(prediction: Any, frame: Any, _: Any = None) -> Tensor:
     """mean |W - W_DFT| / atoms over the nine components, in eV/atom."""
-    virial, num_atoms = (beside(prediction.virial, label) for label in (frame.virial, frame.num_atoms))
+    virial, num_atoms = _label("virial", prediction, frame), beside(prediction.virial, frame.num_atoms)
     return ((prediction.virial - virial).abs().mean((1, 2)) / num_atoms).mean()
 
 
+SHAPES = {"energy": "(B,), one per structure", "forces": "(n, 3) or (n, B, 3)", "virial": "(B, 3, 3)"}
 ERRORS: dict[str, Callable[..., Tensor]] = {"energy": energy_error, "force": force_error, "virial": virial_error}
 
 

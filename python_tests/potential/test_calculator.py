@@ -12,7 +12,7 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 from ase.md.verlet import VelocityVerlet
 
-from rlekf_ext.errors import DataError, InputError
+from rlekf_ext.errors import BackendError, DataError, InputError
 from rlekf_ext.potential import Calculator
 from rlekf_ext.potential.checkpoint import save_checkpoint
 from rlekf_ext.potential.neighbors import make_frame
@@ -98,6 +98,12 @@ def test_energy_is_conserved_in_a_run():
         kinetic.append(atoms.get_kinetic_energy())
     assert np.ptp(kinetic) > 1e-3
     assert np.ptp(total) < 1e-2 * np.ptp(kinetic)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_a_sentence():
+    with pytest.raises(BackendError, match="cuda cannot be used: "):
+        Calculator(make_model(), device="cuda")
 
 
 def test_a_checkpoint_and_float32(tmp_path):

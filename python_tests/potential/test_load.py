@@ -391,6 +391,23 @@ def test_slabs_and_wires_get_a_cell_without_images(tmp_path, form, labelled, pbc
         read(np.where(periodic, 0, [5, 5, 9]))
 
 
+@pytest.mark.parametrize(
+    "pbc", ["[T,T,F]", "[True, True, False]", "{T T F}", "'1 1 0'", '" true true false "', "[T,T]", '"T T X"', '"T F"']
+)
+def test_other_ways_of_writing_which_directions_are_periodic(tmp_path, pbc):
+    """As the specification of extended xyz has them; anything else is refused, not read as a bulk cell."""
+    pytest.importorskip("dpdata", reason="dpdata is not installed")
+    head = f'2\nenergy=-1.5 Lattice="5 0 0 0 5 0 0 0 5" pbc={pbc} Properties=species:S:1:pos:R:3:forces:R:3\n'
+    (tmp_path / "a.xyz").write_text(head + "Na 0 0 0 0.1 0 0\nCl 2.5 0 0 -0.1 0 0\n")
+    if pbc in ("[T,T]", '"T T X"', '"T F"'):
+        with pytest.raises(DataError, match=r'a.xyz, line 2: pbc should be three of T and F, as in pbc="T T F"'):
+            load_systems(tmp_path / "a.xyz", TYPE_MAP)
+    else:
+        (system,) = load_systems(tmp_path / "a.xyz", TYPE_MAP)
+        assert np.diag(system.boxes[0])[:2].tolist() == [5, 5]
+        assert system.boxes[0, 2, 2] >= 50
+
+
 def flaw(label, index, value):
     def spoil(part):
         part[label][index] = value

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlekf_ext import optim
-from rlekf_ext.errors import DataError
+from rlekf_ext.errors import DataError, OptionError
 from rlekf_ext.potential.architecture import plain
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame, collate, make_frame
@@ -191,6 +191,14 @@ def test_prediction_without_a_graph() -> None:
             assert not value.requires_grad
             torch.testing.assert_close(value, expected.detach())
     assert graph.forces.requires_grad
+
+
+def test_inference_mode_has_energies_but_says_why_it_has_no_forces() -> None:
+    model, frame = make_model(), frame_of(*structure())
+    with torch.inference_mode():
+        assert torch.isfinite(model(frame, forces=False).energy).all()
+        with pytest.raises(OptionError, match=r"use torch.no_grad\(\)"):
+            model(frame)
 
 
 def test_a_changed_statistic_or_frame_is_never_answered_from_the_past() -> None:

@@ -10,7 +10,7 @@ from helpers import RCUT, checkpoint_of, input_of, load_example, run, write_data
 from rlekf_ext.cli import main
 from rlekf_ext.errors import DataError, InputError, OptionError
 from rlekf_ext.potential import Calculator
-from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
+from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, save_checkpoint
 from rlekf_ext.potential.data import frame_of, frames
 from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.select import EPOCHS, select
@@ -143,6 +143,10 @@ def test_the_command(trained, pool, tmp_path, monkeypatch, capsys):
     assert "should be a new or an empty folder" in capsys.readouterr().err
     assert main(["select", "-m", model, "-s", "dense", "-o", "other"]) == 2
     assert "No frame can be evaluated: dense, frame 0, atom" in capsys.readouterr().err
+    save_checkpoint(tmp_path / "no_p.pt", restored_model(load_checkpoint(model)))
+    assert main(["select", "-m", "no_p.pt", "-s", "pool", "-o", "third"]) == 2
+    assert "needs the covariance P" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
     assert main(["select", "-m", model, "-s", "pool", "-o", "x" * 300]) == 2
     assert "File name too long" in capsys.readouterr().err
     (tmp_path / "file").touch()

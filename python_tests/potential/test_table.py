@@ -17,7 +17,8 @@ from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import collate, make_frame
 from rlekf_ext.potential.table import EDGES, Nodes, Table, geometry_of, largest_scalar
-from rlekf_ext.potential.train import train
+from rlekf_ext.potential.train import refine, train
+from rlekf_ext.processes import ALONE
 from rlekf_ext.updates import ERRORS
 
 RCUT = 4.0
@@ -511,6 +512,31 @@ def test_restart_on_the_table_is_bit_for_bit(tmp_path):
     run(input_of(tmp_path / "halves", numb_steps=3, table=True))
     run(input_of(tmp_path / "halves", numb_steps=6, table=True), restart=True)
     assert torch.equal(weights_of(tmp_path / "whole"), weights_of(tmp_path / "halves"))
+
+
+def test_nodes_that_do_not_help_are_taken_back(monkeypatch):
+    """In float32 rounding grows with their number. The table does not try again."""
+    errors, said, asked = {128: 2e-4, 192: 1.5e-4, 288: 1e-6}, [], []
+    model = make_model(precision="float32")
+    model.table = Table(1.0)
+
+    def error(table, *_):
+        asked.append(table.nodes.number)
+        return errors[table.nodes.number]
+
+    monkeypatch.setattr(Table, "error", error)
+    refine(model, [None], ALONE, said.append)
+    assert model.table.nodes.number == 128
+    assert asked == [128, 192]
+    assert said[-1] == "That did not help: it has 128 nodes again."
+    refine(model, [None], ALONE, said.append)
+    assert model.table.nodes.number == 128
+    assert asked == [128, 192, 128]
+    assert len(said) == 2
+    model.table = Table(1.0)
+    errors[192] = 1e-5
+    refine(model, [None], ALONE, said.append)
+    assert model.table.nodes.number == 192
 
 
 def test_too_few_nodes_become_more(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -390,6 +391,31 @@ def test_restart_with_fewer_frames(tmp_path, before_batch):
     given["training"]["training_data"]["systems"] = write_data(tmp_path / "fewer", count=2)
     given["training"]["numb_steps"] = 5
     assert run(given, restart=True)["step"] == 5
+
+
+def test_restart_with_other_batches_counts_epochs_in_them_and_says_so(tmp_path, capsys):
+    given = input_of(tmp_path, numb_steps=3)
+    run(given)
+    given["training"]["training_data"]["batch_size"] = 2
+    given["training"]["numb_steps"] = 5
+    train(read_input(given), restart=True)
+    assert re.search(r"An epoch had \d+ batches so far and now has \d+: epochs are", capsys.readouterr().out)
+
+
+def test_restart_of_adam_takes_its_options_from_the_input(tmp_path):
+    run(input_of(tmp_path, {"type": "Adam"}, numb_steps=1))
+    run(input_of(tmp_path, {"type": "Adam", "beta1": 0.5, "weight_decay": 0.25}, numb_steps=2), restart=True)
+    (group,) = checkpoint_of(tmp_path)["optimizer"]["param_groups"]
+    assert (group["betas"][0], group["weight_decay"]) == (0.5, 0.25)
+
+
+def test_probabilities_of_held_out_frames_play_no_part_and_that_is_said(tmp_path, capsys):
+    given = input_of(tmp_path, numb_steps=1)
+    systems = given["training"]["training_data"]["systems"]
+    given["training"]["validation_data"] = {"systems": systems, "auto_prob": "prob_uniform"}
+    del given["training"]["validation_fraction"]
+    train(read_input(given))
+    assert "validation_data: sys_probs and auto_prob play no part" in capsys.readouterr().out
 
 
 def wait_for_rows(process, file, rows):

@@ -110,7 +110,7 @@ class LKFOptimizer(RLEKF):
         """One update; `.grad` holds +H times the prefactor, `error` is ε. `iters` and `cur_iter`, which dev_nep_reg
         passes for its process noise, are not used."""
         self.update(self.jacobian() / self._grad_prefactor, error)
-        self._warn_if_all_is_skipped()
+        self._look_after()
 
     def cal_kpu(self) -> Tensor:
         """HᵀPH, (1, 1) float64, with H as `step` takes it: the variance of the quantity whose gradient H is, where the

@@ -96,6 +96,8 @@ def load_frames(
         say(f"Frames without a label that is used, left out: {sum(map(len, found)) - sum(map(len, labelled))}")
     training = labelled or found
     training, validation = (training, load(apart)) if apart else split(training, 1 - settings.validation_fraction)
+    if apart and (apart.sys_probs is not None or apart.auto_prob != TrainingData.auto_prob):
+        say("validation_data: sys_probs and auto_prob play no part, since all of its frames are evaluated.")
     cache = Cache()
     whole = [FrameList(systems, rcut, num_types, network.dtype, cache) for systems in (training, validation)]
     with (
@@ -250,7 +252,8 @@ def _by_path(values: tuple, data: TrainingData) -> bool:
 class Batches:
     """Batches without end, drawn again each epoch.
 
-    Each holds frames of one entry of `systems`, at most that of `sizes`. An epoch has each frame once, or, with `probabilities` of the systems, as many batches drawn by them.
+    Each holds frames of one entry of `systems`, at most that of `sizes`. An epoch has each frame once, or, with
+    `probabilities` of the systems, as many batches drawn by them.
     """
 
     def __init__(

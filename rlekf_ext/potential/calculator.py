@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from rlekf_ext.errors import DataError, InputError, OptionError
+from rlekf_ext.ops import find_device
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import make_frame, thick_box
@@ -58,7 +59,7 @@ class Calculator(ase_calculator.Calculator):
         self._every, self._calculations = int(uncertainty), 0
         self._filter = filter_of(checkpoint, self.model) if uncertainty else None
         if device is not None:
-            self.model.to(device)
+            self.model.to(find_device(str(device)))
 
     def calculate(
         self,

@@ -134,8 +134,8 @@ class TrainingData:
     rglob_patterns: tuple[str, ...] | None = option(None, "Only folders that match one of these are read.")
     batch_size: int | str | tuple[int, ...] = option(
         "auto",
-        "Frames in a batch, of the same atoms, if need be from several files; without it 4 for RLEKF (1 unless its `batch` "
-        "is `joint`), 1 for LKF, `auto` for Adam. "
+        "Frames in a batch, of the same atoms, if need be from several files; without it 4 for RLEKF (1 unless its "
+        "`batch` is `joint`), 1 for LKF, `auto` for Adam. "
         "`auto:N`: the least with N atoms (`auto`: 32); `max:N`: the most with N atoms; `filter:N`: the same without "
         "larger structures; `mix:N`: as `max:N`; a list: for each path or each system.",
         low=1,
@@ -158,7 +158,8 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class ValidationData(TrainingData):
-    """training/validation_data: as training_data, and the number of batches of one validation."""
+    """training/validation_data: as training_data, though all frames are evaluated, whatever `sys_probs` and `auto_prob`
+    say; and the number of batches of one validation."""
 
     numb_btch: int = option(1, "Batches of one validation.", low=1, also=("numb_batch",))
 

@@ -131,10 +131,22 @@ def _periodic_directions(path: Path) -> list[Flags]:
                 f"{path}: line {at + 1} announces {count[1]} atoms but the file ends after {len(lines)} lines."
             )
         if count:
-            pbc = re.search(r'\bpbc="?\s*([TF10])\w*\s+([TF10])\w*\s+([TF10])', lines[at + 1], re.IGNORECASE)
-            found.append([flag in "Tt1" for flag in pbc.groups()] if pbc else ())
+            found.append(_flags(lines[at + 1], f"{path}, line {at + 2}"))
         at += int(count[1]) + 2 if count else 1
     return found
+
+
+def _flags(comment: str, where: str) -> Flags:
+    """The directions that the second line of an extended xyz frame says to be periodic; () if it says nothing."""
+    given = re.search(r"""\bpbc\s*=\s*("[^"]*"|'[^']*'|\[[^]]*\]|\{[^}]*\}|\S*)""", comment, re.IGNORECASE)
+    if not given:
+        return ()
+    words = re.findall(r"\w+", given[1])
+    if len(words) == 1:
+        words *= 3
+    if len(words) != 3 or not all(re.fullmatch("t|f|true|false|1|0", word, re.IGNORECASE) for word in words):
+        raise DataError(f'{where}: pbc should be three of T and F, as in pbc="T T F", but is: {given[1]}.')
+    return [word[0] in "Tt1" for word in words]
 
 
 def _renamed(data: dict[str, Any], several: bool, periodic: Flags = ()) -> dict[str, Any]:

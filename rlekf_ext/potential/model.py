@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlekf_ext.errors import OptionError
 from rlekf_ext.potential.architecture import Architecture, plain
 from rlekf_ext.potential.descriptor import Environment, Network, SeE2A, run_networks
 from rlekf_ext.potential.neighbors import Frame
@@ -152,6 +153,8 @@ class DeepPotential(nn.Module):
         environment = self.descriptor.environment(frame)
         # Fresh leaves each time: what one loss leaves in their .grad must not reach the next.
         leaves = [value.detach().requires_grad_(forces) for value in (*environment.scalars, *environment.rows)]
+        if forces and torch.is_inference_mode_enabled():
+            raise OptionError("Forces are derivatives, which torch.inference_mode() forbids: use torch.no_grad().")
         with torch.set_grad_enabled(create_graph or forces):
             atomic = self._atomic_energies(environment, leaves)
             if not forces:

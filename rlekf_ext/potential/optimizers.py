@@ -91,8 +91,8 @@ class KalmanSteps:
         except ValueError as error:
             name = "kf_blocksize" if self._lkf else "block_size, strategy, max_pending or covariance_dtype"
             raise InputError(
-                f"The P of the checkpoint was made with another {name} than the input file asks for: restore it there, "
-                "or begin a new run with the model and P of the checkpoint (--init-model)."
+                f"The P of the checkpoint was made with another {name} than the input file asks for ({error}): "
+                "restore it there, or begin a new run with the model and P of the checkpoint (--init-model)."
             ) from error
         now = self.optimizer.filter.covariance.scalars().forgetting
         self._say(f"λ continues from the checkpoint's {now:.6g}; memory_factor only sets the first value of a new run.")
@@ -112,8 +112,8 @@ class AdamSteps:
     def __init__(self, config: Config, model: DeepPotential, num_steps: int, processes: Processes):
         rate, options = config.learning_rate, config.optimizer.options
         assert isinstance(options, Adam)  # for mypy
-        betas, decay = (options.beta1, options.beta2), options.weight_decay
-        self.optimizer = torch.optim.Adam(model.parameters(), rate.start_lr, betas, weight_decay=decay, fused=True)
+        self._options: dict[str, Any] = {"betas": (options.beta1, options.beta2), "weight_decay": options.weight_decay}
+        self.optimizer = torch.optim.Adam(model.parameters(), rate.start_lr, fused=True, **self._options)
         self._model, self._rate, self._loss, self._processes = model, rate, config.loss, processes
         # DeePMD-kit's rule where decay_steps is as long as the run.
         short = 100 if num_steps // 10 > 100 else num_steps // 100 + 1
@@ -164,6 +164,7 @@ class AdamSteps:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(saved)
+        self.optimizer.param_groups[0].update(self._options)  # those of the input file
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self._model.parameters())

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 # each element, the edges, and all that are as long as these; of the numbers of an edge, its place within its stencil.
 # csrc/cuda/network_plan.h: on a GPU a net has at most MOST_LAYERS.
 NODES_AT_ONCE, FIRST_ATOM, EDGES, OF_EDGES, WHERE, MOST_LAYERS = 16, 1, 3, (3, 4, 6), 6, 8
+MOST_NODES = 4096
 ROUNDING = 1e-3  # of the distance of two nodes
 KEPT = 4  # frames: some MB each
 EDGES_AT_ONCE = 512  # on a GPU, the number of edges is a multiple of it
@@ -77,6 +78,7 @@ class Table:
 
     def __init__(self, last: float, number: int = 128):
         self.nodes = Nodes(-(-number // NODES_AT_ONCE) * NODES_AT_ONCE, last)
+        self.most_nodes = MOST_NODES
         self.num_kept = KEPT
         self._kept: list[TabulatedFrame] = []
         self._weights: tuple[DeepPotential, list[Tensor]] | None = None
@@ -108,10 +110,10 @@ class Table:
                 worst = max(worst, float((own - exact).square().mean().sqrt()) / size) if size else worst
         return worst
 
-    def refine(self) -> None:
+    @property
+    def refined(self) -> Nodes:
         """Half as many nodes again: the error falls by 1.5^8 = 26."""
-        number = -(-3 * self.nodes.number // (2 * NODES_AT_ONCE)) * NODES_AT_ONCE
-        self.nodes = Nodes(number, self.nodes.last)
+        return Nodes(-(-3 * self.nodes.number // (2 * NODES_AT_ONCE)) * NODES_AT_ONCE, self.nodes.last)
 
     def weights_of(self, model: DeepPotential) -> list[Tensor]:
         """Its parameters, listed once: for a small cell the walk through the modules takes a noticeable time."""

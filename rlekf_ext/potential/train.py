@@ -29,7 +29,7 @@ from rlekf_ext.potential.input import Config
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import AdamSteps, KalmanSteps, build_optimizer, prefactors
-from rlekf_ext.potential.table import Table, scalar_at
+from rlekf_ext.potential.table import Nodes, Table, scalar_at
 from rlekf_ext.potential.threads import use_threads
 from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts
 from rlekf_ext.schema import counted, shown
@@ -114,6 +114,8 @@ def train(
         optimize.load_state_dict(checkpoint["optimizer"])
         batches.load_state_dict(checkpoint["batches"])
         progress = checkpoint["progress"]
+        if (before := progress.get("per_epoch", len(batches))) != len(batches):
+            say(f"An epoch had {before} batches so far and now has {len(batches)}: epochs are counted in those of now.")
         del checkpoint  # its tensors are parts of the file, which is about to be replaced
     elif earlier:
         say(f"Begins with the model of {settings.init_model}.")
@@ -154,6 +156,7 @@ def train(
     def save() -> None:
         if model.table:
             progress["nodes"] = model.table.saved
+        progress["per_epoch"] = len(batches)
         state = {"optimizer": optimize.state_dict(), "batches": feed.state_dict(), "progress": progress}
         save_checkpoint(checkpoint_file, optimize.result, processes, **state, run=torchrun_name())
 
@@ -315,19 +318,26 @@ def feed_of(batches: Batches, optimize: KalmanSteps | AdamSteps, model: DeepPote
 
 
 def refine(model: DeepPotential, frames: Sequence[Frame], processes: Processes, say: Callable[[str], Any]) -> None:
-    """Add nodes to the table until it is exact enough on a few frames."""
+    """Add nodes to the table until it is exact enough on a few frames, or more do not help: in float32, rounding grows
+    with their number."""
     table, few = model.table, frames[:: -(-len(frames) // CHECKED)]
     limit = TABLE_ERROR[model.architecture.precision]
+    before: tuple[Nodes, float] | None = None
     while table:
         error = table.error(model, few)
-        if not processes.any(error > limit and table.nodes.number < MOST_NODES):  # all ask, and refine together
+        if processes.any(before and error > before[1] / 2):  # all ask, and refine together
+            assert before  # for mypy
+            table.nodes, table.most_nodes = before[0], before[0].number
+            say(f"That did not help: it has {table.nodes.number} nodes again.")
             return
-        table.refine()
+        if not processes.any(error > limit and table.refined.number <= table.most_nodes):
+            return
+        before = table.nodes, error
+        table.nodes = table.refined
         say(f"The table of the embedding nets was off by {error:.1e}: from now on it has {table.nodes.number} nodes.")
 
 
 CHECKED = 3  # frames
-MOST_NODES = 4096
 TABLE_ERROR = {"float64": 1e-5, "float32": 1e-4}  # evaluation is exact
 
 

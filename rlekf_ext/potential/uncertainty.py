@@ -17,11 +17,13 @@ from rlekf_ext.covariance import Covariance
 from rlekf_ext.errors import DataError, InputError
 from rlekf_ext.packing import TILE
 from rlekf_ext.potential.files import write_atomically
+from rlekf_ext.potential.frames import FrameList
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.table import Table
 from rlekf_ext.updates import beside
 
+WITHOUT_LABELS = "The predicted uncertainty needs frames with both energy and forces, but there are none."
 DRAWS = 7  # of random signs; with the energy that is 8 measurements of a frame, and so one pass over P
 
 
@@ -81,6 +83,12 @@ def filter_of(checkpoint: dict[str, Any], model: DeepPotential) -> RLEKF:
     return optimizer
 
 
+def check_labels(frames: FrameList) -> None:
+    """Raise the DataError of `uncertainty` before anything has been computed."""
+    if not any({"energy", "force"} <= set(system.labels) for system, _ in frames.parts()):
+        raise DataError(WITHOUT_LABELS)
+
+
 def uncertainty(optimizer: RLEKF, model: DeepPotential, frames: Iterable[Frame]) -> Uncertainty:
     """Errors and predicted deviations of labelled frames, each of one structure, with one pass over P per frame.
 
@@ -97,7 +105,7 @@ def uncertainty(optimizer: RLEKF, model: DeepPotential, frames: Iterable[Frame])
         rmse = float((prediction.forces - beside(prediction.forces, frame.forces)).square().mean().sqrt())
         rows.append((i, error, deviation[0], rmse, deviation[1]))
     if not rows:
-        raise DataError("The predicted uncertainty needs frames with both energy and forces, but there are none.")
+        raise DataError(WITHOUT_LABELS)
     columns = np.array(rows)
     return Uncertainty(columns[:, 0].astype(np.int64), columns[:, 1:3], columns[:, 3:])
 
