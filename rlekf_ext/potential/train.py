@@ -318,14 +318,15 @@ def feed_of(batches: Batches, optimize: KalmanSteps | AdamSteps, model: DeepPote
 
 
 def refine(model: DeepPotential, frames: Sequence[Frame], processes: Processes, say: Callable[[str], Any]) -> None:
-    """Add nodes to the table until it is exact enough on a few frames, or more do not help: in float32, rounding grows
-    with their number."""
+    """Add nodes to the table until it is exact enough on a few frames; in float32, where rounding grows with their number,
+    until more make it worse."""
     table, few = model.table, frames[:: -(-len(frames) // CHECKED)]
-    limit = TABLE_ERROR[model.architecture.precision]
+    precision = model.architecture.precision
+    limit, rounded = TABLE_ERROR[precision], precision == "float32"
     before: tuple[Nodes, float] | None = None
     while table:
         error = table.error(model, few)
-        if processes.any(before and error > before[1] / 2):  # all ask, and refine together
+        if processes.any(rounded and before and error >= before[1]):  # all ask, and refine together
             assert before  # for mypy
             table.nodes, table.most_nodes = before[0], before[0].number
             say(f"That did not help: it has {table.nodes.number} nodes again.")
