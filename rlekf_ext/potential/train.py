@@ -318,8 +318,8 @@ def feed_of(batches: Batches, optimize: KalmanSteps | AdamSteps, model: DeepPote
 
 
 def refine(model: DeepPotential, frames: Sequence[Frame], processes: Processes, say: Callable[[str], Any]) -> None:
-    """Add nodes to the table until it is exact enough on a few frames; in float32, where rounding grows with their number,
-    until more make it worse."""
+    """Add nodes to the table until it is exact enough on a few frames. In float32 rounding grows with their number: if
+    more make it worse, they are taken back."""
     table, few = model.table, frames[:: -(-len(frames) // CHECKED)]
     precision = model.architecture.precision
     limit, rounded = TABLE_ERROR[precision], precision == "float32"
