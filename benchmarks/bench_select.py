@@ -28,7 +28,7 @@ from rlekf_ext.potential.data import System, frames
 from rlekf_ext.potential.evaluate import compare
 from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.neighbors import Frame
-from rlekf_ext.potential.select import EPOCHS, select
+from rlekf_ext.potential.select import Selection, select
 
 RESULTS = ROOT / "benchmarks/results/select.csv"
 KEY = ("system", "network", "method", "seed", "chosen")
@@ -103,14 +103,23 @@ class Trial:
     def by_random(self, _: Run) -> list[int]:
         return np.random.default_rng([self.seed, 1]).permutation(self.split.pool)[: COUNTS[-1]].tolist()
 
-    def by_filter(self, first: Run, epochs: float = EPOCHS) -> list[int]:
-        """`rlekf select`; with epochs = 0 the frames of the largest variance, P as it is."""
+    def by_filter(self, first: Run) -> list[int]:
+        """`rlekf select`."""
+        return [self.split.pool[i] for i in self._selected(first).chosen]
+
+    def by_variance(self, first: Run) -> list[int]:
+        """The frames of the largest variance, energy and forces scaled as the filter scales them, P as it is."""
+        scales = first.state["optimizer"]["updater"]["scales"]
+        scaled = self._selected(first).deviations * [float(scales[kind]) for kind in ("energy", "force")]
+        order = np.argsort(-np.square(scaled).sum(1), kind="stable")
+        return [self.split.pool[i] for i in order[: COUNTS[-1]]]
+
+    def _selected(self, first: Run) -> Selection:
         starts = np.cumsum([0, *map(len, self.split.systems)])
         parts = [[i - low for i in self.split.pool if low <= i < high] for low, high in itertools.pairwise(starts)]
         pool = [s[np.array(own)] for s, own in zip(self.split.systems, parts, strict=True)]
         state = first.state
-        found = select(state, restored_model(state), pool, COUNTS[-1], epochs=epochs, quiet=True)
-        return [self.split.pool[i] for i in found.chosen]
+        return select(state, restored_model(state), pool, COUNTS[-1], quiet=True)
 
     def by_distance(self, first: Run) -> list[int]:
         """Farthest points: mean descriptors of each element's atoms, from the first network."""
@@ -142,7 +151,7 @@ class Trial:
 
 METHODS: dict[str, Callable[[Trial, Run], list[int]]] = {
     "select": Trial.by_filter,
-    "variance": lambda trial, first: trial.by_filter(first, 0),
+    "variance": Trial.by_variance,
     "random": Trial.by_random,
     "distance": Trial.by_distance,
     "committee": Trial.by_committee,

@@ -40,4 +40,4 @@ class LostProcessError(RlekfError, RuntimeError):
 
 
 class NotEnoughMemoryError(RlekfError, MemoryError):
-    """P does not fit; raised before anything is allocated."""
+    """P, or what is made of it, does not fit; raised before anything is allocated."""

@@ -137,7 +137,7 @@ class KalmanFilter:
         h = self._rows(jacobian)
         if not len(h):
             return h.new_zeros(0)
-        project = self._projector()
+        project = self.projector()
         sums = [project(batch)[1][0].sum(0).diagonal() for batch in h.split(MAX_MEASUREMENTS)]
         return (self.covariance.scale * torch.cat(sums)).reshape(jacobian.shape[:-1])
 
@@ -151,7 +151,7 @@ class KalmanFilter:
         """P in a few numbers, at the cost of `lanczos_steps` reads of it. Changes nothing; waits for the device."""
         p = self.covariance
         now = p.scalars()
-        stored, project = p.stored_diagonal(), self._projector()
+        stored, project = p.stored_diagonal(), self.projector()
         diagonal = p.diagonal_of(self._share.processes.sum(stored) if self._share else stored)
         start = self._most_certain_of_recent(project)
         if start is None:
@@ -283,8 +283,9 @@ class KalmanFilter:
     def _spread(self, tiles: Tensor) -> Tensor:
         return self._share.spread(tiles) if self._share else tiles
 
-    def _projector(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """`project` for up to 8 rows, on a copy of `pending` with room for them, so that nothing is folded."""
+    def projector(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """P H without the factor β, and inner products, of up to 8 rows: `project` on a copy of `pending` with room for
+        them, so that nothing is folded."""
         p = self.covariance
         room = p.pending.new_zeros(MAX_MEASUREMENTS, self.plan.num_weights)
         copy = replace(p, pending=torch.cat([p.pending, room]), state=p.state.clone())

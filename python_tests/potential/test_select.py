@@ -8,12 +8,12 @@ import torch
 from helpers import RCUT, checkpoint_of, input_of, load_example, run, write_data
 
 from rlekf_ext.cli import main
-from rlekf_ext.errors import DataError, InputError, OptionError
+from rlekf_ext.errors import DataError, InputError, NotEnoughMemoryError, OptionError
 from rlekf_ext.potential import Calculator
 from rlekf_ext.potential.checkpoint import load_checkpoint, restored_model, save_checkpoint
 from rlekf_ext.potential.data import frame_of, frames
 from rlekf_ext.potential.load import load_systems
-from rlekf_ext.potential.select import EPOCHS, select
+from rlekf_ext.potential.select import EPOCHS, _candidates, select
 from rlekf_ext.potential.uncertainty import DRAWS, deviations, filter_of, jacobian_of
 
 
@@ -48,45 +48,78 @@ def test_the_table_gives_the_jacobians_of_autograd(trained):
     assert torch.allclose(found, exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
 
 
+def dense_choices(checkpoint, model, systems, count, num_atoms=8):
+    """Tries every frame: P conditioned on all its rows at once, and the scaled variances of all frames that it leaves.
+    The choices, the deviations of all frames before, and those of the chosen ones when they were chosen."""
+    optimizer = filter_of(checkpoint, model)
+    p = torch.block_diag(*optimizer.filter.covariance.dense())
+    updater = checkpoint["optimizer"]["updater"]
+    of_energy, of_force = (float(updater["scales"][kind]) for kind in ("energy", "force"))
+    of_force /= num_atoms if updater["force_per_atom"] else 1
+    noise = optimizer.filter.covariance.scalars().measurement_noise
+    rows = [jacobian_of(optimizer, model, frame) for frame in frames(systems, RCUT, 2)]
+    of_forces = of_force * (16 * EPOCHS / (3 * num_atoms * DRAWS)) ** 0.5
+    as_measured = torch.tensor([of_energy * (4 * EPOCHS) ** 0.5] + [of_forces] * DRAWS, dtype=torch.float64)[:, None]
+
+    def deviations_of(h, p):
+        variance = ((h @ p) * h).sum(1)
+        return float(variance[0]) ** 0.5, float(variance[1:].mean()) ** 0.5
+
+    def left(p):
+        return sum((of_energy * e) ** 2 + (of_force * f) ** 2 for e, f in (deviations_of(h, p) for h in rows))
+
+    def after(h):
+        a = as_measured * h
+        return p - p @ a.T @ torch.linalg.solve(a @ p @ a.T + noise * torch.eye(len(a), dtype=torch.float64), a @ p)
+
+    before, chosen, then = [deviations_of(h, p) for h in rows], [], []
+    for _ in range(count):
+        tried = {i: after(h) for i, h in enumerate(rows) if i not in chosen}
+        best = min(tried, key=lambda i: left(tried[i]))
+        then.append(deviations_of(rows[best], p))
+        chosen.append(best)
+        p = tried[best]
+    return chosen, before, then
+
+
 def test_the_choice_is_that_of_a_dense_filter(trained, pool):
-    """Greedy over all frames, with P conditioned on each choice as one measurement of all its rows."""
     checkpoint = checkpoint_of(trained)
     model = restored_model(checkpoint)
     systems = load_systems(pool, model.type_map, labelled=False)
     found = select(checkpoint, model, systems, 5)
-
-    optimizer = filter_of(checkpoint, model)
-    blocks = optimizer.filter.covariance.dense()
-    sizes = optimizer.filter.plan.sizes
-    scales = [float(checkpoint["optimizer"]["updater"]["scales"][kind]) for kind in ("energy", "force")]
-    means = checkpoint["optimizer"]["updater"]["means"]
-    assert scales == pytest.approx([3 / float(means["energy"]), 1 / float(means["force"])])
-    rows = [jacobian_of(optimizer, model, frame) for frame in frames(systems, RCUT, 2)]
-    as_measured = torch.tensor(
-        [scales[0] * (4 * EPOCHS) ** 0.5] + [scales[1] * (16 * EPOCHS / (3 * 8 * DRAWS)) ** 0.5] * DRAWS,
-        dtype=torch.float64,
-    )[:, None]
-
-    def deviations_of(h):
-        split = zip(h.split(sizes, 1), blocks, strict=True)
-        variance = sum(((part @ p) * part).sum(1) for part, p in split)
-        return float(variance[0]) ** 0.5, float(variance[1:].mean()) ** 0.5
-
-    chosen = []
-    for step in range(5):
-        each = {i: deviations_of(h) for i, h in enumerate(rows) if i not in chosen}
-        if step == 0:
-            np.testing.assert_allclose(found.deviations, list(each.values()), rtol=1e-9)
-        best = max(each, key=lambda i: (scales[0] * each[i][0]) ** 2 + (scales[1] * each[i][1]) ** 2)
-        np.testing.assert_allclose(found.when_chosen[step], each[best], rtol=1e-7)
-        chosen.append(best)
-        h = (as_measured * rows[best]).split(sizes, 1)
-        # One after another, as the filter takes them: each conditions all blocks by the same innovation variance.
-        for row in range(1 + DRAWS):
-            gains = [p @ part[row] for p, part in zip(blocks, h, strict=True)]
-            a = 1 / (1 + sum(float(part[row] @ g) for part, g in zip(h, gains, strict=True)))
-            blocks = [p - a * g.outer(g) for p, g in zip(blocks, gains, strict=True)]
+    means, scales = (checkpoint["optimizer"]["updater"][name] for name in ("means", "scales"))
+    wanted = [3 / float(means["energy"]), 1 / float(means["force"])]
+    assert [float(scales[kind]) for kind in ("energy", "force")] == pytest.approx(wanted)
+    chosen, before, then = dense_choices(checkpoint, model, systems, 5)
+    np.testing.assert_allclose(found.deviations, before, rtol=1e-9)
+    np.testing.assert_allclose(found.when_chosen, then, rtol=1e-7)
     assert found.chosen == chosen
+
+
+def test_of_a_large_pool_some_frames_stand_for_others(trained, pool, monkeypatch):
+    """Those of largest variance are candidates, and of the others some at random, which count for all of these."""
+    monkeypatch.setattr("rlekf_ext.potential.select.CANDIDATES", 6)
+    checkpoint = checkpoint_of(trained)
+    model = restored_model(checkpoint)
+    found = select(checkpoint, model, load_systems(pool, model.type_map, labelled=False), 2)
+    assert len(found.deviations) == 10
+    assert len(set(found.chosen)) == 2
+    variances = np.arange(10.0)[::-1].copy()
+    usable = np.array([0, 1, 2, 4, 5, 6, 7, 9])
+    candidates, stand_for = _candidates(variances, usable, 4)
+    assert candidates[:2].tolist() == [0, 1]
+    assert set(candidates[2:]) < {2, 4, 5, 6, 7, 9}
+    assert stand_for.tolist() == [1, 1, 3, 3]
+    assert _candidates(variances, usable, 8)[0].tolist() == usable.tolist()
+
+
+def test_without_memory_for_so_many_choices(trained, pool, monkeypatch):
+    checkpoint = checkpoint_of(trained)
+    model = restored_model(checkpoint)
+    of_frame = 8 * (1 + DRAWS) * sum(w.numel() for w in model.parameters())
+    monkeypatch.setattr("rlekf_ext.potential.select.available_bytes", lambda _: 4 * 3.5 * of_frame)
+    with pytest.raises(NotEnoughMemoryError, match="At most 3 frames can be chosen at once"):
+        select(checkpoint, model, load_systems(pool, model.type_map, labelled=False), 9)
 
 
 def test_what_a_frame_has_told_its_twin_need_not_tell(trained, tmp_path):
@@ -172,15 +205,16 @@ def test_without_room_for_the_frames_the_table_says_which_they_are(trained, pool
     assert [path.name for path in (tmp_path / "chosen").iterdir()] == ["deviations.csv"]
 
 
-def test_a_p_in_float32_stays_positive(trained, pool, tmp_path):
-    """As-if updates are in float64, whatever P was stored in."""
+def test_a_p_in_float32_stays_positive(trained, pool, monkeypatch):
+    """What is as if measured is in float64, whatever P was stored in."""
+    monkeypatch.setattr("rlekf_ext.potential.select.EPOCHS", 1000)
     checkpoint = checkpoint_of(trained)
     model = restored_model(checkpoint)
     systems = load_systems(pool, model.type_map, labelled=False)
-    wanted = select(checkpoint, model, systems, 10, epochs=1000)
+    wanted = select(checkpoint, model, systems, 10)
     filter_state = checkpoint["optimizer"]["filter"]["state"][0]
     filter_state["tiles"] = filter_state["tiles"].float()
-    found = select(checkpoint, model, systems, 10, epochs=1000)
+    found = select(checkpoint, model, systems, 10)
     assert found.chosen == wanted.chosen
     np.testing.assert_allclose(found.when_chosen, wanted.when_chosen, rtol=1e-2)
 
@@ -191,11 +225,9 @@ def test_forces_of_lkf_count_as_it_scales_them(tmp_path, pool):
     checkpoint = checkpoint_of(tmp_path / "lkf")
     model = restored_model(checkpoint)
     systems = load_systems(pool, model.type_map, labelled=False)
-    found = select(checkpoint, model, systems, 1)
+    found = select(checkpoint, model, systems, 3)
     assert checkpoint["optimizer"]["updater"]["force_per_atom"]
-    scales = checkpoint["optimizer"]["updater"]["scales"]
-    own = found.deviations * [float(scales["energy"]), float(scales["force"]) / 8]
-    assert found.chosen == [int(np.square(own).sum(1).argmax())]
+    assert found.chosen == dense_choices(checkpoint, model, systems, 3)[0]
 
 
 def test_more_than_there_are(trained, pool, tmp_path):

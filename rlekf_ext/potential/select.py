@@ -1,15 +1,14 @@
 """The next frames to label: of a pool, those from which the filter would learn most, chosen one after another.
 
-P does not depend on labels. So once a frame is chosen, P is updated as if the frame had been measured, and the next
-choice is not its twin.
+P does not depend on labels. So before a frame has any, P says how much its measurement would lower the predicted
+variance of all frames; and once it is chosen, P is updated as if it had been measured.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlekf_ext.errors import DataError, InputError
+from rlekf_ext.environment import available_bytes
+from rlekf_ext.errors import DataError, InputError, NotEnoughMemoryError
+from rlekf_ext.optim import RLEKF
 from rlekf_ext.potential.data import System, frame_of
 from rlekf_ext.potential.files import write_atomically, writing
 from rlekf_ext.potential.model import DeepPotential
@@ -28,6 +29,8 @@ from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.uncertainty import DRAWS, deviations, filter_of, jacobian_of
 from rlekf_ext.updates import LEAST_ERROR
 
+CANDIDATES = 512  # frames
+ROWS_AT_ONCE = 64
 EPOCHS = 10  # how often training with four force groups would measure a frame
 FILES = {"coordinates": "coord", "boxes": "box", "energies": "energy", "forces": "force", "virials": "virial"}
 
@@ -93,82 +96,134 @@ def select(
     systems: Sequence[System],
     count: int,
     *,
-    epochs: float = EPOCHS,
     quiet: bool = False,
 ) -> Selection:
-    """Choose `count` frames, the one with the largest predicted variance first, and the others in turn, with P updated
-    as if those before had been measured in this many epochs of training.
+    """Choose `count` frames, one after another: each time the one after whose measurement the predicted variance of the
+    whole pool is least (active learning Cohn), with P updated as if those before had been measured in EPOCHS epochs of
+    training.
 
     The variances of energy and forces are added as the filter scales its measurements at the end of training. It takes
-    the Jacobians of every frame once and one pass over P for each; then, for every choice, those of the frames that may
-    still be the largest. No more than one frame has its neighbours in memory. On a terminal it shows its progress,
-    unless `quiet`.
+    the Jacobians of every frame once and one pass over P for each; the choice is then made among all frames or, of a
+    pool that is larger than CANDIDATES and than twice `count`, among those of largest variance and others drawn at
+    random, half each, fewer if memory is short. On a terminal it shows its progress, unless `quiet`.
 
     Raises InputError for a checkpoint without P, and DataError if no frame can be evaluated.
     """
     optimizer = filter_of(checkpoint, model)
     p = optimizer.filter.covariance
-    # The old one lies in the file. As-if updates in float32 would make it indefinite.
+    # The old one lies in the file. What is as if measured is known better than float32 can say.
     optimizer.filter.covariance = p = p.reblock(p.plan, dtype=torch.float64)
-    p.set(forgetting=0.0, process_noise=0.0)
+    noise = math.sqrt(p.scalars().measurement_noise)
     updater = checkpoint["optimizer"]["updater"]
     saved = updater.get("scales") or {kind: 1 / max(float(x), LEAST_ERROR) for kind, x in updater["means"].items()}
     of_energy, of_force = (float(saved.get(kind, 1.0)) for kind in ("energy", "force"))
-    per_atom = updater.get("force_per_atom", False)
     places = _places(systems)
+    bar = partial(tqdm, unit="frame", disable=quiet or None, leave=False)
 
-    def scales(num_atoms: int) -> tuple[float, float]:
-        return of_energy, of_force / num_atoms if per_atom else of_force
-
-    def look(frame: int) -> tuple[float, tuple[float, float], Tensor, int]:
+    def jacobian(frame: int) -> tuple[Tensor, int]:
         system, i = places[frame]
         made = _made(model, system, i)
-        jacobian = jacobian_of(optimizer, model, made)
-        found = deviations(optimizer, jacobian, system.frame_name(i))
-        n = len(made.types)
-        return sum((s * d) ** 2 for s, d in zip(scales(n), found, strict=True)), found, jacobian, n
+        return jacobian_of(optimizer, model, made), len(made.types)
 
     before, left_out = np.full((len(places), 2), math.nan), []
-    waiting: list[tuple[float, int]] = []  # minus the variance as last seen, the frame
-    bar = partial(tqdm, unit="frame", disable=quiet or None, leave=False)
+    scales = np.ones((len(places), 2))
     for frame in bar(range(len(places)), desc="frames"):
         try:
-            variance, before[frame], _, _ = look(frame)
+            rows, num_atoms = jacobian(frame)
         except DataError as error:
             left_out.append(str(error))
             continue
-        waiting.append((-variance, frame))
-    if not waiting:
+        system, i = places[frame]
+        before[frame] = deviations(optimizer, rows, system.frame_name(i))
+        scales[frame] = of_energy, of_force / num_atoms if updater.get("force_per_atom", False) else of_force
+    variances = np.square(scales * before).sum(1)
+    usable = np.flatnonzero(~np.isnan(variances))
+    if not len(usable):
         raise DataError(f"No frame can be evaluated: {left_out[0] if left_out else 'there is none'}")
-    heapq.heapify(waiting)
-    chosen: list[int] = []
-    when_chosen = []
-    for _ in bar(range(min(count, len(waiting))), desc="choices"):
-        while True:
-            # Variances only fall, so the largest is found as soon as one of now is above all others of before.
-            _, frame = heapq.heappop(waiting)
-            variance, found, jacobian, num_atoms = look(frame)
-            if not waiting or variance >= -waiting[0][0]:
-                break
-            heapq.heappush(waiting, (-variance, frame))
-        chosen.append(frame)
-        when_chosen.append(found)
-        if epochs:
-            rows = as_measured(jacobian, scales(num_atoms), num_atoms, epochs)
-            optimizer.filter.update(rows, torch.zeros(1 + DRAWS))
-    return Selection(list(systems), chosen, before, np.array(when_chosen), left_out)
+    # A quarter of the memory for the Jacobians, another for the products of all with all, twice.
+    free, of_frame = available_bytes(p.state.device) / 4, 8 * (1 + DRAWS)
+    most = int(min(free / (of_frame * p.plan.num_weights), math.sqrt(free / (2 * of_frame * (1 + DRAWS)))))
+    if most < min(count, len(usable)):
+        raise NotEnoughMemoryError(f"At most {most} frames can be chosen at once with the memory that is free.")
+    candidates, stand_for = _candidates(variances, usable, min(max(CANDIDATES, 2 * count), most))
+    jacobians, as_if, counted = [], [], []
+    for frame, weight in zip(bar(candidates, desc="candidates"), stand_for, strict=True):
+        own, num_atoms = jacobian(frame)
+        jacobians.append(own)
+        as_if.append(as_measured(scales[frame], num_atoms) / noise)
+        counted.append(weight * np.square(scales[frame]) / (1, DRAWS))
+    each = torch.tensor(np.repeat(np.array(counted), (1, DRAWS), axis=1))
+    with bar(total=min(count, len(candidates)), desc="choices") as choices:
+        chosen, then = least_left(
+            _products(optimizer, torch.cat(jacobians)), torch.stack(as_if), each, count, choices.update
+        )
+    when_chosen = np.stack([then[:, 0].sqrt().numpy(), then[:, 1:].mean(1).sqrt().numpy()], axis=1)
+    return Selection(list(systems), [int(candidates[i]) for i in chosen], before, when_chosen, left_out)
 
 
-def as_measured(jacobian: Tensor, scales: Sequence[float], num_atoms: int, epochs: float) -> Tensor:
-    """The rows of `jacobian_of`, scaled so that they tell P as much as a frame does in this many epochs of training.
+def as_measured(scales: Sequence[float], num_atoms: int) -> Tensor:
+    """Factors (1 + DRAWS,) of the rows of `jacobian_of`, after which they tell P as much as a frame does in EPOCHS epochs
+    of training.
 
     In an epoch with `num_groups` = 4 that is four updates of energies and four of forces of a quarter of the atoms,
     Σ ± F_i / (3n/4): in all 16/(3n) times the mean variance of a component.
     """
-    rows = jacobian.clone()
-    rows[0] *= scales[0] * math.sqrt(4 * epochs)
-    rows[1:] *= scales[1] * math.sqrt(16 * epochs / (3 * num_atoms * DRAWS))
-    return rows
+    of_energy = scales[0] * math.sqrt(4 * EPOCHS)
+    of_force = scales[1] * math.sqrt(16 * EPOCHS / (3 * num_atoms * DRAWS))
+    return torch.tensor([of_energy] + [of_force] * DRAWS, dtype=torch.float64)
+
+
+def least_left(
+    products: Tensor, as_if: Tensor, counted: Tensor, count: int, show: Callable[[], Any] = lambda: None
+) -> tuple[list[int], Tensor]:
+    """Of C frames with R rows each, `count` in the order of choice, and the variances (count, R) of their rows after
+    the choices before them.
+
+    `products` (C R, C R): those of all rows, H_iᵀPH_j, overwritten. A frame is measured by its rows times `as_if`
+    (C, R), with noise 1; chosen is the one after which the sum of all variances, times `counted` (C, R), is least.
+    """
+    num_frames, num_rows = as_if.shape
+    by_frame = products.view(num_frames, num_rows, num_frames * num_rows)
+    frames, noise = torch.arange(num_frames), torch.eye(num_rows, dtype=torch.float64)
+    own = as_if[:, :, None] * as_if[:, None, :]
+    left = torch.ones(num_frames, dtype=torch.bool)
+    chosen: list[int] = []
+    then = []
+    for _ in range(min(count, num_frames)):
+        alone = by_frame.view(num_frames, num_rows, num_frames, num_rows)[frames, :, frames]  # (C, R, R)
+        gained = torch.bmm(by_frame * counted.flatten(), by_frame.transpose(1, 2))
+        fall = torch.linalg.solve(own * alone + noise, own * gained).diagonal(dim1=1, dim2=2).sum(1)
+        best = int(torch.where(left, fall, -math.inf).argmax())
+        then.append(alone[best].diagonal().clamp_min(0))
+        chosen.append(best)
+        left[best] = False
+        factor = torch.linalg.cholesky(own[best] * alone[best] + noise)
+        known = torch.linalg.solve_triangular(factor, as_if[best, :, None] * by_frame[best], upper=False)
+        products.addmm_(known.T, known, alpha=-1)
+        show()
+    return chosen, torch.stack(then)
+
+
+def _candidates(variances: np.ndarray, usable: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most this many of the usable frames, and how many each stands for: all, or half of them those of largest
+    variance, and others at random, which stand for the rest."""
+    if len(usable) <= most:
+        return usable, np.ones(len(usable))
+    order = usable[np.argsort(-variances[usable], kind="stable")]
+    top, rest = order[: most // 2], order[most // 2 :]
+    drawn = np.sort(np.random.default_rng(0).choice(rest, most - len(top), replace=False))
+    share = len(rest) / len(drawn)
+    return np.concatenate([top, drawn]), np.repeat([1.0, share], [len(top), len(drawn)])
+
+
+def _products(optimizer: RLEKF, rows: Tensor) -> Tensor:
+    """H_iᵀPH_j of all rows (R, N), as (R, R)."""
+    project, scale = optimizer.filter.projector(), optimizer.filter.covariance.scalars().scale
+    found = rows.new_empty(len(rows), len(rows))
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        some = slice(first, first + ROWS_AT_ONCE)
+        found[:, some] = rows @ torch.cat([scale * project(each)[0] for each in rows[some].split(1 + DRAWS)]).T
+    return (found + found.T) / 2
 
 
 def _places(systems: Sequence[System]) -> list[tuple[System, int]]:
