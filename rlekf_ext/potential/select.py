@@ -162,8 +162,8 @@ def select(
 
 
 def as_measured(scales: Sequence[float], num_atoms: int) -> Tensor:
-    """Factors (1 + DRAWS,) of the rows of `jacobian_of`, after which they tell P as much as a frame does in EPOCHS epochs
-    of training.
+    """Factors (1 + DRAWS,) of the rows of `jacobian_of`, after which they tell P as much as a frame does in EPOCHS
+    epochs of training.
 
     In an epoch with `num_groups` = 4 that is four updates of energies and four of forces of a quarter of the atoms,
     Σ ± F_i / (3n/4): in all 16/(3n) times the mean variance of a component.
