@@ -50,6 +50,7 @@ class Processes:
     def any(self, flag: object) -> bool:
         return any(row[0] for row in self.gather([bool(flag)]))
 
+    @torch.no_grad()
     def agree(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the values of rank 0, in place."""
         for tensor in tensors:

@@ -378,9 +378,9 @@ class FrameUpdater:
         error: Any = here(errors.mean() if len(errors) > 1 else errors[0])
         finite = _is_finite(error)
         left = here(self._early)
-        self._early = _kept(left, _where(finite, EARLY_DECAY ** len(errors) * left, left))
         if options.early_scale != 1:
             scale = scale * (1 + (options.early_scale - 1) * left)
+        self._early = _kept(left, _where(finite, EARLY_DECAY ** len(errors) * left, left))
         if options.adaptive_scale or options.balance:
             mean = here(self._means.get(kind, error))
             mean = _where(_is_finite(mean), mean, error)  # the very first ε may not have been finite
