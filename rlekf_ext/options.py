@@ -80,7 +80,7 @@ class FilterOptions:
     covariance_dtype: str = option(
         "float64",
         "How P is stored: `float64`, `float32` (half the memory) or `auto`, float32 until that becomes too coarse. "
-        "(Around `RLEKF.update` and `KalmanFilter.update`, call `guard_storage()` every few hundred updates.)",
+        "Around `RLEKF.update` and `KalmanFilter.update`, call `guard_storage()` every few hundred updates.",
         choices=("float64", "float32", "auto"),
     )
     max_pending: int = option(

@@ -146,16 +146,18 @@ def select(
     if most < min(count, len(usable)):
         raise NotEnoughMemoryError(f"At most {most} frames can be chosen at once with the memory that is free.")
     candidates, stand_for = _candidates(variances, usable, min(max(CANDIDATES, 2 * count), most))
-    jacobians, as_if, counted = [], [], []
+    as_if: list[Tensor] = []
+    counted = []
+    jacobians = torch.empty(len(candidates), 1 + DRAWS, p.plan.num_weights, dtype=torch.float64)
     for frame, weight in zip(bar(candidates, desc="candidates"), stand_for, strict=True):
         own, num_atoms = jacobian(frame)
-        jacobians.append(own)
+        jacobians[len(as_if)] = own
         as_if.append(as_measured(scales[frame], num_atoms) / noise)
         counted.append(weight * np.square(scales[frame]) / (1, DRAWS))
     each = torch.tensor(np.repeat(np.array(counted), (1, DRAWS), axis=1))
     with bar(total=min(count, len(candidates)), desc="choices") as choices:
         chosen, then = least_left(
-            _products(optimizer, torch.cat(jacobians)), torch.stack(as_if), each, count, choices.update
+            _products(optimizer, jacobians.flatten(0, 1)), torch.stack(as_if), each, count, choices.update
         )
     when_chosen = np.stack([then[:, 0].sqrt().numpy(), then[:, 1:].mean(1).sqrt().numpy()], axis=1)
     return Selection(list(systems), [int(candidates[i]) for i in chosen], before, when_chosen, left_out)
