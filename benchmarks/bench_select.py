@@ -105,21 +105,21 @@ class Trial:
 
     def by_filter(self, first: Run) -> list[int]:
         """`rlekf select`."""
-        return [self.split.pool[i] for i in self._selected(first).chosen]
+        return [self.split.pool[i] for i in self._selected(first, COUNTS[-1]).chosen]
 
     def by_variance(self, first: Run) -> list[int]:
         """The frames of the largest variance, energy and forces scaled as the filter scales them, P as it is."""
         scales = first.state["optimizer"]["updater"]["scales"]
-        scaled = self._selected(first).deviations * [float(scales[kind]) for kind in ("energy", "force")]
+        scaled = self._selected(first, 1).deviations * [float(scales[kind]) for kind in ("energy", "force")]
         order = np.argsort(-np.square(scaled).sum(1), kind="stable")
         return [self.split.pool[i] for i in order[: COUNTS[-1]]]
 
-    def _selected(self, first: Run) -> Selection:
+    def _selected(self, first: Run, count: int) -> Selection:
         starts = np.cumsum([0, *map(len, self.split.systems)])
         parts = [[i - low for i in self.split.pool if low <= i < high] for low, high in itertools.pairwise(starts)]
         pool = [s[np.array(own)] for s, own in zip(self.split.systems, parts, strict=True)]
         state = first.state
-        return select(state, restored_model(state), pool, COUNTS[-1], quiet=True)
+        return select(state, restored_model(state), pool, count, quiet=True)
 
     def by_distance(self, first: Run) -> list[int]:
         """Farthest points: mean descriptors of each element's atoms, from the first network."""

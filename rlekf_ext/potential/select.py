@@ -103,7 +103,7 @@ def select(
     training.
 
     The variances of energy and forces are added as the filter scales its measurements at the end of training. It takes
-    the Jacobians of every frame once and one pass over P for each; the choice is then made among all frames or, of a
+    the Jacobians of every frame and one pass over P for each; the choice is then made among all frames or, of a
     pool that is larger than CANDIDATES and than twice `count`, among those of largest variance and others drawn at
     random, half each, fewer if memory is short. On a terminal it shows its progress, unless `quiet`.
 
@@ -125,8 +125,13 @@ def select(
         made = _made(model, system, i)
         return jacobian_of(optimizer, model, made), len(made.types)
 
+    # A quarter of the memory for the Jacobians, another for the products of all with all, twice.
+    free, of_frame = available_bytes(p.state.device) / 4, 8 * (1 + DRAWS)
+    most = int(min(free / (of_frame * p.plan.num_weights), math.sqrt(free / (2 * of_frame * (1 + DRAWS)))))
+    room = min(len(places), max(CANDIDATES, 2 * count), most)
+    jacobians = torch.empty(room, 1 + DRAWS, p.plan.num_weights, dtype=torch.float64)
     before, left_out = np.full((len(places), 2), math.nan), []
-    scales = np.ones((len(places), 2))
+    scales, num_usable = np.ones((len(places), 2)), 0
     for frame in bar(range(len(places)), desc="frames"):
         try:
             rows, num_atoms = jacobian(frame)
@@ -135,29 +140,32 @@ def select(
             continue
         system, i = places[frame]
         before[frame] = deviations(optimizer, rows, system.frame_name(i))
+        if len(places) == room:  # all will be candidates
+            jacobians[num_usable] = rows
+        num_usable += 1
         scales[frame] = of_energy, of_force / num_atoms if updater.get("force_per_atom", False) else of_force
     variances = np.square(scales * before).sum(1)
     usable = np.flatnonzero(~np.isnan(variances))
-    if not len(usable):
+    if not num_usable:
         raise DataError(f"No frame can be evaluated: {left_out[0] if left_out else 'there is none'}")
-    # A quarter of the memory for the Jacobians, another for the products of all with all, twice.
-    free, of_frame = available_bytes(p.state.device) / 4, 8 * (1 + DRAWS)
-    most = int(min(free / (of_frame * p.plan.num_weights), math.sqrt(free / (2 * of_frame * (1 + DRAWS)))))
-    if most < min(count, len(usable)):
+    if most < min(count, num_usable):
         raise NotEnoughMemoryError(f"At most {most} frames can be chosen at once with the memory that is free.")
-    candidates, stand_for = _candidates(variances, usable, min(max(CANDIDATES, 2 * count), most))
-    as_if: list[Tensor] = []
-    counted = []
-    jacobians = torch.empty(len(candidates), 1 + DRAWS, p.plan.num_weights, dtype=torch.float64)
-    for frame, weight in zip(bar(candidates, desc="candidates"), stand_for, strict=True):
-        own, num_atoms = jacobian(frame)
-        jacobians[len(as_if)] = own
-        as_if.append(as_measured(scales[frame], num_atoms) / noise)
-        counted.append(weight * np.square(scales[frame]) / (1, DRAWS))
+    candidates, stand_for = _candidates(variances, usable, room)
+    if len(places) > room:
+        for i, frame in enumerate(bar(candidates, desc="candidates")):
+            jacobians[i], _ = jacobian(frame)
+    as_if = [as_measured(scales[frame], len(places[frame][0].types)) / noise for frame in candidates]
+    counted = [
+        weight * np.square(scales[frame]) / (1, DRAWS) for frame, weight in zip(candidates, stand_for, strict=True)
+    ]
     each = torch.tensor(np.repeat(np.array(counted), (1, DRAWS), axis=1))
     with bar(total=min(count, len(candidates)), desc="choices") as choices:
         chosen, then = least_left(
-            _products(optimizer, jacobians.flatten(0, 1)), torch.stack(as_if), each, count, choices.update
+            _products(optimizer, jacobians[: len(candidates)].flatten(0, 1)),
+            torch.stack(as_if),
+            each,
+            count,
+            choices.update,
         )
     when_chosen = np.stack([then[:, 0].sqrt().numpy(), then[:, 1:].mean(1).sqrt().numpy()], axis=1)
     return Selection(list(systems), [int(candidates[i]) for i in chosen], before, when_chosen, left_out)
@@ -220,7 +228,7 @@ def _candidates(variances: np.ndarray, usable: np.ndarray, most: int) -> tuple[n
 
 def _products(optimizer: RLEKF, rows: Tensor) -> Tensor:
     """H_iᵀPH_j of all rows (R, N), as (R, R)."""
-    project, scale = optimizer.filter.projector(), optimizer.filter.covariance.scalars().scale
+    project, scale = optimizer.filter.projector(), optimizer.filter.covariance.scale
     found = rows.new_empty(len(rows), len(rows))
     for first in range(0, len(rows), ROWS_AT_ONCE):
         some = slice(first, first + ROWS_AT_ONCE)
