@@ -57,14 +57,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     machine(given.output)
-    base = method_of("RLEKF")
+    base = method_of("first default")
     done = read(given.output) if given.output.exists() else {}
     for seed in given.seeds:
         for name in given.systems:
             for size, batch in BATCHES:
                 if (name, label(size, batch), str(seed)) in done or not available(name, given.data):
                     continue
-                method = {"optimizer": {**base["optimizer"], "batch": batch}, "batch_size": size}
+                method = {**base, "optimizer": {**base["optimizer"], "batch": batch}, "batch_size": size}
                 key = dict(zip(KEY, (name, "small", label(size, batch), seed, FRAMES, EPOCHS), strict=True))
                 rows, _ = rows_of(key, method, given.data, EPOCHS)
                 append(given.output, COLUMNS, rows)

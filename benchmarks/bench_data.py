@@ -107,7 +107,7 @@ class Trainer:
     """RLEKF on the training frames of the set."""
 
     def __init__(self, data: Path, network: str, kept: bool):
-        config = config_of(SYSTEM, network, {"optimizer": {"type": "RLEKF"}, "table": True}, seed=1)
+        config = config_of(SYSTEM, network, {"optimizer": {"type": "RLEKF"}}, seed=1)
         asked = config.model.architecture()
         cache = Cache(1e12 if kept else 0)
         frames = FrameList(chosen(SYSTEM, data, None)["train"], asked.descriptor.rcut, len(asked.type_map), cache=cache)

@@ -41,7 +41,7 @@ COLUMNS = (*KEY, "epoch", "seconds", "ms_per_frame", "test_E", "test_F", "gpu", 
 def rows_of(system: str, network: str, method: str, device: torch.device, data: Path, seconds: float) -> list[dict]:
     where: dict[str, Any] = {**machine(), **(Gpu().facts() if device.type == "cuda" else {})}
     parts = load(system, data, None)
-    config = config_of(system, network, {**METHODS[method], "table": True}, 1)
+    config = config_of(system, network, METHODS[method], 1)
     os.environ["RLEKF_NETWORK_KERNELS"] = "0" if method == IN_TORCH else "1"
     epochs = ADAM_EPOCHS if method == "Adam" else EPOCHS
     run = Run(config, parts["train"], epochs, device=device)

@@ -24,7 +24,7 @@ from rlekf_ext.potential.calculator import Calculator
 
 RESULTS = ROOT / "benchmarks/results/drift.csv"
 COLUMNS = ["system", "network", "method", "epochs", "steps", "drift, meV/atom/ns", "fluctuation, meV/atom", *MACHINE]
-METHODS = "RLEKF", "RLEKF on the table"
+METHODS = "first default", "first default on the table"
 
 
 def trained(system: str, network: str, method: str, data: Path, epochs: int) -> Calculator:

@@ -14,7 +14,7 @@ from rows import MACHINE, append, machine
 
 RESULTS = ROOT / "benchmarks/results/elements.csv"
 COLUMNS = ("system", "network", "method", "epochs", "element", "share_of_atoms", "force", *MACHINE)
-METHODS = {"default": 8, "Adam 2e-3 on the table": 100, "Adam 8e-3 on the table": 100}  # and their epochs
+METHODS = {"four groups": 8, "Adam 2e-3": 100, "Adam 8e-3": 100}  # and their epochs
 FRAMES = 100
 
 

@@ -24,7 +24,7 @@ from rlekf_ext.updates import FrameUpdater
 RESULTS = ROOT / "benchmarks/results/layers.csv"
 MEASURED = ("size", "moved", "variance", "energy", "force", "gain")
 COLUMNS = ("system", "network", "method", "epoch", "layer", "weights", *MEASURED, *MACHINE)
-METHODS = {"default": 4, "R = L, P_0 = I": 4, "Adam 2e-3 on the table": 100}  # and their epochs
+METHODS = {"four groups": 4, "R = L, P_0 = I": 4, "Adam 2e-3": 100}  # and their epochs
 FRAMES = 60
 SAMPLED = 6  # frames of which HᵀPH is taken
 

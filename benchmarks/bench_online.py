@@ -92,7 +92,7 @@ def parts_of(data: Path, system: str, where: tuple[str, Some]) -> dict[str, list
 
 def config(case: Case, network: str, method: Method, seed: int) -> Any:
     adam = method.optimizer["type"] == "Adam"
-    sections = {"optimizer": method.optimizer, "table": True, "batch_size": 1 if adam else 4}
+    sections = {"optimizer": method.optimizer, "batch_size": 1 if adam else 4}
     if adam:
         sections["learning_rate"] = {"start_lr": method.rate, "stop_lr": method.rate / 1000}
     return config_of(case.system, network, sections, seed)

@@ -81,7 +81,7 @@ class Trial:
     """A split with its frames, and what is trained on some of them."""
 
     def __init__(self, data: Path, system: str, network: str, seed: int):
-        method = {"optimizer": RLEKF, "table": True, "batch_size": 4}
+        method = {"optimizer": RLEKF, "batch_size": 4}
         self.split, self.seed = split_of(data, system, seed), seed
         self.config = lambda seed: config_of(system, network, method, seed)
         asked = self.config(seed).model

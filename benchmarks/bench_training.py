@@ -48,14 +48,17 @@ PARTS = {"train": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
 SHOWN = 32
 KEY = ("system", "network", "method", "seed", "frames", "epochs")  # what identifies a run
 ERRORS = tuple(f"{part}_{kind}" for part in PARTS for kind in ("E", "F"))
-OF_DEFAULT = ("prior", "blocks", "split", "cost", "groups")  # sections of study.toml with changes of the default
+CHANGES = {  # sections of study.toml, and the method that their entries change
+    "variant": "first default",
+    **dict.fromkeys(("prior", "blocks", "cost", "groups"), "four groups"),
+    "skip": "RLEKF",
+}
 COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS, *MACHINE)
 
 
 def base_of(label: str) -> str:
     """The method that a label changes a part of; a method itself."""
-    of_default = any(label in STUDY[section] for section in OF_DEFAULT)
-    return label if label in STUDY["method"] else "default" if of_default else "RLEKF"
+    return label if label in STUDY["method"] else next(base for part, base in CHANGES.items() if label in STUDY[part])
 
 
 def method_of(label: str) -> dict[str, Any]:
@@ -64,14 +67,13 @@ def method_of(label: str) -> dict[str, Any]:
     if label in STUDY["skip"]:
         found = {**found, "skip": STUDY["skip"][label]}
     elif label not in STUDY["method"]:
-        sections = ("variant", *OF_DEFAULT)
-        changes = dict(next(STUDY[section][label] for section in sections if label in STUDY[section]))
+        changes = dict(next(STUDY[section][label] for section in CHANGES if label in STUDY[section]))
         found = {**found, "batch_size": changes.pop("batch_size", 1), "optimizer": {**found["optimizer"], **changes}}
     options = {name: None if value == "null" else value for name, value in found["optimizer"].items()}
     return {**found, "optimizer": options}
 
 
-LABELS = [label for section in ("method", "variant", *OF_DEFAULT, "skip") for label in STUDY[section]]
+LABELS = [label for section in ("method", *CHANGES) for label in STUDY[section]]
 SYSTEMS = {**STUDY["system"], **STUDY["beyond"]}
 
 
@@ -133,7 +135,7 @@ def config_of(name: str, network: str, method: Mapping[str, Any], seed: int) -> 
                 "training_data": {"systems": "in memory", "batch_size": method.get("batch_size", 1)},
                 "num_epochs": 1,
                 "seed": seed,
-                "table": method.get("table", False),
+                "table": method.get("table", True),
             },
         }
     )
@@ -215,6 +217,8 @@ def curve(
     for step in range(run.num_steps):
         started = time.perf_counter(), time.process_time()
         updates += run.step()
+        if (step + 1) % run.per_epoch == 0:
+            run.refine()
         seconds += time.perf_counter() - started[0]
         cpu += time.process_time() - started[1]
         if step + 1 in stops:
@@ -223,7 +227,6 @@ def curve(
             for part, some in shown.items():
                 found = compare(run.optimize.result, some)
                 row[f"{part}_E"], row[f"{part}_F"] = significant(found.energy_rmse), significant(found.force_rmse)
-            run.refine()
             yield row, found
 
 

@@ -31,6 +31,7 @@ VALIDATION = [f"validation_{kind}" for kind in KINDS]
 COLORS = {"RLEKF": "#c2410c", "paper's settings": "#a3a3a3", "Adam": "#1d4ed8"}
 COSTS = {"epoch": "epochs", "updates": "updates", "cpu_seconds": "CPU seconds"}
 SPLITTINGS = ["RLEKF", "GEKF", "LEKF", "SEKF", "DeePMD-kit's blocks"]
+ABREAST = 8  # systems side by side in a picture
 BEFORE = "cdd8672"  # the last commit before the network on a table
 Look = dict[str, float]
 Curve = list[Look]
@@ -61,7 +62,7 @@ class Study:
 
     def systems(self, *methods: str, network: str = "small") -> list[str]:
         """The systems that have runs of all these methods."""
-        return [s for s in STUDY["system"] if all(self.curves(s, m, network) for m in methods)]
+        return [s for s in SYSTEMS if all(self.curves(s, m, network) for m in methods)]
 
     def error(self, system: str, method: str, column: str, network: str = "small", epoch: float = math.inf) -> float:
         """The median over seeds at the last look up to an epoch; NaN if there is none."""
@@ -93,18 +94,16 @@ def table_1(study: Study) -> str:
     methods = ["RLEKF", "Adam", "paper's settings"]
     header = ["system", *(f"{kind} {m}" for kind in KINDS for m in methods), "paper: E", "paper: F"]
     rows = []
-    for system, asked in STUDY["system"].items():
+    for system, asked in SYSTEMS.items():
         found = [study.error(system, m, f"test_{kind}") for kind in KINDS for m in methods]
-        none = ["not run yet" if "folders" in asked else "no data"] + ["–"] * (len(found) - 1)
-        cells = none if all(map(math.isnan, found)) else [short(value) for value in found]
-        papers = [" / ".join(short(v) for v in asked["paper"][kind]) for kind in KINDS]
-        rows.append([system, *cells, *papers])
+        papers = [" / ".join(short(v) for v in asked["paper"][kind]) if "paper" in asked else "–" for kind in KINDS]
+        rows.append([system, *map(short, found), *papers])
     return table(header, rows)
 
 
 def summary(study: Study) -> str:
     """For the README: accuracy and cost on every system."""
-    header = ["E meV/atom / F meV/Å", "RLEKF, 6 epochs", "Adam, 100 epochs", "CPU seconds"]
+    header = ["E meV/atom / F meV/Å", "RLEKF, 40 epochs", "Adam, 100 epochs", "CPU seconds"]
     rows = []
     for system in study.systems("RLEKF", "Adam"):
         cells = [" / ".join(short(study.error(system, m, f"test_{kind}")) for kind in KINDS) for m in ("RLEKF", "Adam")]
@@ -176,9 +175,10 @@ def costs(study: Study, network: str = "small") -> str:
     return table(header, rows)
 
 
-def variants(study: Study) -> str:
+def variants(_: Study) -> str:
+    study = Study(RESULTS / "study_parts.csv")
     systems = study.systems(*STUDY["variant"])
-    return relative_to("RLEKF", study, [*STUDY["variant"], *STUDY["past"]], systems)
+    return relative_to("first default", study, [*STUDY["variant"], *STUDY["past"]], systems)
 
 
 def changed(section: str, network: str) -> str:
@@ -186,7 +186,7 @@ def changed(section: str, network: str) -> str:
     study = Study(RESULTS / "study_noise.csv")
     labels = [label for label in STUDY[section] if any(study.curves(system, label, network) for system in SYSTEMS)]
     systems = [system for system in SYSTEMS if all(study.curves(system, label, network) for label in labels)]
-    return relative_to("default", study, labels, systems, network)
+    return relative_to("four groups", study, labels, systems, network)
 
 
 def layers(network: str) -> str:
@@ -196,15 +196,15 @@ def layers(network: str) -> str:
         for row in csv.DictReader(file):
             if row["network"] == network:
                 found[row["system"], row["layer"]][row["method"]].append(row)
-    methods = ["default", "R = L, P_0 = I", "Adam 2e-3 on the table"]
+    methods = ["four groups", "R = L, P_0 = I", "Adam 2e-3"]
     rows = []
     for (system, layer), of_method in found.items():
         first, last = ([of_method[method][place] for method in methods] for place in (0, -1))
         moved = [row["moved"] for row in last]
         forces = [f"{row['force']} to {end['force']}" for row, end in zip(first[:2], last[:2], strict=True)]
         rows.append([system, layer, first[0]["weights"], first[0]["size"], first[0]["variance"], *moved, *forces])
-    header = ["system", "layer", "weights", "RMS", "P_0", "moved: default", "R = L, P_0 = I", "Adam"]
-    return table([*header, "HᵀPH of forces: default", "R = L, P_0 = I"], rows)
+    header = ["system", "layer", "weights", "RMS", "P_0", "moved: four groups", "R = L, P_0 = I", "Adam"]
+    return table([*header, "HᵀPH of forces: four groups", "R = L, P_0 = I"], rows)
 
 
 def elements(_: Study) -> str:
@@ -218,7 +218,7 @@ def elements(_: Study) -> str:
     rows = []
     for system, of_method in found.items():
         adam = min((m for m in of_method if m.startswith("Adam")), key=lambda m: sum(of_method[m].values()))
-        for element, force in of_method["default"].items():
+        for element, force in of_method["four groups"].items():
             share = f"{float(shares[system, element]):.1%}"
             rows.append([system, element, share, short(force), short(of_method[adam][element])])
     return table(["system", "element", "of all atoms", "RLEKF, 8 epochs", "Adam, 100 epochs"], rows)
@@ -251,14 +251,12 @@ def relative_to(base: str, study: Study, labels: Sequence[str], systems: Sequenc
     def errors(system: str, label: str) -> list[float]:
         return [study.error(system, label, column, network, epoch=4) for column in VALIDATION]
 
-    rows = relative([base, *labels], systems, errors)
-    rows[0][0] = "default"
-    return table(["setting", *systems, "times the default's"], rows)
+    return table(["setting", *systems, "times the first"], relative([base, *labels], systems, errors))
 
 
 def at_the_same_time(_: Study) -> str:
-    """Validation errors of small networks at the CPU time that the default needs for eight epochs, and relative to its
-    own. What ended before that time is left out."""
+    """Validation errors of small networks at the CPU time that the first setting needs for eight epochs, and relative
+    to its own. What ended before that time is left out."""
     study = Study(RESULTS / "study_time.csv")
     base, *others = STUDY["cost"]
     systems = [system for system in SYSTEMS if study.curves(system, base)]
@@ -271,7 +269,7 @@ def at_the_same_time(_: Study) -> str:
         return [math.nan if ended else looks[-1][column] for column in VALIDATION]
 
     known = [label for label in others if not all(math.isnan(errors(system, label)[0]) for system in systems)]
-    return table(["setting", *systems, "times the default's"], relative([base, *known], systems, errors))
+    return table(["setting", *systems, "times the first"], relative([base, *known], systems, errors))
 
 
 def force_groups(network: str) -> str:
@@ -333,9 +331,9 @@ def columns(file: str, names: Sequence[str]) -> str:
         return table(names, [[row[name] for name in names] for row in csv.DictReader(rows)])
 
 
-def table_against_exact(study: Study) -> str:
+def table_against_exact(_: Study) -> str:
     """Medians of three seeds and, in brackets, the smallest and largest."""
-    methods = ["RLEKF", "RLEKF on the table"]
+    study, methods = Study(RESULTS / "study_parts.csv"), ["first default", "first default on the table"]
     rows = []
     for system in study.systems(*methods):
         cells = []
@@ -484,16 +482,15 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "layers": lambda _: layers("paper"),
     "layers, small networks": lambda _: layers("small"),
     "elements": elements,
-    "splits with the default": lambda _: changed("split", "small"),
     "at the same time": at_the_same_time,
     "force groups": lambda _: force_groups("small"),
     "force groups, paper's network": lambda _: force_groups("paper"),
     "long runs": lambda _: long_runs(
-        "small", 100, [(label, epoch) for label in ("default", "no balance") for epoch in (8, 16)], 100
+        "small", 100, [(label, epoch) for label in ("four groups", "no balance") for epoch in (8, 16)], 100
     ),
-    "long runs, paper's network": lambda _: long_runs("paper", 60, [("default", 8), ("default", 4)], 100),
-    "long runs, few frames": lambda _: long_runs("small", 20, [("default", 8), ("default", 16)], 300),
-    "long runs, many frames": lambda _: long_runs("small", 0, [("default", 8), ("default", 4)], 100),
+    "long runs, paper's network": lambda _: long_runs("paper", 60, [("four groups", 8), ("four groups", 4)], 100),
+    "long runs, few frames": lambda _: long_runs("small", 20, [("four groups", 8), ("four groups", 16)], 300),
+    "long runs, many frames": lambda _: long_runs("small", 0, [("four groups", 8), ("four groups", 4)], 100),
     "skip connections": skip_connections,
     "theorem 1": lambda _: columns(
         "theorem.csv", ["blocks", "sigma", "updates", "distance of P S σ²/L from I", "|ε K|", "|ε K| t"]
@@ -509,14 +506,20 @@ def write_tables(text: str, study: Study) -> str:
 
 
 def grid(systems: Sequence[str], label: str = "{}") -> tuple[plt.Figure, Iterator[tuple[plt.Axes, str, str]]]:
-    """A picture with a row per kind of error and a column per system, and its (axes, kind, system)."""
-    figure, axes = plt.subplots(len(KINDS), len(systems), figsize=(2.3 * len(systems), 5), squeeze=False)
-    for row, title in zip(axes, KINDS.values(), strict=True):
-        row[0].set_ylabel(label.format(title))
-    places = [(kind, system) for kind in KINDS for system in systems]
-    for axis, (_, system) in zip(axes.flat, places, strict=True):
-        axis.set_title(system)
-    return figure, ((axis, *place) for axis, place in zip(axes.flat, places, strict=True))
+    """A picture with a row per kind of error and a column per system, and its (axes, kind, system); more than ABREAST
+    systems go on below."""
+    bands = [systems[i : i + ABREAST] for i in range(0, len(systems), ABREAST)]
+    shape = len(KINDS) * len(bands), len(bands[0])
+    figure, axes = plt.subplots(*shape, figsize=(2.3 * shape[1], 2.5 * shape[0]), squeeze=False)
+    places = []
+    for row, (band, kind) in zip(axes, ((band, kind) for band in bands for kind in KINDS), strict=True):
+        row[0].set_ylabel(label.format(KINDS[kind]))
+        for axis, system in zip(row, band, strict=False):
+            axis.set_title(system)
+            places.append((axis, kind, system))
+        for axis in row[len(band) :]:
+            axis.remove()
+    return figure, iter(places)
 
 
 def convergence(study: Study, path: Path) -> None:
@@ -576,7 +579,7 @@ def parity_picture(points: Path, path: Path) -> None:
         for row in csv.DictReader(file):
             if row["method"] == "RLEKF":
                 found[row["kind"], row["system"]].append((float(row["label"]), float(row["prediction"])))
-    figure, places = grid([s for s in STUDY["system"] if ("E", s) in found], "RLEKF: {}")
+    figure, places = grid([s for s in SYSTEMS if ("E", s) in found], "RLEKF: {}")
     for axis, kind, system in places:
         labels, predictions = zip(*found[kind, system], strict=True)
         ends = [min(labels), max(labels)]

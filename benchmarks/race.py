@@ -55,7 +55,7 @@ KEY = ("system", "network", "method", "rate", "seed", "times")  # times: how man
 COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS[2:], *MACHINE)
 RACED = ("Cu", "Si", "C", "Ag", "Mg", "NaCl", "Li", "Al", "MgAlCu", "H2O", "Cu+C", "EC", "LiGePS", "TiS2")
 SEEDS = (1, 2, 3)
-EPOCHS, LIMIT = 40, 60.0
+EPOCHS, LIMIT = 160, 180.0
 LOOKS_PER_DOUBLING = 3
 FIRST_LOOK = 0.25  # seconds
 LOOKED_AT = 80  # frames of a part at most, evenly spread
@@ -112,7 +112,7 @@ def run_of(
         sections: dict[str, Any] = {"optimizer": {"type": "RLEKF"}, "batch_size": JOINT_FRAMES}
     else:
         sections = {"optimizer": {"type": "Adam"}, "learning_rate": {"start_lr": rate, "stop_lr": rate / 1000}}
-    run = Run(config_of(system, network, {**sections, "table": True}, seed), parts["train"], epochs)
+    run = Run(config_of(system, network, sections, seed), parts["train"], epochs)
     if method != "RLEKF":
         run.optimize.optimizer = RIVALS[method][0](list(run.model.parameters()), rate)
     return run, parts

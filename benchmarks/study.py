@@ -1,12 +1,13 @@
 """The study of the paper on real data: all runs of study.toml that have no rows yet.
 
-    python benchmarks/study.py [--data DIR] [--plan small | noise | long | time | full] [--estimate] [--workers 2]
+    python benchmarks/study.py [--data DIR] [--plan small | parts | noise | long | time | full]
+    [--estimate] [--workers 2]
 
 Rows go to benchmarks/results/study.csv as each run ends, so an interrupted study continues where it stopped; systems
-without a folder in DIR are left out. Other plans than `small` have rows of their own: `noise`, of measurement noise and
-prior, in study_noise.csv; `long`, of long runs on all systems, in study_long.csv; `time`, of what alters the time of a
-frame, in study_time.csv; `full`, the study at the size of the paper, in study_full.csv. All begin with an estimate of
-the time, from three frames of each kind of run; `--estimate` stops there.
+without a folder in DIR are left out. Other plans than `small` have rows of their own, in study_PLAN.csv: `parts`, of
+each part of the first default, and of the table; `noise`, of measurement noise and prior; `long`, of long runs on all
+systems; `time`, of what alters the time of a frame; `full`, the study at the size of the paper. All begin with an
+estimate of the time, from three frames of each kind of run; `--estimate` stops there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_training import COLUMNS, KEY, ROOT, STUDY, available, base_of, method_of, num_training, rows_of
+from bench_training import COLUMNS, KEY, ROOT, STUDY, SYSTEMS, available, base_of, method_of, num_training, rows_of
 from rows import append, machine
 from runs import Name, run_all
 
@@ -29,7 +30,7 @@ from rlekf_ext.potential.evaluate import Comparison
 
 PARITY = ("system", "network", "method", "seed", "kind", "label", "prediction")
 POINTS = 200
-PLANS = ("small", "noise", "long", "time", "full")
+PLANS = ("small", "parts", "noise", "long", "time", "full")
 Rows = dict[tuple[str, ...], dict[str, str]]  # the last row of each run that is done
 
 
@@ -50,7 +51,7 @@ class Job:
         """System, network and a method that takes as long per batch."""
         system, network, label = self.key[:3]
         if label.startswith("Adam"):
-            label = "Adam 2e-3 on the table" if label.endswith("table") else "Adam 2e-3"
+            label = "Adam 2e-3"
         return system, network, label if label in STUDY["cost"] else base_of(label)
 
     def num_batches(self, data: Path) -> float:
@@ -76,7 +77,7 @@ def jobs(plan: list[dict[str, Any]], data: Path, rows: Rows, guess: bool = False
     """
     for group in plan:
         labels = group["methods"] if isinstance(group["methods"], list) else list(STUDY[group["methods"]])
-        systems = list(STUDY["system"]) if group["systems"] == "all" else group["systems"]
+        systems = list(SYSTEMS) if group["systems"] == "all" else group["systems"]
         first, *others = group["seeds"]
         for system in systems:
             if not available(system, data):

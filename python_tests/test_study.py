@@ -12,9 +12,9 @@ import pytest
 import study
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "examples"  # NaCl, which is in the project
+DATA = ROOT / "examples"  # NaCl, which is in the project; copper is not
 GROUP = {
-    "systems": "all",
+    "systems": ["Cu", "NaCl"],
     "network": "small",
     "methods": ["RLEKF"],
     "seeds": [1, 2],
@@ -57,6 +57,11 @@ def test_the_plan_names_what_there_is(plan):
                     assert config.optimizer.type == method["optimizer"]["type"]
 
 
+def test_a_label_has_one_meaning():
+    labels = [*bench_training.LABELS, *bench_training.STUDY["past"]]
+    assert len(set(labels)) == len(labels)
+
+
 def test_parts_share_no_frame():
     points = {}
     for part, (system,) in bench_training.chosen("NaCl", DATA, None).items():
@@ -71,10 +76,10 @@ def test_parts_share_no_frame():
 
 
 def test_a_run(tmp_path):
-    key = dict(zip(bench_training.KEY, ("NaCl", "small", "RLEKF", 1, 4, 1), strict=True))
+    key = dict(zip(bench_training.KEY, ("NaCl", "small", "RLEKF", 1, 8, 1), strict=True))
     rows, found = bench_training.rows_of(key, bench_training.method_of("RLEKF"), DATA, looks=2)
     assert [row["epoch"] for row in rows] == [0.5, 1.0]
-    assert [row["updates"] for row in rows] == [16, 32]
+    assert [row["updates"] for row in rows] == [8, 16]
     assert set(rows[0]) == set(bench_training.COLUMNS)
     assert 0 < rows[0]["cpu_seconds"] < rows[1]["cpu_seconds"]
     assert rows[1]["test_F"] == pytest.approx(1e3 * found.force_rmse, rel=1e-4)
