@@ -498,7 +498,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
 }
 
 
-PAGES = ROOT / "README.md", ROOT / "docs/study.md", ROOT / "docs/performance.md"
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/study.md", "docs/choices.md", "docs/performance.md"))
 
 
 def write_tables(text: str, study: Study) -> str:
