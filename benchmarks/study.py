@@ -7,7 +7,7 @@ Rows go to benchmarks/results/study.csv as each run ends, so an interrupted stud
 without a folder in DIR are left out. Other plans than `small` have rows of their own, in study_PLAN.csv: `parts`, of
 each part of the first default, and of the table; `noise`, of measurement noise and prior; `long`, of long runs on all
 systems; `time`, of what alters the time of a frame; `full`, the study at the size of the paper. All begin with an
-estimate of the time, from three frames of each kind of run; `--estimate` stops there.
+estimate of the time, from eight frames of each kind of run; `--estimate` stops there.
 """
 
 from __future__ import annotations
@@ -122,9 +122,10 @@ def parity(key: dict[str, Any], found: Comparison) -> Iterator[dict[str, Any]]:
 
 
 def pace(kind: tuple[str, str, str], data: Path) -> float:
-    """Seconds per batch, from three batches."""
-    trial = Job((*kind, 1, 3, 1), looks=1)
-    return do(trial, data)[0][-1]["seconds"] / trial.num_batches(data)
+    """Seconds per batch, from the second half of eight frames: the first batch takes longer."""
+    trial = Job((*kind, 1, 8, 1), looks=2)
+    first, last = do(trial, data)[0]
+    return 2 * (last["seconds"] - first["seconds"]) / trial.num_batches(data)
 
 
 def main() -> None:
@@ -147,7 +148,7 @@ def main() -> None:
         return
     with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
         kinds = sorted({job.kind for job in todo})
-        print(f"{len(todo)} runs to do; timing three batches of each of {len(kinds)} kinds:", flush=True)
+        print(f"{len(todo)} runs to do; timing eight frames of each of {len(kinds)} kinds:", flush=True)
         paces = dict(zip(kinds, pool.map(pace, kinds, [data] * len(kinds)), strict=True))
         seconds = {job.name: paces[job.kind] * job.num_batches(data) / given.workers for job in todo}
         left = sum(seconds.values())
