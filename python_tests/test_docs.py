@@ -56,7 +56,7 @@ def described():
 def test_sets_are_recognised():
     text = '"Cu/pwmlff_aimd_72", `MgAlCu/gpaw_pbe_8`; H2O/deepmd_water_192 E/atom results/study.csv Linux/x86_64'
     assert SET.findall(text) == ["Cu/pwmlff_aimd_72", "MgAlCu/gpaw_pbe_8", "H2O/deepmd_water_192"]
-    assert len(described()) == 20
+    assert len(described()) == 22
 
 
 @pytest.mark.parametrize("path", [*PAGES, *SCRIPTS], ids=name_of)
