@@ -56,18 +56,22 @@ CHANGES = {  # sections of study.toml, and the method that their entries change
 COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS, *MACHINE)
 
 
+def section_of(label: str) -> str:
+    return next(section for section in ("method", *CHANGES) if label in STUDY[section])
+
+
 def base_of(label: str) -> str:
     """The method that a label changes a part of; a method itself."""
-    return label if label in STUDY["method"] else next(base for part, base in CHANGES.items() if label in STUDY[part])
+    return CHANGES.get(section_of(label), label)
 
 
 def method_of(label: str) -> dict[str, Any]:
     """The sections of the input file for a method of study.toml, and `skip` for its skip connections."""
-    found = STUDY["method"][base_of(label)]
-    if label in STUDY["skip"]:
+    found, section = STUDY["method"][base_of(label)], section_of(label)
+    if section == "skip":
         found = {**found, "skip": STUDY["skip"][label]}
-    elif label not in STUDY["method"]:
-        changes = dict(next(STUDY[section][label] for section in CHANGES if label in STUDY[section]))
+    elif section != "method":
+        changes = dict(STUDY[section][label])
         found = {**found, "batch_size": changes.pop("batch_size", 1), "optimizer": {**found["optimizer"], **changes}}
     options = {name: None if value == "null" else value for name, value in found["optimizer"].items()}
     return {**found, "optimizer": options}

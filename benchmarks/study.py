@@ -7,7 +7,7 @@ Rows go to benchmarks/results/study.csv as each run ends, so an interrupted stud
 without a folder in DIR are left out. Other plans than `small` have rows of their own, in study_PLAN.csv: `parts`, of
 each part of the first default, and of the table; `noise`, of measurement noise and prior; `long`, of long runs on all
 systems; `time`, of what alters the time of a frame; `full`, the study at the size of the paper. All begin with an
-estimate of the time, from eight frames of each kind of run; `--estimate` stops there.
+estimate of the time, from three batches of each kind of run; `--estimate` stops there.
 """
 
 from __future__ import annotations
@@ -16,13 +16,29 @@ import argparse
 import csv
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_training import COLUMNS, KEY, ROOT, STUDY, SYSTEMS, available, base_of, method_of, num_training, rows_of
+import torch
+from bench_training import (
+    COLUMNS,
+    KEY,
+    ROOT,
+    STUDY,
+    SYSTEMS,
+    Run,
+    available,
+    base_of,
+    config_of,
+    load,
+    method_of,
+    num_training,
+    rows_of,
+)
 from rows import append, machine
 from runs import Name, run_all
 
@@ -30,6 +46,7 @@ from rlekf_ext.potential.evaluate import Comparison
 
 PARITY = ("system", "network", "method", "seed", "kind", "label", "prediction")
 POINTS = 200
+TIMED = 3  # batches
 PLANS = ("small", "parts", "noise", "long", "time", "full")
 Rows = dict[tuple[str, ...], dict[str, str]]  # the last row of each run that is done
 
@@ -52,7 +69,7 @@ class Job:
         system, network, label = self.key[:3]
         if label.startswith("Adam"):
             label = "Adam 2e-3"
-        return system, network, label if label in STUDY["cost"] else base_of(label)
+        return system, network, label if label in STUDY["cost"] | STUDY["groups"] else base_of(label)
 
     def num_batches(self, data: Path) -> float:
         system, _, label, _, most, epochs = self.key
@@ -122,10 +139,15 @@ def parity(key: dict[str, Any], found: Comparison) -> Iterator[dict[str, Any]]:
 
 
 def pace(kind: tuple[str, str, str], data: Path) -> float:
-    """Seconds per batch, from the second half of eight frames: the first batch takes longer."""
-    trial = Job((*kind, 1, 8, 1), looks=2)
-    first, last = do(trial, data)[0]
-    return 2 * (last["seconds"] - first["seconds"]) / trial.num_batches(data)
+    """Seconds per batch, without the first, which takes longer."""
+    torch.set_num_threads(1)
+    system, network, label = kind
+    run = Run(config_of(system, network, method_of(label), seed=1), load(system, data, 8)["train"], epochs=TIMED)
+    run.step()
+    started = time.perf_counter()
+    for _ in range(TIMED):
+        run.step()
+    return (time.perf_counter() - started) / TIMED
 
 
 def main() -> None:
@@ -148,7 +170,7 @@ def main() -> None:
         return
     with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
         kinds = sorted({job.kind for job in todo})
-        print(f"{len(todo)} runs to do; timing eight frames of each of {len(kinds)} kinds:", flush=True)
+        print(f"{len(todo)} runs to do; timing {TIMED} batches of each of {len(kinds)} kinds:", flush=True)
         paces = dict(zip(kinds, pool.map(pace, kinds, [data] * len(kinds)), strict=True))
         seconds = {job.name: paces[job.kind] * job.num_batches(data) / given.workers for job in todo}
         left = sum(seconds.values())

@@ -62,6 +62,12 @@ def test_a_label_has_one_meaning():
     assert len(set(labels)) == len(labels)
 
 
+@pytest.mark.parametrize("label", ["8 frames", "1 force group", "Adam 2e-3"])
+def test_the_estimate_takes_any_size_of_batch(label):
+    assert 0 < study.pace(("NaCl", "small", label), DATA) < 5
+    assert study.Job(("NaCl", "small", label, 1, 100, 1), 1).kind == ("NaCl", "small", label)
+
+
 def test_parts_share_no_frame():
     points = {}
     for part, (system,) in bench_training.chosen("NaCl", DATA, None).items():
