@@ -9,7 +9,7 @@ one frame; RLEKF has the defaults of `rlekf train`.
    for this, about a minute for each set. Later it need not be: the seconds of a run are the sum of these times, linear
    in the number of nodes that the table has by then.
 1. RLEKF, three seeds, until neither of its validation errors has improved in the second half of the run so far (at most
-   EPOCHS epochs, or LIMIT seconds). T is the median time of its best look, that with the smallest product of the two.
+   EPOCHS epochs, or `--limit` seconds). T is the median time of its best look, that with the smallest product of the two.
 2. Each rival at three learning rates, for T seconds each. A rate starts where it is said, and falls exponentially to a
    thousandth of that.
 3. The rival and rate with the smallest product on validation frames, for 10 T. With `--full`: all rivals, each at its
@@ -55,7 +55,8 @@ KEY = ("system", "network", "method", "rate", "seed", "times")  # times: how man
 COLUMNS = (*KEY, "epoch", "updates", "seconds", "cpu_seconds", *ERRORS[2:], *MACHINE)
 RACED = ("Cu", "Si", "C", "Ag", "Mg", "NaCl", "Li", "Al", "MgAlCu", "H2O", "Cu+C", "EC", "LiGePS", "TiS2")
 SEEDS = (1, 2, 3)
-EPOCHS, LIMIT = 160, 180.0
+EPOCHS = 160
+LIMIT = 180.0  # seconds
 LOOKS_PER_DOUBLING = 3
 FIRST_LOOK = 0.25  # seconds
 LOOKED_AT = 80  # frames of a part at most, evenly spread
@@ -167,13 +168,15 @@ def read_paces(path: Path, network: str) -> Paces:
     return found
 
 
-def looks_of(key: tuple[Any, ...], data: Path, pace: Pace, seconds: float | None) -> list[dict[str, Any]]:
-    """The rows of a run. That of a rival lasts this many seconds, or longer if its table grows: its learning rate is
-    made to fall over a number of epochs."""
+def looks_of(
+    key: tuple[Any, ...], data: Path, pace: Pace, seconds: float | None, limit: float
+) -> list[dict[str, Any]]:
+    """The rows of a run. RLEKF, without `seconds`, has at most `limit`. A rival lasts this many seconds, or longer if
+    its table grows: its learning rate is made to fall over a number of epochs."""
     torch.set_num_threads(1)
     system, network, method, rate, seed, _ = key
     where, num_frames = machine(), num_training(system, data, None)
-    longest = LIMIT if seconds is None else seconds
+    longest = limit if seconds is None else seconds
     epochs = max(1, round(longest / pace.at(NODES[0])[0])) / num_frames
     run, parts = run_of(system, network, method, rate, seed, data, min(epochs, EPOCHS) if seconds is None else epochs)
     rows, updates, spent, cpu, next_look = [], 0, 0.0, 0.0, FIRST_LOOK
@@ -240,6 +243,7 @@ def main() -> None:
     parser.add_argument("--network", choices=list(STUDY["network"]), default="paper")
     parser.add_argument("--full", action="store_true", help="all rivals for 10 T, three seeds")
     parser.add_argument("--estimate", action="store_true", help="print the estimated time, and stop")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="the longest that RLEKF may train, in seconds")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, each on one core")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--paces", type=Path, default=PACES)
@@ -257,7 +261,7 @@ def main() -> None:
         print(
             system, ", ".join(f"{method} {1e3 * pace.at(NODES[0])[0]:.1f} ms" for method, pace in paces[system].items())
         )
-    print(f"about {estimate(paces, systems, data, given.full) / given.workers / 3600:.1f} hours", flush=True)
+    print(f"about {estimate(paces, systems, data, given.full, given.limit) / given.workers / 3600:.1f} hours", flush=True)
     if given.estimate:
         return
     with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
@@ -265,7 +269,7 @@ def main() -> None:
         def waiting() -> Iterator[tuple[Name, Callable[..., Any], tuple[Any, ...]]]:
             every = (job for s in systems for job in jobs(s, given.network, rows, given.full))
             return (
-                (name_of(key), looks_of, (key, data, paces[key[0]][key[2]], t))
+                (name_of(key), looks_of, (key, data, paces[key[0]][key[2]], t, given.limit))
                 for key, t in every
                 if name_of(key) not in rows
             )
@@ -282,13 +286,13 @@ def main() -> None:
     sys.exit(0 if done else 1)
 
 
-def estimate(paces: Paces, systems: list[str], data: Path, full: bool) -> float:
+def estimate(paces: Paces, systems: list[str], data: Path, full: bool, limit: float) -> float:
     """Seconds of one core of a quiet machine, if RLEKF stops after twelve epochs and its best look is at eight."""
     rates = sum(len(rates) for _, rates in RIVALS.values())
     total = 0.0
     for system in systems:
         epoch = paces[system]["RLEKF"].at(NODES[0])[0] * num_training(system, data, None)
-        t = min(8 * epoch, LIMIT)
+        t = min(8 * epoch, limit)
         total += 1.5 * len(SEEDS) * t + (rates + LONG * (len(RIVALS) * len(SEEDS) if full else 1)) * t
     return total
 

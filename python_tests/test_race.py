@@ -35,10 +35,9 @@ def test_later_runs_follow_from_the_earlier_ones():
 
 
 @pytest.mark.parametrize(("method", "rate"), [("RLEKF", ""), ("Muon", 8e-3), ("AdamW", 2e-3)])
-def test_a_run_is_looked_at_as_time_goes_by(method, rate, monkeypatch):
-    monkeypatch.setattr(race, "LIMIT", 2.0)
+def test_a_run_is_looked_at_as_time_goes_by(method, rate):
     seconds, pace = None if method == "RLEKF" else 2.0, race.Pace({128: (0.01, 0.02), 1024: (0.02, 0.04)})
-    looks = race.looks_of(("NaCl", "small", method, rate, 1, ""), race.ROOT / "examples", pace, seconds)
+    looks = race.looks_of(("NaCl", "small", method, rate, 1, ""), race.ROOT / "examples", pace, seconds, 2.0)
     frames = race.num_training("NaCl", race.ROOT / "examples", None)
     assert looks[-1]["seconds"] == pytest.approx(2.0, abs=0.05)
     for look in looks:
@@ -64,7 +63,7 @@ def test_the_time_of_a_frame_of_each_method(monkeypatch, tmp_path):
     assert all(0 < one < 1 for pace in paces["NaCl"].values() for both in pace.measured.values() for one in both)
     between = race.Pace({128: (1.0, 10.0), 1024: (3.0, 20.0)}).at(576)
     assert between == [2.0, 15.0]
-    assert race.estimate(paces, ["NaCl"], race.ROOT / "examples", full=False) > 0
+    assert race.estimate(paces, ["NaCl"], race.ROOT / "examples", full=False, limit=race.LIMIT) > 0
     assert race.read_paces(tmp_path / "pace.csv", "paper") == {}
 
 
