@@ -9,9 +9,11 @@ one frame; RLEKF has the defaults of `rlekf train`.
    for this, about a minute for each set. Later it need not be: the seconds of a run are the sum of these times, linear
    in the number of nodes that the table has by then.
 1. RLEKF, three seeds, until neither of its validation errors has improved in the second half of the run so far (at most
-   EPOCHS epochs, or `--limit` seconds). T is the median time of its best look, that with the smallest product of the two.
-2. Each rival at three learning rates, for T seconds each. A rate starts where it is said, and falls exponentially to a
-   thousandth of that.
+   EPOCHS epochs, or `--limit` seconds). T is the median time of its best look, that with the smallest product of the
+   two.
+2. Each rival at three learning rates, for T seconds each, and at others, STEP times as high or as low, while the best
+   on validation frames is the highest or the lowest (MOST_RATES at most). A rate starts where it is said, and falls
+   exponentially to a thousandth of that.
 3. The rival and rate with the smallest product on validation frames, for 10 T. With `--full`: all rivals, each at its
    best rate, and three seeds.
 
@@ -95,6 +97,7 @@ def soap(weights: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
     return SOAP(weights, lr=rate, weight_decay=0.0)
 
 
+STEP, MOST_RATES = 4, 5
 RIVALS: dict[str, tuple[Callable[[list[nn.Parameter], float], Any], tuple[float, ...]]] = {
     "Adam": (lambda weights, rate: torch.optim.Adam(weights, rate, fused=True), (5e-4, 2e-3, 8e-3)),
     "AdamW": (lambda weights, rate: torch.optim.AdamW(weights, rate, fused=True), (5e-4, 2e-3, 8e-3)),
@@ -168,9 +171,7 @@ def read_paces(path: Path, network: str) -> Paces:
     return found
 
 
-def looks_of(
-    key: tuple[Any, ...], data: Path, pace: Pace, seconds: float | None, limit: float
-) -> list[dict[str, Any]]:
+def looks_of(key: tuple[Any, ...], data: Path, pace: Pace, seconds: float | None, limit: float) -> list[dict[str, Any]]:
     """The rows of a run. RLEKF, without `seconds`, has at most `limit`. A rival lasts this many seconds, or longer if
     its table grows: its learning rate is made to fall over a number of epochs."""
     torch.set_num_threads(1)
@@ -225,12 +226,27 @@ def jobs(system: str, network: str, rows: Rows, full: bool) -> Iterator[tuple[tu
     if not all(name_of(key) in rows for key in ours):
         return
     t = median(float(min(rows[name_of(key)], key=validation)["seconds"]) for key in ours)
-    short = {method: [(system, network, method, rate, 1, 1) for rate in rates] for method, (_, rates) in RIVALS.items()}
-    yield from ((key, t) for keys in short.values() for key in keys)
-    if not all(name_of(key) in rows for keys in short.values() for key in keys):
+    ends: dict[tuple[Any, ...], float] = {}
+    best, ended = [], True
+    for method, (_, first) in RIVALS.items():
+        rates: tuple[float, ...] = first
+        while True:
+            keys = [(system, network, method, rate, 1, 1) for rate in rates]
+            yield from ((key, t) for key in keys)
+            if not all(name_of(key) in rows for key in keys):
+                ended = False
+                break
+            last = {key: validation(rows[name_of(key)][-1]) for key in keys}
+            ends |= {key: end if math.isfinite(end) else math.inf for key, end in last.items()}
+            found = min(keys, key=ends.__getitem__)
+            more = {keys[0]: (rates[0] / STEP, *rates), keys[-1]: (*rates, rates[-1] * STEP)}
+            if found not in more or len(rates) == MOST_RATES:
+                best.append(found)
+                break
+            rates = more[found]
+    if not ended:
         return
-    ends = {key: validation(rows[name_of(key)][-1]) for keys in short.values() for key in keys}
-    best = sorted((min(keys, key=ends.__getitem__) for keys in short.values()), key=ends.__getitem__)
+    best.sort(key=ends.__getitem__)
     for key in best if full else best[:1]:
         for seed in SEEDS if full else SEEDS[:1]:
             yield (*key[:4], seed, LONG), LONG * t
@@ -261,7 +277,8 @@ def main() -> None:
         print(
             system, ", ".join(f"{method} {1e3 * pace.at(NODES[0])[0]:.1f} ms" for method, pace in paces[system].items())
         )
-    print(f"about {estimate(paces, systems, data, given.full, given.limit) / given.workers / 3600:.1f} hours", flush=True)
+    seconds = estimate(paces, systems, data, given.full, given.limit) / given.workers
+    print(f"about {seconds / 3600:.1f} hours", flush=True)
     if given.estimate:
         return
     with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:

@@ -1,6 +1,7 @@
 """The race of benchmarks/race.py: which runs it makes, two short ones, its tables, and what dp gets to read."""
 
 import csv
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -19,19 +20,37 @@ def row(key, validation, seconds):
 
 def test_later_runs_follow_from_the_earlier_ones():
     rows = {}
+
+    def waiting(full):
+        return [job for job in race.jobs("NaCl", "small", rows, full) if race.name_of(job[0]) not in rows]
+
     ours = list(race.jobs("NaCl", "small", rows, full=False))
     assert [(key[2], key[4], seconds) for key, seconds in ours] == [("RLEKF", seed, None) for seed in race.SEEDS]
     for (key, _), seconds in zip(ours, (3, 1, 2), strict=True):  # the best look of each, and a later one
         rows[race.name_of(key)] = [row(key, 1, seconds), row(key, 2, 10)]
-    short = list(race.jobs("NaCl", "small", rows, full=False))[len(ours) :]
+    short = waiting(full=False)
     assert {key[2]: seconds for key, seconds in short} == dict.fromkeys(race.RIVALS, 2)
     assert len(short) == sum(len(rates) for _, rates in race.RIVALS.values())
-    for i, (key, _) in enumerate(short):  # the last rate of each rival is the best, and the last rival
-        rows[race.name_of(key)] = [row(key, 0.1, 1), row(key, 100 - i, 2)]
-    long = list(race.jobs("NaCl", "small", rows, full=False))[len(ours) + len(short) :]
-    assert [(key[2:], seconds) for key, seconds in long] == [(("SOAP", 8e-3, 1, race.LONG), 20)]
-    full = list(race.jobs("NaCl", "small", rows, full=True))[len(ours) + len(short) :]
-    assert len(full) == len(race.RIVALS) * len(race.SEEDS)
+    errors = dict.fromkeys(race.RIVALS, (100, 50, math.nan)) | {"SOAP": (90, 80, 10)}  # at the end, by rate
+    for key, _ in short:
+        error = errors[key[2]][race.RIVALS[key[2]][1].index(key[3])]
+        rows[race.name_of(key)] = [row(key, 0.1, 1), row(key, error, 2)]
+    added = waiting(full=False)
+    assert [(key[2:], seconds) for key, seconds in added] == [(("SOAP", 3.2e-2, 1, 1), 2)]  # 8e-3 was the highest
+    rows[race.name_of(added[0][0])] = [row(added[0][0], 20, 2)]
+    assert [(key[2:], seconds) for key, seconds in waiting(full=False)] == [(("SOAP", 8e-3, 1, race.LONG), 20)]
+    assert len(waiting(full=True)) == len(race.RIVALS) * len(race.SEEDS)
+
+
+def test_the_number_of_rates_is_bounded():
+    rows = {}
+    for key in (("NaCl", "small", "RLEKF", "", seed, "") for seed in race.SEEDS):
+        rows[race.name_of(key)] = [row(key, 1, 2)]
+    while new := [key for key, _ in race.jobs("NaCl", "small", rows, full=False) if race.name_of(key) not in rows]:
+        for key in new:
+            rows[race.name_of(key)] = [row(key, key[3] or 1, 2)]  # the lower the rate the better
+    rates = sorted(float(name[3]) for name in rows if name[2] == "Muon" and name[5] == "1")
+    assert rates == [1.25e-4, 5e-4, 2e-3, 8e-3, 3.2e-2]
 
 
 @pytest.mark.parametrize(("method", "rate"), [("RLEKF", ""), ("Muon", 8e-3), ("AdamW", 2e-3)])
