@@ -138,6 +138,21 @@ def test_float32_is_guarded_in_plain_steps(monkeypatch):
         assert optimizer.filter.covariance.tiles.dtype == after
 
 
+def test_a_resumed_run_is_guarded_at_the_same_updates(monkeypatch):
+    monkeypatch.setattr("rlekf_ext.optim.UPDATES_PER_GUARD", 5)
+    guarded = []
+    monkeypatch.setattr(RLEKF, "guard_storage", lambda optimizer: guarded.append(optimizer))
+    model = network()
+    optimizer = RLEKF(model.parameters(), covariance_dtype="auto")
+    train(model, optimizer, batches(3))
+    again = RLEKF(model.parameters(), covariance_dtype="auto")
+    again.load_state_dict(optimizer.state_dict())
+    train(model, again, batches(1))
+    assert not guarded
+    train(model, again, batches(1))
+    assert guarded == [again]
+
+
 def test_transpose_makes_neurons_adjacent():
     """A model that stores [in, out] with transpose=True is the one that stores [out, in]."""
 
@@ -284,6 +299,23 @@ def test_copies_go_on_alike_and_apart(copier):
     assert not torch.equal(flat(model), flat(other_model))
     train(model, optimizer, data[10:])
     assert torch.equal(flat(model), flat(other_model))
+
+
+def test_a_loaded_learning_rate_holds():
+    """Also in an optimizer that has stepped before: torch puts other groups in the place of its own."""
+    one, fresh = network(), network()
+    optimizer, other = RLEKF(one.parameters()), RLEKF(fresh.parameters())
+    train(one, optimizer, batches(1))
+    fresh.load_state_dict(one.state_dict())
+    for each in (optimizer, other):
+        each.load_state_dict({**optimizer.state_dict(), "param_groups": [{"lr": 0.5, "params": [0, 1, 2, 3]}]})
+    for model, each in ((one, optimizer), (fresh, other)):
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(each, 0.5)
+        train(model, each, batches(1))
+        scheduler.step()
+        train(model, each, batches(1))
+        assert each.param_groups[0]["lr"] == 0.25
+    assert torch.equal(flat(one), flat(fresh))
 
 
 def test_scheduler_and_hooks_of_torch_work():

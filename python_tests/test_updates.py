@@ -521,10 +521,11 @@ def test_balance_bounds_the_say_of_energies(relinearize, learned):
     frame = make_frame(model)
     with torch.no_grad():
         frame.energy = model(frame, forces=False).energy + (0.01 if learned else 2.0)
-    settings = {"energy_scale": 3.0, "adaptive_scale": True, "measurement_noise": 0.5, "relinearize": relinearize}
+    settings = {"energy_scale": 3.0, "adaptive_scale": True, "measurement_noise": 9.0, "relinearize": relinearize}
     found = {}
     for balance in (None, 1e-3):
-        recorder = Recorder(model, measurement_noise=0.5)
+        recorder = Recorder(model, measurement_noise=9.0)
+        recorder.filter.covariance.set(measurement_noise=0.5)  # a P that was loaded has its own
         updater = FrameUpdater(model, recorder, **recipe(5, 1, (F, E), balance=balance, **settings))
         for _ in range(2):
             updater(frame)
@@ -537,6 +538,24 @@ def test_balance_bounds_the_say_of_energies(relinearize, learned):
         left = 1.0 if kind == F else share
         assert bound.errors[i] == pytest.approx(left * free.errors[i], rel=1e-12)
         assert relative(bound.jacobians[i], left * free.jacobians[i]) < 1e-12
+
+
+def test_the_jacobian_that_a_frame_keeps_stays_as_it_is():
+    model = Quadratic()
+    kept = torch.ones(1, 10, dtype=torch.float64)
+    frame = make_frame(model)
+    frame.measure = lambda updates: (torch.ones(1, dtype=torch.float64), kept)
+    FrameUpdater(model, **recipe(5, 1, (E,), energy_scale=2.0))(frame)
+    assert torch.equal(kept, torch.ones(1, 10, dtype=torch.float64))
+
+
+def test_a_model_may_have_parameters_that_are_whole_numbers():
+    model = Quadratic()
+    model.places = nn.Parameter(torch.arange(3), requires_grad=False)
+    updater = FrameUpdater(model, **recipe(5, 1, (F, E), average_frames=8))
+    for _ in range(3):
+        updater(make_frame(model))
+    assert torch.equal(updater.result.places, torch.arange(3))
 
 
 def test_balance_ignores_forces_without_a_gradient():

@@ -120,14 +120,14 @@ class RLEKF(torch.optim.Optimizer):
         """
         moves = self._current_moves()
         self.filter.update(jacobian, innovation, out=moves.increment)
-        moves.apply()
+        moves.apply(self.param_groups)
 
     @torch.no_grad()
     def take(self, jacobian: Tensor, innovations: Tensor) -> None:
         """`update` without KalmanFilter.note, for a CUDA graph: jacobian (M, N), innovations (M,)."""
         moves = self._current_moves()
         self.filter.take(jacobian, innovations, moves.increment.zero_())
-        moves.apply()
+        moves.apply(self.param_groups)
 
     def form(self) -> tuple[Any, ...]:
         """What decides the work of `take`: the addresses of all that it reads and writes, and the learning rates."""
@@ -202,7 +202,8 @@ class RLEKF(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The parameter groups and, as the state of parameter 0, the whole covariance. Tensors are not copied."""
-        return {**super().state_dict(), "state": {0: self.filter.state_dict()}, "transpose": self._transpose}
+        own = {"transpose": self._transpose, "unguarded": self._unguarded}
+        return {**super().state_dict(), "state": {0: self.filter.state_dict()}, **own}
 
     def check_order(self, saved: dict[str, Any]) -> None:
         """Raise OptionError if the weights of a saved P are in another order: it was made with another `transpose`."""
@@ -226,6 +227,7 @@ class RLEKF(torch.optim.Optimizer):
         self.filter.load_state_dict(state_dict["state"].get(0, {}))
         # The base class would cast the covariance to the parameters' dtype.
         super().load_state_dict({**state_dict, "state": {}})
+        self._unguarded = state_dict.get("unguarded", 0)
 
     def take_over(self, covariance: Covariance) -> None:
         """Replace P by that of another filter of the same weights, whatever its blocks and storage: see
@@ -339,7 +341,7 @@ class _Moves:
     """The increment of the weights, and its pieces beside the parameters that they move."""
 
     def __init__(self, optimizer: RLEKF):
-        self._groups, self._parameters = optimizer.param_groups, optimizer.parameters()
+        self._parameters = optimizer.parameters()
         self._addresses = [p.data_ptr() for p in self._parameters]
         device = self._parameters[0].device
         self.increment = torch.zeros(optimizer.filter.plan.num_weights, dtype=torch.float64, device=device)
@@ -351,10 +353,10 @@ class _Moves:
         """Whether some parameter is no longer stored where it was."""
         return [p.data_ptr() for p in self._parameters] != self._addresses
 
-    def apply(self) -> None:
+    def apply(self, groups: Sequence[dict[str, Any]]) -> None:
         """Add the increment, in float64 and rounded once, whatever the dtype of the model."""
         first = 0
-        for group in self._groups:
+        for group in groups:
             last = first + sum(p.requires_grad for p in group["params"])
             if last > first:  # else all of the group is frozen
                 torch._foreach_add_(self._stored[first:last], self._pieces[first:last], alpha=group["lr"])

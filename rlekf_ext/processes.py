@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -120,6 +121,13 @@ def torchrun_name() -> str:
     """A name that the processes of torchrun share with those that it restarts after a failure."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's default for --rdzv-id
     return f"agent {os.getppid()}" if name == "none" else name
+
+
+def torchrun_started() -> float:
+    """When the torchrun on this machine, the parent of this process, began: seconds since 1970, to the second."""
+    ticks = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]  # since the machine started
+    machine = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    return int(machine.split()[1]) + int(ticks) // os.sysconf("SC_CLK_TCK")
 
 
 def torchrun_restarts() -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from rlekf_ext.batch_parts import Part, Whole, divide
+from rlekf_ext.covariance import STATE
 from rlekf_ext.environment import moved
 from rlekf_ext.errors import DataError, OptionError, StoppedError
 from rlekf_ext.graphs import CaptureError, Graphs
@@ -197,18 +198,18 @@ class FrameUpdater:
         done, used = [], []
         for updates in self._passes(whole):
             errors, jacobians = self._measure(updates, parts, whole.num_rows)
-            innovations = []
+            scaled, innovations = [], []
             for (kind, _), error, jacobian in zip(updates, errors, jacobians, strict=True):
                 of_jacobian, of_innovation = self._scales(kind, error, whole, factors.get(kind, 1.0))
                 if kind in unseen:
                     unseen.discard(kind)
                     self._see_variance(kind, of_jacobian * jacobian[0])
                 share = self._share(kind)
-                jacobian *= share * of_jacobian
+                scaled.append(share * of_jacobian * jacobian)  # not in place: a frame may keep its H
                 innovations.append(share * of_innovation * error)
                 done.append((kind, error))
             alone = len(updates) == 1
-            used.append(jacobians[0] if alone else torch.cat(jacobians))
+            used.append(scaled[0] if alone else torch.cat(scaled))
             update(used[-1], innovations[0] if alone else torch.cat(innovations))
         return done, used
 
@@ -258,7 +259,10 @@ class FrameUpdater:
         """An exponential mean of the weights, and the buffers as they are. AveragedModel's own waits for a GPU."""
         model: Any = self.model
         if not self._averaged:  # listed once, as in Table.weights_of
-            self._averaged = [list(some.parameters()) for some in (average.module, model)]
+            self._averaged = [
+                [p for p in some.parameters() if p.is_floating_point() or p.is_complex()]
+                for some in (average.module, model)
+            ]
         means, now = self._averaged
         if average.n_averaged:
             torch._foreach_lerp_(means, now, 1 / self.options.average_frames)
@@ -412,7 +416,8 @@ class FrameUpdater:
         """What `balance` leaves of the scale of a kind, at most 1."""
         if kind == "force" or not self.options.balance or not {kind, "force"} <= self._variances.keys():
             return 1.0
-        noise = self.optimizer.filter.measurement_noise
+        state = self.optimizer.filter.covariance.state
+        noise: Any = _numbers_of(state)(state[STATE["measurement_noise"]])  # of P, which may not be that of the options
         bound = self.options.balance * (self._variances["force"] / noise) ** 2
         share = (bound * noise / self._variances[kind]) ** 0.5
         learned = self._means[kind] <= LEARNED * self._means["force"]

@@ -232,6 +232,13 @@ def test_energies_that_come_later(tmp_path):
     assert np.mean(off) == pytest.approx(0, abs=1e-7)
 
 
+def test_energies_are_fitted_if_the_order_has_them(tmp_path):
+    """Whatever the prefactors of the loss."""
+    optimizer = {"type": "RLEKF", "preset": "paper", "block_size": 40, "order": ["energy", "force"]}
+    run({**input_of(tmp_path, optimizer), "loss": {"start_pref_e": 0, "limit_pref_e": 0}})
+    assert checkpoint_of(tmp_path)["weights"]["energy_bias"].all()
+
+
 def test_elements_without_statistics_in_either_backend_of_deepmd(earlier):
     descriptor = restored_model(checkpoint_of(earlier)).descriptor
     assert descriptor.without_statistics() == []

@@ -549,3 +549,22 @@ def test_too_few_nodes_become_more(tmp_path, capsys, monkeypatch):
     train(read_input(input_of(tmp_path, numb_steps=3, table=True)))
     assert "The table of the embedding nets was off by" in capsys.readouterr().out
     assert checkpoint_of(tmp_path)["progress"]["nodes"][0] >= 32
+
+
+def test_other_parameters_in_place_of_those_of_a_model():
+    frame = labelled()
+    model = with_table(model_of([frame]), frame)
+    before = model(frame, create_graph=True).energy.item()
+    model.load_state_dict({name: 1.5 * value for name, value in model.state_dict().items()}, assign=True)
+    after = model(frame, create_graph=True).energy.item()
+    model.table = None
+    assert after == pytest.approx(model(frame, create_graph=True).energy.item(), rel=1e-6)
+    assert after != pytest.approx(before, rel=1e-2)
+
+
+def test_what_a_checkpoint_has_of_a_table():
+    table = Table(2.0, 160)
+    table.most_nodes = 160  # more have not helped
+    for saved, most in ((table.saved, 160), (table.saved[:2], Table(2.0).most_nodes)):  # earlier ones had two numbers
+        again = Table.restored(saved)
+        assert (again.nodes, again.most_nodes) == (table.nodes, most)

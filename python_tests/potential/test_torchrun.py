@@ -67,6 +67,7 @@ def test_several_processes_train_what_one_does(tmp_path, batch, capsys):
     assert sorted(path.name for path in (several / "out").iterdir()) == [
         "lcurve.out",
         "lcurve.out.json",
+        "model.ckpt.best.pt",
         "model.ckpt.pt",
         "model.ckpt.pt.shards",
     ]

@@ -29,7 +29,8 @@ from rlekf_ext.potential.evaluate import compare
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.load import load_systems
 from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.train import build_model, interruption, train
+from rlekf_ext.potential.train import build_model, interruption, length, train
+from rlekf_ext.processes import torchrun_started
 
 
 def same(one, other):
@@ -64,6 +65,7 @@ def before_batch(monkeypatch):
 # What it writes
 
 
+FILES = ["lcurve.out", "lcurve.out.json", "model.ckpt.best.pt", "model.ckpt.pt"]
 COLUMNS = ("step", "rmse_val", "rmse_trn", "rmse_e_val", "rmse_e_trn", "rmse_f_val", "rmse_f_trn", "lr")
 
 
@@ -71,7 +73,7 @@ def test_a_run_writes_curve_summary_and_checkpoint(tmp_path, capsys):
     given = input_of(tmp_path)
     summary = run(given)
     assert capsys.readouterr() == ("", "")
-    assert sorted(os.listdir(tmp_path / "out")) == ["lcurve.out", "lcurve.out.json", "model.ckpt.pt"]
+    assert sorted(os.listdir(tmp_path / "out")) == FILES
 
     curve = curve_of(tmp_path)
     assert curve.dtype.names == COLUMNS
@@ -108,6 +110,29 @@ def test_training_lowers_the_errors(tmp_path, optimizer):
     assert after.force_rmse < 0.6 * before.force_rmse
 
 
+def test_the_best_model_is_kept(tmp_path, monkeypatch):
+    """That of the epoch with the lowest held-out errors, also if the run is in parts; none without held-out frames."""
+    true, seen = trainer.end_of_epoch, {}
+
+    def with_errors(progress, batches, model, *rest):
+        row = true(progress, batches, model, *rest)
+        seen[progress["step"]] = [w.clone() for w in model.state_dict().values()]
+        return {**row, "energy_rmse": 1.0, "force_rmse": [4.0, 1.0, 2.0, 3.0][progress["step"] // 3 - 1]}
+
+    monkeypatch.setattr(trainer, "end_of_epoch", with_errors)
+    whole, parts, without = (tmp_path / name for name in ("whole", "parts", "without"))
+    assert run(input_of(whole, numb_steps=12))["best"] == {"epoch": 2, "product": 1.0}
+    run(input_of(parts, numb_steps=8))
+    run(input_of(parts, numb_steps=12), restart=True)
+    for folder in (whole, parts):
+        best = restored_model(load_checkpoint(folder / "out" / "model.ckpt.best.pt")).state_dict().values()
+        assert all(map(torch.equal, best, seen[6]))
+    run(input_of(without))
+    assert sorted(os.listdir(without / "out")) == FILES
+    assert "best" not in run(input_of(without, numb_steps=6, validation_fraction=0.0))
+    assert sorted(os.listdir(without / "out")) == [name for name in FILES if "best" not in name]  # nor an earlier one
+
+
 def test_curve_of_adam_has_its_rate_and_its_weights(tmp_path):
     given = input_of(tmp_path, {"type": "Adam"}, disp_freq=1)
     given["loss"] = {"start_pref_e": 0.5, "limit_pref_e": 2, "start_pref_f": 100, "limit_pref_f": 1}
@@ -129,6 +154,11 @@ def test_epochs_may_end_in_the_middle(tmp_path):
     assert [row["epoch"] for row in summary["epochs"]] == pytest.approx([1, 5 / 3])
 
 
+def test_epochs_become_whole_batches():
+    found = [length(epochs, batches) for epochs, batches in ((1.1, 100), (2.2, 100), (0.55, 100), (1.5, 3), (1e-9, 3))]
+    assert found == [110, 220, 55, 5, 1]
+
+
 def test_output_goes_to_new_folders_and_names_without_suffix(tmp_path):
     run(
         input_of(
@@ -136,7 +166,7 @@ def test_output_goes_to_new_folders_and_names_without_suffix(tmp_path):
         )
     )
     assert sorted(os.listdir(tmp_path / "a" / "b")) == ["curve", "curve.json"]
-    assert os.listdir(tmp_path / "c") == ["net.pt"]
+    assert sorted(os.listdir(tmp_path / "c")) == ["net.best.pt", "net.pt"]
 
 
 def test_a_new_run_begins_a_new_curve(tmp_path):
@@ -464,16 +494,47 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_restart_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_interrupts(number):
+def test_the_first_signal_asks_and_a_later_ctrl_c_interrupts(number, monkeypatch):
+    """Not the same signal once more: torchrun passes it on to processes that have had it."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with interruption() as interrupted:
         assert not interrupted()
         signal.raise_signal(number)
         assert interrupted()
+        signal.raise_signal(number)
+        monkeypatch.setattr(trainer, "REPEATED", -1.0)
+        signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGINT)
     assert interrupted()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_ctrl_c_while_the_last_checkpoint_is_written(tmp_path, monkeypatch):
+    def interrupted(*args, **rest):
+        signal.raise_signal(signal.SIGINT)
+        save_checkpoint(*args, **rest)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", interrupted)
+    assert run(input_of(tmp_path))["interrupted"]
+    assert checkpoint_of(tmp_path)["progress"]["step"] == 9
+    assert sorted(os.listdir(tmp_path / "out")) == FILES
+
+
+def test_a_run_that_torchrun_restarts_does_not_take_an_earlier_one_for_its_own(tmp_path, monkeypatch):
+    """Whatever --rdzv-id both had: it goes on from a checkpoint that was written since torchrun began."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "train")
+    given = input_of(tmp_path)
+    run(given)
+    first = weights_of(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    given["training"]["seed"] = 2
+    run(given)
+    assert torch.equal(weights_of(tmp_path), first)  # nothing was left to do
+    file = tmp_path / "out" / "model.ckpt.pt"
+    os.utime(file, (torchrun_started() - 60,) * 2)
+    run(given)
+    assert not torch.equal(weights_of(tmp_path), first)
 
 
 def test_signals_are_left_alone_outside_the_main_thread():
@@ -678,10 +739,13 @@ def test_training_stops_when_everything_is_skipped_and_can_go_on(tmp_path, monke
         with pytest.raises(StoppedError, match=f"last {max_skipped} .* all skipped.* error not finite: {max_skipped}"):
             train(read_input(given), quiet=True)
     saved = load_checkpoint(tmp_path / "out" / "model.ckpt.pt")
-    assert saved["progress"]["step"] == 4 + max_skipped - 1  # the batches that were finished
+    step = saved["progress"]["step"]
+    assert step == 4 + max_skipped  # as many as have been used up, so that epochs still end where batches are shuffled
+    assert saved["batches"]["place"] % 3 == step % 3
     assert saved["optimizer"]["filter"]["state"][0]["state"][STATE["num_updates"]] == 4
     summary = train(read_input(given), restart=True, quiet=True)
     assert summary["step"] == 20
+    assert [row["epoch"] for row in summary["epochs"]] == [*range(1, 7), 20 / 3]
 
 
 def test_a_few_skipped_measurements_do_not_stop_training(tmp_path, monkeypatch):

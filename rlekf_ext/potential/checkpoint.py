@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlekf_ext.errors import InputError
 from rlekf_ext.potential.architecture import plain
-from rlekf_ext.potential.files import is_hdf5, write_atomically, writing
+from rlekf_ext.potential.files import is_hdf5, sync_folder, write_atomically, writing
 from rlekf_ext.potential.model import DeepPotential
 from rlekf_ext.processes import ALONE, Processes
 from rlekf_ext.schema import shown
@@ -111,6 +111,8 @@ def _save_shards(folder: Path, spread: dict[str, Tensor], processes: Processes) 
     own = folder / f"__{processes.rank}_0.distcp"
     found = processes.gather([_checksum(own) if own.exists() else -1])
     checksums = {f"__{rank}_0.distcp": value for rank, (value,) in enumerate(found) if value >= 0}
+    for each in (folder, folder.parent, folder.parent.parent):  # the files themselves have been synced
+        sync_folder(each)
     return {**checksums, ".metadata": _checksum(folder / ".metadata")}
 
 

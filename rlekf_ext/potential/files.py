@@ -62,12 +62,17 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # some file systems cannot sync a folder: there the move reaches the disk when it may
-        folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have its entries on the disk. Some file systems cannot sync a folder: there they reach the disk when they may."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)
 
 
 def _beside(path: Path) -> Path:

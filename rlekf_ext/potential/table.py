@@ -87,12 +87,14 @@ class Table:
     @property
     def saved(self) -> list[Any]:
         """What a checkpoint has of it."""
-        return [self.nodes.number, self.nodes.last]
+        return [self.nodes.number, self.nodes.last, self.most_nodes]
 
     @classmethod
     def restored(cls, saved: Sequence[Any]) -> Table:
-        number, last = saved
-        return cls(float(last), int(number))
+        number, last, *most = saved
+        table = cls(float(last), int(number))
+        table.most_nodes = int(most[0]) if most else MOST_NODES
+        return table
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": [], "_weights": None}  # a copy of the model tabulates its frames again
@@ -117,7 +119,7 @@ class Table:
 
     def weights_of(self, model: DeepPotential) -> list[Tensor]:
         """Its parameters, listed once: for a small cell the walk through the modules takes a noticeable time."""
-        if self._weights is None or self._weights[0] is not model:
+        if self._weights is None or self._weights[0] is not model or self._weights[1][0] is not _first(model):
             self._weights = model, list(model.parameters())
         return self._weights[1]
 
@@ -142,6 +144,11 @@ class Table:
     def _found(self, model: DeepPotential, frame: Frame) -> TabulatedFrame | None:
         key = TabulatedFrame.key(model, frame, self.nodes)
         return next((kept for kept in self._kept if kept.made_of == key), None)
+
+
+def _first(model: DeepPotential) -> Tensor:
+    """A parameter: load_state_dict(..., assign=True) puts others in the place of all."""
+    return next(model.parameters())
 
 
 class Parts(list[Tensor]):
@@ -169,7 +176,7 @@ class TabulatedFrame:
     @staticmethod
     def key(model: DeepPotential, frame: Frame, nodes: Nodes) -> tuple[Any, ...]:
         """What it is made of: the objects, and what may change in them."""
-        return id(model), id(frame), nodes, *model.descriptor.statistics()
+        return id(model), id(_first(model)), id(frame), nodes, *model.descriptor.statistics()
 
     def __init__(self, model: DeepPotential, frame: Frame, table: Table):
         nodes = table.nodes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -31,11 +32,12 @@ from rlekf_ext.potential.neighbors import Frame
 from rlekf_ext.potential.optimizers import AdamSteps, KalmanSteps, build_optimizer, prefactors
 from rlekf_ext.potential.table import Nodes, Table, scalar_at
 from rlekf_ext.potential.threads import use_threads
-from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts
+from rlekf_ext.processes import ALONE, Processes, torchrun_name, torchrun_restarts, torchrun_started
 from rlekf_ext.schema import counted, shown
 
 CPU = torch.device("cpu")
 MOST_EVALUATED = 2000  # held-out frames at the end of an epoch
+REPEATED = 1.0  # seconds in which a second Ctrl-C is the same one
 MOST_FITTED = 200  # frames that the energies of the elements are fitted to, beside the network
 
 
@@ -50,12 +52,13 @@ def train(
 ) -> dict[str, Any]:
     """Train a Deep Potential as an input file says, and return the summary that is also written as JSON.
 
-    Writes DeePMD-kit's lcurve.out, a checkpoint, and in lcurve.out.json a summary with the held-out RMSE at the end of
-    every epoch. Ctrl-C writes the checkpoint and ends after the batch at hand. `restart` continues from the
-    checkpoint, bit for bit; a new run begins with `init_model` of the input file if there is one. Several processes
-    share the frames of each batch and P, and the first writes the files. With `most_threads`, the numbers of threads
-    follow from the work that there is, up to this many; see threads.py. Frames stay on the CPU; those of a batch are
-    moved to the `device`, where the model and P are, ahead of their use.
+    Writes DeePMD-kit's lcurve.out, a checkpoint, the model with the lowest held-out errors so far, and in
+    lcurve.out.json a summary with the held-out RMSE at the end of every epoch. Ctrl-C writes the checkpoint and ends
+    after the batch at hand. `restart` continues from the checkpoint, bit for bit; a new run begins with `init_model` of
+    the input file if there is one. Several processes share the frames of each batch and P, and the first writes the
+    files. With `most_threads`, the numbers of threads follow from the work that there is, up to this many; see
+    threads.py. Frames stay on the CPU; those of a batch are moved to the `device`, where the model and P are, ahead of
+    their use.
 
     Raises InputError and DataError before a curve or a checkpoint is written, and, with the checkpoint written,
     StoppedError when the filter has skipped `max_skipped` measurements in a row, and DataError for a file that has
@@ -63,9 +66,9 @@ def train(
     """
     settings = config.training
     curve_file, checkpoint_file = Path(settings.disp_file), Path(f"{settings.save_ckpt}.pt")
-    summary_file = Path(f"{settings.disp_file}.json")
+    summary_file, best_file = Path(f"{settings.disp_file}.json"), Path(f"{settings.save_ckpt}.best.pt")
     quiet = quiet or processes.rank > 0
-    restart = restart or processes.any(torchrun_restarts() and run_of(checkpoint_file) == torchrun_name())
+    restart = restart or processes.any(torchrun_restarts() and _is_of_this_torchrun(checkpoint_file))
     checkpoint = load_checkpoint(checkpoint_file, processes) if restart else None
     earlier = load_checkpoint(settings.init_model, processes) if settings.init_model and not restart else None
     say = (lambda *_: None) if quiet else tqdm.write
@@ -89,7 +92,7 @@ def train(
         fixed = f"The sel of {source} cannot change: train from scratch, or leave such frames out."
         raise DataError(f"{error} {fixed}") from error
     batches = training.batches(settings.seed or 0)
-    num_steps = settings.numb_steps or math.ceil((settings.num_epochs or 1) * len(batches))
+    num_steps = settings.numb_steps or length(settings.num_epochs or 1, len(batches))
     disp_freq = settings.disp_freq or min(len(batches), 1000)
     kinds = sorted(set(kinds_used(config)))
     present = survey(everything, model.architecture.descriptor).elements
@@ -152,8 +155,15 @@ def train(
         say(f"{checkpoint_file} exists and will be replaced; --restart would continue from it.")
 
     feed = feed_of(batches, optimize, model)
+    best: list[DeepPotential] = []  # the model of lowest held-out errors, until it is written
 
     def save() -> None:
+        if best:
+            save_checkpoint(best_file, best[0], processes)
+            best.clear()
+        elif "best" not in progress and processes.rank == 0:
+            with writing(best_file):
+                best_file.unlink(missing_ok=True)  # of an earlier run, whose checkpoint is about to be replaced
         if model.table:
             progress["nodes"] = model.table.saved
         progress["per_epoch"] = len(batches)
@@ -164,54 +174,75 @@ def train(
         some = held_out if progress["step"] == num_steps else sample
         row = end_of_epoch(progress, len(batches), optimize.result, some, processes, quiet)
         progress["epochs"].append(row)
-        refine(model, everything, processes, say)
         by_kind = {kind: row[f"{kind}_rmse"] for kind in kinds if f"{kind}_rmse" in row}
+        product, lowest = math.prod(by_kind.values()), progress.get("best", {}).get("product", math.inf)
+        if processes.any(len(validating) and by_kind and product < lowest):
+            progress["best"] = {"epoch": row["epoch"], "product": product}
+            best[:] = [copy.deepcopy(optimize.result)]
+        refine(model, everything, processes, say)
         say(f"epoch {row['epoch']:<5.4g} {row['seconds']:8.1f} s   {error_text(by_kind, '.3e', '   ')}")
         if skipped := optimize.skipped():
             say(f"skipped so far: {skipped}")
 
     if processes.rank == 0:
-        for path in (curve_file, summary_file, checkpoint_file):
+        for path in (curve_file, summary_file, checkpoint_file, best_file):
             check_writable(path)
     shown_at_once = (validation if len(validating) else training).batch_sizes[0]
     curve = LearningCurve(curve_file, config, held_out, shown_at_once, progress["step"], processes)
     bar = tqdm(total=num_steps, initial=progress["step"], unit="batch", disable=quiet or None, mininterval=0.5)
-    with interruption() as interrupted, bar, saved_when_it_ends(save, processes, say, checkpoint_file):
-        ended = progress["step"] and (progress["step"] == num_steps or progress["step"] % len(batches) == 0)
-        if ended and progress["step"] / len(batches) not in [row["epoch"] for row in progress["epochs"]]:
-            finish_epoch()  # the run that wrote the checkpoint had stopped before this
-        while progress["step"] < num_steps and not processes.any(interrupted()):
-            started = time.perf_counter()
-            batch, frames = next(feed)
-            progress["updates"] += optimize(batch, progress["step"], frames)
-            progress["step"] += 1
-            last = progress["step"] == num_steps
-            display, whole = (last or progress["step"] % every == 0 for every in (disp_freq, len(batches)))
-            if device.type == "cuda" and (display or whole):
-                torch.cuda.synchronize(device)  # the time of what has been asked for so far
-            progress["seconds"] += time.perf_counter() - started
-            bar.update()
-            if display:
-                errors = curve.write(progress["step"], optimize.result, batch, optimize.learning_rate)
-                bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")
-            if whole:
-                if last and len(sample) < len(held_out):
-                    save()  # evaluating all frames may take a while
-                finish_epoch()
-            if progress["step"] % settings.save_freq == 0:
-                save()
-    save()
-    say(f"wrote {checkpoint_file}, {curve_file}, {summary_file}")
-    stopped = processes.any(interrupted())
-    if stopped:
-        say(f"Interrupted after batch {progress['step']}; --restart continues from {checkpoint_file}.")
-    machine = {"processes": processes.size, **this_machine()}
-    if isinstance(optimize, KalmanSteps):
-        machine["threads_of_p"] = optimize.optimizer.filter.threads or machine["threads"]
-    summary = {**progress, "interrupted": stopped, "optimizer": repr(optimize), **machine}
-    if processes.rank == 0:
-        write_atomically(summary_file, lambda path: path.write_text(json.dumps(summary, indent=1)))
+    with interruption() as interrupted:
+        with bar, saved_when_it_ends(save, processes, say, checkpoint_file):
+            ended = progress["step"] and (progress["step"] == num_steps or progress["step"] % len(batches) == 0)
+            if ended and progress["step"] / len(batches) not in [row["epoch"] for row in progress["epochs"]]:
+                finish_epoch()  # the run that wrote the checkpoint had stopped before this
+            while progress["step"] < num_steps and not processes.any(interrupted()):
+                started = time.perf_counter()
+                batch, frames = next(feed)
+                try:
+                    progress["updates"] += optimize(batch, progress["step"], frames)
+                finally:  # the batch is used up, also if the filter stops at it
+                    progress["step"] += 1
+                last = progress["step"] == num_steps
+                display, whole = (last or progress["step"] % every == 0 for every in (disp_freq, len(batches)))
+                if device.type == "cuda" and (display or whole):
+                    torch.cuda.synchronize(device)  # the time of what has been asked for so far
+                progress["seconds"] += time.perf_counter() - started
+                bar.update()
+                if display:
+                    errors = curve.write(progress["step"], optimize.result, batch, optimize.learning_rate)
+                    bar.set_postfix_str(f"{progress['updates'] / progress['seconds']:.0f} updates/s, {errors}")
+                if whole:
+                    if last and len(sample) < len(held_out):
+                        save()  # evaluating all frames may take a while
+                    finish_epoch()
+                if progress["step"] % settings.save_freq == 0:
+                    save()
+        save()
+        say(f"wrote {checkpoint_file}, {curve_file}, {summary_file}")
+        if "best" in progress:
+            epoch = progress["best"]["epoch"]
+            say(f"wrote {best_file}: the model of epoch {epoch:.4g}, with the lowest held-out errors")
+        stopped = processes.any(interrupted())
+        if stopped:
+            say(f"Interrupted after batch {progress['step']}; --restart continues from {checkpoint_file}.")
+        machine = {"processes": processes.size, **this_machine()}
+        if isinstance(optimize, KalmanSteps):
+            machine["threads_of_p"] = optimize.optimizer.filter.threads or machine["threads"]
+        summary = {**progress, "interrupted": stopped, "optimizer": repr(optimize), **machine}
+        if processes.rank == 0:
+            write_atomically(summary_file, lambda path: path.write_text(json.dumps(summary, indent=1)))
     return summary
+
+
+def length(num_epochs: float, num_batches: int) -> int:
+    """Batches of so many epochs: 1.1 of 100 are 110, though 1.1 * 100 > 110."""
+    return max(1, math.ceil(round(num_epochs * num_batches, 6)))
+
+
+def _is_of_this_torchrun(checkpoint_file: Path) -> bool:
+    """Whether a checkpoint was written by the run that torchrun has restarted, not by an earlier one of that name."""
+    own = run_of(checkpoint_file) == torchrun_name()
+    return own and checkpoint_file.stat().st_mtime >= torchrun_started()
 
 
 def device_name(device: torch.device) -> str:
@@ -254,7 +285,7 @@ def build_model(
     model.descriptor.fit_statistics(found.sums)
     if descriptor.set_davg_zero:
         model.descriptor.davg.zero_()
-    if "energy" in config.loss.kinds() and len(found.counts):
+    if "energy" in kinds_used(config) and len(found.counts):
         weights = found.num_energies.sqrt()
         model.solve_energy_bias(weights[:, None] * found.counts, weights * found.energies, range(len(model.type_map)))
     return model
@@ -430,13 +461,14 @@ def saved_when_it_ends(
 
 @contextmanager
 def interruption() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C (or SIGTERM) only makes the yielded function return True; the second one interrupts."""
-    seen: list[int] = []
+    """Inside, the first Ctrl-C (or SIGTERM) only makes the yielded function return True; a later Ctrl-C interrupts. A
+    signal may come twice: torchrun passes on to its processes what the terminal, or a scheduler, sends to all."""
+    seen: list[float] = []
 
     def handler(number: int, _: Any) -> None:
-        if seen:
+        if seen and number == signal.SIGINT and time.monotonic() - seen[0] > REPEATED:
             raise KeyboardInterrupt
-        seen.append(number)
+        seen.append(time.monotonic())
 
     try:
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
