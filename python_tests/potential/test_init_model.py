@@ -13,7 +13,7 @@ from rlekf_ext.potential.batches import load_frames
 from rlekf_ext.potential.checkpoint import restored_model
 from rlekf_ext.potential.input import read_input
 from rlekf_ext.potential.optimizers import build_optimizer
-from rlekf_ext.potential.train import add_elements, begin_with, build_model
+from rlekf_ext.potential.train import add_elements, begin_with, build_model, train
 
 RLEKF = {"type": "RLEKF", "block_size": 40}
 
@@ -132,7 +132,7 @@ def test_a_fresh_p_is_the_prior_at_the_earlier_weights(tmp_path, earlier):
 def test_adam_leaves_no_p(tmp_path):
     run(input_of(tmp_path / "adam", {"type": "Adam"}))
     steps, said = begun(with_new_data(tmp_path / "new", tmp_path / "adam"), tmp_path / "adam")
-    assert "left no P; starting with a fresh one" in said
+    assert "has no P (NAME.best.pt is the model alone): starting with a fresh one" in said
     assert steps.optimizer.filter.covariance.scalars().num_updates == 0
 
 
@@ -184,7 +184,7 @@ def test_a_file_that_is_not_there(tmp_path, earlier):
         run(given)
 
 
-def test_an_element_that_comes_later(tmp_path):
+def test_an_element_that_comes_later(tmp_path, capsys):
     """type_map has it from the first run on; its statistics and energy come from the first frames that have it."""
     old = input_of(tmp_path / "old")
     old["model"]["type_map"] = ["Na", "Cl", "K"]
@@ -209,8 +209,12 @@ def test_an_element_that_comes_later(tmp_path):
     off = [float(steps._model(frame, False, forces=False).energy - frame.energy) for frame in frames]
     assert np.mean(off) == pytest.approx(0, abs=1e-9)
     assert torch.equal(steps.result.energy_bias, steps._model.energy_bias)
-    assert run(given)["step"] == 1
+    assert train(read_input(given))["step"] == 1
+    assert "No training frame has" not in capsys.readouterr().out  # the model knows Na from the first run
     assert torch.equal(checkpoint_of(tmp_path / "new")["weights"]["energy_bias"], steps._model.energy_bias)
+    old["training"]["training_data"]["systems"] = str(data)
+    with pytest.raises(InputError, match=r"The training data have K, which the run of .* had not.*--init-model"):
+        run(old, restart=True)
     given["model"]["descriptor"]["set_davg_zero"] = True
     steps, _ = begun(given, tmp_path / "old")
     assert steps._model.descriptor.davg[2, 0] == 0

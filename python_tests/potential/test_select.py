@@ -274,6 +274,14 @@ def test_a_pool_without_labels_in_other_formats(pool, tmp_path, form):
     np.testing.assert_allclose(apart - sides * np.round(apart / sides), 0, atol=1e-7)  # dumps are wrapped into the cell
 
 
+def test_dumps_that_are_not_periodic_are_refused(tmp_path):
+    """dpdata would take them for periodic."""
+    file = tmp_path / "slab.dump"
+    file.write_text(dump(0, np.ones((1, 3)), 5 * np.eye(3)).replace("pp pp pp", "pp pp fs"))
+    with pytest.raises(DataError, match=r"line 5: the boundaries pp pp fs are not periodic"):
+        load_systems(f"lammps/dump:{file}", ["Na", "Cl"], labelled=False)
+
+
 def test_a_model_without_p(tmp_path, pool):
     run(input_of(tmp_path / "adam", {"type": "Adam"}))
     checkpoint = checkpoint_of(tmp_path / "adam")

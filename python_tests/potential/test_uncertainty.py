@@ -186,7 +186,10 @@ def test_a_lone_atom_has_forces_without_variance(checkpoint):
 def test_without_a_filter(tmp_path, without):
     adam = load_checkpoint(trained(tmp_path, {"type": "Adam"})[1])
     checkpoint = {name: value for name, value in adam.items() if name not in without}
-    with pytest.raises(InputError, match=r"needs the covariance P .* train with the optimizer RLEKF or LKF\.$"):
+    with pytest.raises(
+        InputError,
+        match=r"needs the covariance P .* a run with the optimizer RLEKF or LKF \(NAME\.pt; NAME\.best\.pt is",
+    ):
         filter_of(checkpoint, restored_model(checkpoint))
 
 

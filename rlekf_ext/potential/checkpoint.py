@@ -140,7 +140,7 @@ def _check_shards(folder: Path, checksums: dict[str, int], processes: Processes)
             file = folder / names[place]
             what = "its checksum is wrong" if os.path.exists(file) else "it is missing"
             raise InputError(
-                f"{file}, a part of the checkpoint, cannot be used: {what}. Restore it, or start without --restart."
+                f"{file}, a part of the checkpoint, cannot be used: {what}. Restore it: it belongs to the file."
             )
 
 

@@ -23,6 +23,7 @@ SEVERAL: dict[str, tuple[str, dict[str, Any]]] = {
     "ase/structure": ("ase/structure", {}),
 }
 FILES = (*XYZ, "vasp/outcar", "outcar", "vasp/xml", "xml", "pwmat/movement", "movement", "cp2k/output")
+DUMPS = ("lammps/dump", "dump")
 VACUUM = 50.0  # Å, more than any cutoff: along directions in which a frame is not periodic
 KEYS = {"coord": "coords", "energy": "energies", "force": "forces", "box": "cells", "virial": "virials"}
 
@@ -52,6 +53,8 @@ def read_dpdata(path: Path, form: str | None, unlabelled: list[str] | None = Non
     if path.is_dir() and form in FILES:
         raise DataError(f"{path} is a folder, but {form} is read from a file: give the files in it.")
     periodic = _periodic_directions(path) if form in XYZ else []
+    if form in DUMPS:
+        _check_boundaries(path)
     with warnings.catch_warnings(record=True) as said:
         found = _read(path, form, unlabelled, periodic)
     for warning in said:
@@ -134,6 +137,18 @@ def _periodic_directions(path: Path) -> list[Flags]:
             found.append(_flags(lines[at + 1], f"{path}, line {at + 2}"))
         at += int(count[1]) + 2 if count else 1
     return found
+
+
+def _check_boundaries(path: Path) -> None:
+    """Raises DataError for a dump of LAMMPS that is not periodic everywhere: dpdata would take it for periodic."""
+    with open(path, errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            flags = re.findall(r"\b[pfsm]{2}\b", line) if line.startswith("ITEM: BOX BOUNDS") else []
+            if any(flag != "pp" for flag in flags):
+                raise DataError(
+                    f"{path}, line {number}: the boundaries {' '.join(flags)} are not periodic, and dumps are read as "
+                    'periodic; write such frames as extended xyz with pbc="T T F" or the like.'
+                )
 
 
 def _flags(comment: str, where: str) -> Flags:

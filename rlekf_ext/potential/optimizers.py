@@ -51,7 +51,7 @@ class KalmanSteps:
             self._say(self.updater.inherit(saved["filter"], saved["updater"]))
             return
         if "filter" not in saved:
-            self._say("The earlier run left no P; starting with a fresh one.")
+            self._say("That checkpoint has no P (NAME.best.pt is the model alone): starting with a fresh one.")
         self.updater.warm_start(training, trained=True)
 
     def _keeps(self, saved: dict[str, Any]) -> bool:

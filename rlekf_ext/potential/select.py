@@ -64,7 +64,8 @@ class Selection:
             rank = order.get(frame)
             then = [f"{x:.6g}" for x in self.when_chosen[rank - 1]] if rank else ["", ""]
             before = [f"{x:.6g}" for x in self.deviations[frame]]
-            lines.append(",".join([str(frame), f'"{system.frame_name(i)}"', str(rank or ""), *before, *then]))
+            name = system.frame_name(i).replace('"', '""')
+            lines.append(",".join([str(frame), f'"{name}"', str(rank or ""), *before, *then]))
         path = folder / "deviations.csv"
         write_atomically(path, lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
         made: list[Path] = []

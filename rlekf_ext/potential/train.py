@@ -96,7 +96,13 @@ def train(
     disp_freq = settings.disp_freq or min(len(batches), 1000)
     kinds = sorted(set(kinds_used(config)))
     present = survey(everything, model.architecture.descriptor).elements
-    absent = ", ".join(name for element, name in enumerate(model.type_map) if element not in present)
+    unseen = model.descriptor.without_statistics()
+    absent = ", ".join(model.type_map[element] for element in unseen if element not in present)
+    if checkpoint and (new := ", ".join(model.type_map[element] for element in unseen if element in present)):
+        raise InputError(
+            f"The training data have {new}, which the run of {checkpoint_file} had not: begin another run with its "
+            "model (--init-model, and another save_ckpt), which fits statistics and energies of new elements."
+        )
     try:
         optimize = build_optimizer(config, model, num_steps, processes, say)
     except NotEnoughMemoryError as error:

@@ -72,8 +72,8 @@ def filter_of(checkpoint: dict[str, Any], model: DeepPotential) -> RLEKF:
     saved = checkpoint.get("optimizer", {}).get("filter")
     if saved is None:
         raise InputError(
-            "The predicted uncertainty needs the covariance P of a Kalman filter, which this checkpoint does not hold; "
-            "train with the optimizer RLEKF or LKF."
+            "The predicted uncertainty needs the covariance P of a Kalman filter, which this checkpoint does not hold: "
+            "give the last one of a run with the optimizer RLEKF or LKF (NAME.pt; NAME.best.pt is the model alone)."
         )
     # Blocks of one tile make the smallest P, which the saved one replaces at once, whatever its blocks and dtype.
     optimizer = RLEKF(model.named_parameters(), transpose=True, block_size=TILE)
