@@ -219,6 +219,25 @@ def name_of(key: tuple[Any, ...]) -> Name:
     return tuple(map(str, key))
 
 
+def end_of(key: tuple[Any, ...], rows: Rows) -> float:
+    """The product of the validation errors at the end of a run; infinite if it has diverged."""
+    found = validation(rows[name_of(key)][-1])
+    return found if math.isfinite(found) else math.inf
+
+
+def rates_tried(system: str, network: str, method: str, rows: Rows) -> list[tuple[Any, ...]]:
+    """The short runs of a rival, in the order of their rates: another one while the best is the first or the last."""
+    rates = RIVALS[method][1]
+    while True:
+        keys = [(system, network, method, rate, 1, 1) for rate in rates]
+        if len(rates) == MOST_RATES or not all(name_of(key) in rows for key in keys):
+            return keys
+        best = min(keys, key=lambda key: end_of(key, rows))
+        if best not in (keys[0], keys[-1]):
+            return keys
+        rates = (rates[0] / STEP, *rates) if best == keys[0] else (*rates, rates[-1] * STEP)
+
+
 def jobs(system: str, network: str, rows: Rows, full: bool) -> Iterator[tuple[tuple[Any, ...], float | None]]:
     """The runs on a system as (key, seconds), of which the later ones need the rows of the earlier ones."""
     ours = [(system, network, "RLEKF", "", seed, "") for seed in SEEDS]
@@ -226,27 +245,15 @@ def jobs(system: str, network: str, rows: Rows, full: bool) -> Iterator[tuple[tu
     if not all(name_of(key) in rows for key in ours):
         return
     t = median(float(min(rows[name_of(key)], key=validation)["seconds"]) for key in ours)
-    ends: dict[tuple[Any, ...], float] = {}
-    best, ended = [], True
-    for method, (_, first) in RIVALS.items():
-        rates: tuple[float, ...] = first
-        while True:
-            keys = [(system, network, method, rate, 1, 1) for rate in rates]
-            yield from ((key, t) for key in keys)
-            if not all(name_of(key) in rows for key in keys):
-                ended = False
-                break
-            last = {key: validation(rows[name_of(key)][-1]) for key in keys}
-            ends |= {key: end if math.isfinite(end) else math.inf for key, end in last.items()}
-            found = min(keys, key=ends.__getitem__)
-            more = {keys[0]: (rates[0] / STEP, *rates), keys[-1]: (*rates, rates[-1] * STEP)}
-            if found not in more or len(rates) == MOST_RATES:
-                best.append(found)
-                break
-            rates = more[found]
-    if not ended:
+    best = []
+    for method in RIVALS:
+        keys = rates_tried(system, network, method, rows)
+        yield from ((key, t) for key in keys)
+        if all(name_of(key) in rows for key in keys):
+            best.append(min(keys, key=lambda key: end_of(key, rows)))
+    if len(best) < len(RIVALS):
         return
-    best.sort(key=ends.__getitem__)
+    best.sort(key=lambda key: end_of(key, rows))
     for key in best if full else best[:1]:
         for seed in SEEDS if full else SEEDS[:1]:
             yield (*key[:4], seed, LONG), LONG * t

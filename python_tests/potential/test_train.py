@@ -495,7 +495,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_restart_goes_on(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_a_later_ctrl_c_interrupts(number, monkeypatch):
-    """Not the same signal once more: torchrun passes it on to processes that have had it."""
+    """But not the same signal a second time: torchrun passes it on to processes that have already had it."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with interruption() as interrupted:
         assert not interrupted()
@@ -522,7 +522,7 @@ def test_ctrl_c_while_the_last_checkpoint_is_written(tmp_path, monkeypatch):
 
 
 def test_a_run_that_torchrun_restarts_does_not_take_an_earlier_one_for_its_own(tmp_path, monkeypatch):
-    """Whatever --rdzv-id both had: it goes on from a checkpoint that was written since torchrun began."""
+    """Even with the same --rdzv-id: it continues only from a checkpoint that is newer than torchrun itself."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "train")
     given = input_of(tmp_path)
     run(given)

@@ -206,7 +206,7 @@ def train(
                 batch, frames = next(feed)
                 try:
                     progress["updates"] += optimize(batch, progress["step"], frames)
-                finally:  # the batch is used up, also if the filter stops at it
+                finally:  # the batch is used up, even if the filter stops at it
                     progress["step"] += 1
                 last = progress["step"] == num_steps
                 display, whole = (last or progress["step"] % every == 0 for every in (disp_freq, len(batches)))
@@ -241,7 +241,7 @@ def train(
 
 
 def length(num_epochs: float, num_batches: int) -> int:
-    """Batches of so many epochs: 1.1 of 100 are 110, though 1.1 * 100 > 110."""
+    """The number of batches in this many epochs: 1.1 epochs of 100 are 110, although 1.1 * 100 is above 110."""
     return max(1, math.ceil(round(num_epochs * num_batches, 6)))
 
 
