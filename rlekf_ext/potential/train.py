@@ -227,7 +227,7 @@ def train(
         say(f"wrote {checkpoint_file}, {curve_file}, {summary_file}")
         if "best" in progress:
             epoch = progress["best"]["epoch"]
-            say(f"wrote {best_file}: the model of epoch {epoch:.4g}, with the lowest held-out errors")
+            say(f"{best_file} is the model of epoch {epoch:.4g}, with the lowest held-out errors")
         stopped = processes.any(interrupted())
         if stopped:
             say(f"Interrupted after batch {progress['step']}; --restart continues from {checkpoint_file}.")
